@@ -1,0 +1,178 @@
+"""What crosses a process boundary on the CPU side, and how.
+
+Requests and steps travel over ZeroMQ `ipc://` sockets in the server's private run directory: the scheduler binds one
+ROUTER for the frontends and one for the workers, every peer connects a DEALER whose identity is its index. Supervision
+(progress, up, failed, drain) travels over an inherited socketpair per child, the `Control`: its end-of-file is the
+parent's death, and it leaves the launcher free of ZeroMQ threads, so that it can fork.
+"""
+
+import ctypes
+import os
+import pathlib
+import select
+import signal
+import socket
+from typing import Any, Literal
+
+import msgspec
+import zmq
+
+from nmoe.config import Config
+from nmoe.metrics import Board
+
+Role = Literal["frontend", "scheduler", "worker"]
+
+# A peer's messages wait here while it is busy. The traffic is bounded elsewhere (queue limit, two steps in flight), so
+# reaching the mark means that the peer is gone; the sender then gets zmq.Again instead of losing messages silently.
+HIGH_WATER_MARK = 1 << 16
+_PR_SET_NAME = 15
+_PR_SET_PDEATHSIG = 1
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """Child -> launcher: `done` of `total` bytes of `what` are loaded."""
+
+    what: str
+    done: int
+    total: int
+
+
+class Up(msgspec.Struct, frozen=True, tag="up"):
+    """Child -> launcher: this process does its work (a frontend: the whole path to the workers is open)."""
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """Child -> launcher: this process cannot go on; `message` is for the operator. The child exits next."""
+
+    message: str
+
+
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """Launcher -> frontend: refuse new requests, finish the running ones, answer with Drained."""
+
+
+class Drained(msgspec.Struct, frozen=True, tag="drained"):
+    """Frontend -> launcher: no request is open any more."""
+
+
+ControlMessage = Progress | Up | Failed | Drain | Drained
+
+
+class Control:
+    """One end of the launcher's link to a child: whole messages, non-blocking receive, end-of-file when the peer dies."""
+
+    _encoder = msgspec.msgpack.Encoder()
+    _decoder = msgspec.msgpack.Decoder(ControlMessage)
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    @classmethod
+    def pair(cls) -> "tuple[Control, Control]":
+        """Both ends; the launcher keeps the first and the child the second."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return cls(ours), cls(theirs)
+
+    def fileno(self) -> int:
+        """For select and for event loops: readable when a message or end-of-file is there."""
+        return self._sock.fileno()
+
+    def send(self, message: ControlMessage) -> None:
+        """Send one message; a peer that is gone is not an error here, its death is noticed elsewhere."""
+        try:
+            self._sock.send(self._encoder.encode(message), socket.MSG_NOSIGNAL)
+        except (BrokenPipeError, ConnectionResetError):
+            return
+
+    def receive(self) -> ControlMessage | None:
+        """The next message if one is there, else None. Raises EOFError when the peer is gone."""
+        try:
+            data = self._sock.recv(1 << 16, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            raise EOFError
+        return self._decoder.decode(data)
+
+    def close(self) -> None:
+        """Close this end."""
+        self._sock.close()
+
+
+class Boot(msgspec.Struct, frozen=True):
+    """What a child process is born with; it is inherited by fork, never sent."""
+
+    role: Role
+    index: int  # rank of a worker, number of a frontend, 0 for the scheduler
+    generation: int  # which life of this process: 1 for the first
+    config: Config
+    run_dir: pathlib.Path
+    control: Any  # Control
+    board: Board
+    http_socket: socket.socket | None = None  # bound and listening; frontends only
+
+    @property
+    def title(self) -> str:
+        """Short name for logs and `top`."""
+        return self.role if self.role == "scheduler" else f"{self.role} {self.index}"
+
+
+def frontend_address(run_dir: pathlib.Path) -> str:
+    """Where the scheduler listens for frontends."""
+    return f"ipc://{run_dir}/frontends"
+
+
+def worker_address(run_dir: pathlib.Path) -> str:
+    """Where the scheduler listens for workers."""
+    return f"ipc://{run_dir}/workers"
+
+
+def identity(index: int) -> bytes:
+    """The ROUTER identity of frontend or worker `index`; never starts with a zero byte, which ZeroMQ reserves."""
+    return b"%d" % index
+
+
+def _configure(sock: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
+    sock.setsockopt(zmq.LINGER, 0)
+    sock.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+    sock.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+    sock.setsockopt(zmq.HEARTBEAT_IVL, 0)  # liveness is the launcher's: pidfd and heartbeats on the board
+    return sock
+
+
+def bind_router(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
+    """The scheduler's end of a link. Sending to a peer that is not connected raises zmq.ZMQError (EHOSTUNREACH); a peer
+    that reconnects under its identity takes over from its earlier life."""
+    sock = _configure(context.socket(zmq.ROUTER))
+    sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
+    sock.bind(address)
+    return sock
+
+
+def connect_dealer(context: zmq.Context[zmq.Socket[bytes]], address: str, index: int) -> zmq.Socket[bytes]:
+    """A frontend's or worker's end of its link; connects as soon as the scheduler has bound."""
+    sock = _configure(context.socket(zmq.DEALER))
+    sock.setsockopt(zmq.IDENTITY, identity(index))
+    sock.setsockopt(zmq.RECONNECT_IVL, 20)
+    sock.connect(address)
+    return sock
+
+
+def settle_in(boot: Boot) -> None:
+    """What every child does first: take its name, and die when the launcher dies.
+
+    Signals that a terminal sends to the whole group are left to the launcher, which ends its children in order.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_NAME, f"nmoe {boot.title}"[:15].encode(), 0, 0, 0)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    poller = select.poll()
+    poller.register(boot.control.fileno(), select.POLLHUP)
+    if poller.poll(0):  # the launcher died before the line above took effect
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

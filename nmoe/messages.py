@@ -1,0 +1,210 @@
+"""The messages between processes: frozen, tagged, array-like msgspec Structs, one union per link.
+
+Fields are only appended, with defaults. Every message carries the `generation` of its sender (which life of that
+process sent it); a receiver drops what an earlier life sent. Arrays travel as raw little-endian bytes: token ids, slots,
+pages and positions as int32, uids as int64.
+
+    frontend  -> scheduler    Hello, Submit, Finish, Abort            (FrontendToScheduler)
+    scheduler -> frontend     Serving, Tokens, Rejected               (SchedulerToFrontend)
+    scheduler -> worker       Step                                    (SchedulerToWorker)
+    worker    -> scheduler    Ready, StepDone                         (WorkerToScheduler)
+
+The life of a request: `Submit` is answered by `Rejected`, or by `Tokens` whose last one names the uid in `ended`. That
+terminal entry comes exactly once for every accepted uid, also after `Finish` and `Abort`.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from nmoe.profiles import Numerics
+
+Reason = Literal["stop", "length", "abort", "error"]
+
+# A uid is (frontend, generation of the frontend, counter) in one non-negative int64.
+_COUNTER_BITS = 38
+_GENERATION_BITS = 16
+
+
+def make_uid(frontend: int, generation: int, counter: int) -> int:
+    """The id of a request: unique over all frontends and all their lives. Frontend < 512, counter < 2**38."""
+    return (frontend << _GENERATION_BITS | generation & 0xFFFF) << _COUNTER_BITS | counter
+
+
+def uid_frontend(uid: int) -> int:
+    """The index of the frontend that made `uid`."""
+    return uid >> _COUNTER_BITS + _GENERATION_BITS
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Base of all messages; `generation` is the sender's."""
+
+    generation: int
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """How a request's tokens are drawn.
+
+    temperature 0 is greedy and makes the other fields irrelevant; top_k 0 means no top-k; top_p 1 means no top-p. `seed`
+    with the token's position determines the draw: a counter-based generator, never a stateful stream.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0  # 0 <= seed < 2**63
+
+
+# ---------------------------------------------------------------------------------------------- frontend -> scheduler
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """A frontend (or a new life of it) is connected and wants to know when the engine serves."""
+
+
+class Submit(Message, frozen=True, tag="submit"):
+    """One prompt to be continued `n` times. Sibling i has the uid `uid + i`; the frontend reserves the range.
+
+    Siblings compute the prompt once: they wait for the first, then share its full pages on the same rank. Sibling i draws
+    from a seed derived from (seed, i); sibling 0 uses the seed itself.
+    """
+
+    uid: int
+    prompt: bytes  # int32 [prompt_len], at least one token
+    max_tokens: int  # at least 1; prompt_len + max_tokens <= Serving.max_seq_len
+    sampling: Sampling
+    eos_ids: tuple[int, ...] = ()  # any of them ends the request with reason "stop"; empty when EOS is ignored
+    n: int = 1
+    priority: int = 0  # lower runs first
+    profile: str = "production_generate"
+
+
+class Finish(Message, frozen=True, tag="finish"):
+    """The frontend found a stop string: the request is complete with `count` output tokens. Not an abort."""
+
+    uid: int
+    count: int
+
+
+class Abort(Message, frozen=True, tag="abort"):
+    """The client is gone, or its time is up: stop computing and free everything of `uid`."""
+
+    uid: int
+
+
+FrontendToScheduler = Hello | Submit | Finish | Abort
+
+# ---------------------------------------------------------------------------------------------- scheduler -> frontend
+
+
+class Serving(Message, frozen=True, tag="serving"):
+    """All workers are ready; the limits that requests must keep."""
+
+    max_seq_len: int  # prompt and output together, after the KV cache's size
+
+
+class Ended(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The one terminal entry of a request. `cached_tokens`: how many prompt tokens came from the prefix cache.
+
+    The three times are seconds on CLOCK_MONOTONIC; 0.0 when the request never got that far.
+    """
+
+    uid: int
+    reason: Reason
+    cached_tokens: int = 0
+    detail: str = ""  # for reason "error": what to tell the client
+    scheduled_at: float = 0.0
+    first_token_at: float = 0.0
+
+
+class Tokens(Message, frozen=True, tag="tokens"):
+    """What one step produced for one frontend: at most one such message per step and frontend.
+
+    `uids` int64 [R]; `tokens` int32 [sum of counts], in the order of `uids`; `counts` int32 [R], None when every row has
+    one. A request's last tokens and its `ended` entry come in the same message; its EOS token is among the tokens.
+    """
+
+    uids: bytes
+    tokens: bytes
+    counts: bytes | None = None
+    ended: tuple[Ended, ...] = ()
+
+
+class Rejected(Message, frozen=True, tag="rejected"):
+    """The request (and its siblings) was not accepted; nothing else will come for it."""
+
+    uid: int
+    status: int  # HTTP status: 400 (can never fit), 429 (queue full), 503 (not serving)
+    detail: str
+
+
+SchedulerToFrontend = Serving | Tokens | Rejected
+
+# ------------------------------------------------------------------------------------------------ scheduler -> worker
+
+# Flags of a row in Step.rows.
+ROW_SAMPLES = 1  # the row's last position is sampled from; its token comes back in StepDone and becomes the slot's last
+ROW_HAS_IDS = 2  # the row's input ids are in Step.ids; without it the one input is the slot's last sampled token
+
+CHANNEL_DECODE = 0  # every row of every rank is a decode row
+CHANNEL_PREFILL = 1
+
+
+class Admit(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A request's first appearance in `slot`, or its return after a preemption: resets the slot's page list and state.
+
+    Positions below `cached` are already in shared pages, which the worker never writes, not even when it recomputes the
+    last cached token to sample from it. `past` (int32) is the whole of the known tokens, sent only when the sampling needs
+    them (penalties); empty otherwise.
+    """
+
+    slot: int
+    cached: int
+    sampling: Sampling
+    past: bytes = b""
+
+
+class Step(Message, frozen=True, tag="step"):
+    """One lockstep iteration of one rank; a delta to what the worker's slot table already knows.
+
+    `rows` is int32 [R, 4]: slot, first position, token count, flags, decode rows before prefill chunks. None means: the
+    rows of this rank's previous Step, each going on from where it ended. `ids` is int32, the input ids of the rows with
+    ROW_HAS_IDS, concatenated in row order. `pages` is int32 [P, 2]: (slot, page), to be appended to the slot's page list
+    in this order, after `admits` have reset theirs. An idle rank gets rows of length 0.
+    """
+
+    step_id: int
+    numerics: Numerics
+    channel: int
+    num_tokens: int  # the largest token count over all ranks: the same on every rank, so all pick the same graph
+    rows: bytes | None
+    ids: bytes = b""
+    pages: bytes = b""
+    admits: tuple[Admit, ...] = ()
+
+
+SchedulerToWorker = Step
+
+# ------------------------------------------------------------------------------------------------ worker -> scheduler
+
+
+class Ready(Message, frozen=True, tag="ready"):
+    """The worker has its weights and its KV cache."""
+
+    rank: int
+    num_pages: int
+
+
+class StepDone(Message, frozen=True, tag="done"):
+    """The results of one Step. `tokens` int32: for each row with ROW_SAMPLES, in row order, its new tokens.
+
+    `counts` int32 [rows that sample]: how many tokens each returned; None when every one returned one.
+    """
+
+    rank: int
+    step_id: int
+    tokens: bytes
+    counts: bytes | None = None
+
+
+WorkerToScheduler = Ready | StepDone

@@ -1,0 +1,44 @@
+"""The tensors of one step, as the model sees them.
+
+Shape suffixes: T tokens of the step, R rows (one per request in the step), P pages per row (padded), L layers,
+N pages of the pool, S slots of a page, C the cache row: the normalised latent and the roped key.
+"""
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's rows, concatenated: decode rows (one token each) first, then prefill chunks.
+
+    Row r's tokens are `ids_T[starts[r] : starts[r + 1]]`; it attends to its first `contexts[r]` positions, the last of which
+    is its own last token. `write_T` says where each token's cache row goes, as `page * page_size + offset`; a token that must
+    not be written (already in a shared page, or padding) points into the reserved page.
+    """
+
+    ids_T: torch.Tensor  # int64 [T]
+    positions_T: torch.Tensor  # int64 [T]
+    write_T: torch.Tensor  # int64 [T]
+    starts: list[int]  # [R + 1]
+    contexts: list[int]  # [R], tokens
+    pages_RP: torch.Tensor  # int64 [R, P]; entries past a row's context are the reserved page
+    num_decodes: int  # rows [0, num_decodes) have one token each
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KVCache:
+    """The paged MLA cache of one rank. Page `num_pages` (the last) is reserved: padding writes go there, nothing reads it."""
+
+    rows_LNSC: torch.Tensor  # model dtype [L, num_pages + 1, page_size, kv_lora_rank + qk_rope_head_dim]
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that requests can own."""
+        return self.rows_LNSC.shape[1] - 1
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return self.rows_LNSC.shape[2]
