@@ -96,6 +96,10 @@ class Control:
             raise EOFError
         return self._decoder.decode(data)
 
+    def shut(self) -> None:
+        """Let the peer see end-of-file; what it has sent can still be received."""
+        self._sock.shutdown(socket.SHUT_WR)
+
     def close(self) -> None:
         """Close this end."""
         self._sock.close()

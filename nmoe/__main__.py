@@ -1,0 +1,33 @@
+"""The command line: `nmoe serve` and `nmoe doctor`."""
+
+import argparse
+import logging
+import sys
+
+from nmoe import __version__, doctor, serve
+from nmoe.errors import NmoeError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 failed with a message, 2 wrong usage."""
+    parser = argparse.ArgumentParser(prog="nmoe", description=sys.modules["nmoe"].__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    serving = commands.add_parser("serve", help="serve a model over HTTP")
+    serve.add_arguments(serving)
+    serving.set_defaults(run=serve.run)
+    examining = commands.add_parser("doctor", help="say what is wrong before the GPUs are touched")
+    examining.add_argument("--config", metavar="X.toml", help="the configuration; without it the embedded demo's")
+    examining.add_argument("--json", action="store_true", help="print the checks as JSON")
+    examining.set_defaults(run=lambda arguments: doctor.run(serve.configuration(arguments.config), arguments.json))
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    try:
+        return int(arguments.run(arguments))
+    except NmoeError as error:
+        sys.stderr.write(f"nmoe: {error}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
