@@ -1,0 +1,183 @@
+"""Makes the demo that `nmoe serve` takes without a configuration; `python nmoe/demo/make.py` writes the files here.
+
+A DeepSeek-V3 of 1.3 M parameters with random weights, and a byte-level BPE tokenizer trained on the docstrings of the
+running Python's standard library. It takes the whole path (pages, experts, streams) within seconds on a CPU; its text
+means nothing. Nothing imports this module.
+"""
+
+import ast
+import json
+import pathlib
+import sysconfig
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from safetensors import TensorSpec, serialize_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+Array = np.ndarray[Any, np.dtype[Any]]
+FOLDER = pathlib.Path(__file__).parent
+BEGIN, END = "<|begin|>", "<|end|>"
+SPECIALS = [BEGIN, END, "<|system|>", "<|user|>", "<|assistant|>"]
+SEED = 0
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "dtype": "bfloat16",
+    "vocab_size": 1024,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 64,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('roles are system, user and assistant, not ' + message['role']) }}"
+    "{% endif %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}" + END + "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def docstrings() -> Iterator[str]:
+    """The docstrings of the standard library's top-level modules, in a fixed order."""
+    for path in sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+                yield text
+
+
+def make_tokenizer() -> Tokenizer:
+    """Byte-level BPE; `<|begin|>` goes before every text that is encoded with special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG["vocab_size"],
+        special_tokens=[AddedToken(special, special=True, normalized=False) for special in SPECIALS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(docstrings(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))]
+    )
+    return tokenizer
+
+
+def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor, as Hugging Face's DeepseekV3ForCausalLM names them."""
+    c = CONFIG
+    hidden, heads, rank = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"]
+    rope, nope, value = c["qk_rope_head_dim"], c["qk_nope_head_dim"], c["v_head_dim"]
+
+    def feed_forward(name: str, size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield f"{name}.gate_proj.weight", (size, hidden)
+        yield f"{name}.up_proj.weight", (size, hidden)
+        yield f"{name}.down_proj.weight", (hidden, size)
+
+    yield "model.embed_tokens.weight", (c["vocab_size"], hidden)
+    for layer in range(c["num_hidden_layers"]):
+        name = f"model.layers.{layer}"
+        yield f"{name}.input_layernorm.weight", (hidden,)
+        yield f"{name}.self_attn.q_a_proj.weight", (c["q_lora_rank"], hidden)
+        yield f"{name}.self_attn.q_a_layernorm.weight", (c["q_lora_rank"],)
+        yield f"{name}.self_attn.q_b_proj.weight", (heads * (nope + rope), c["q_lora_rank"])
+        yield f"{name}.self_attn.kv_a_proj_with_mqa.weight", (rank + rope, hidden)
+        yield f"{name}.self_attn.kv_a_layernorm.weight", (rank,)
+        yield f"{name}.self_attn.kv_b_proj.weight", (heads * (nope + value), rank)
+        yield f"{name}.self_attn.o_proj.weight", (hidden, heads * value)
+        yield f"{name}.post_attention_layernorm.weight", (hidden,)
+        if layer < c["first_k_dense_replace"]:
+            yield from feed_forward(f"{name}.mlp", c["intermediate_size"])
+            continue
+        yield f"{name}.mlp.gate.weight", (c["n_routed_experts"], hidden)
+        yield f"{name}.mlp.gate.e_score_correction_bias", (c["n_routed_experts"],)
+        for expert in range(c["n_routed_experts"]):
+            yield from feed_forward(f"{name}.mlp.experts.{expert}", c["moe_intermediate_size"])
+        yield from feed_forward(f"{name}.mlp.shared_experts", c["moe_intermediate_size"] * c["n_shared_experts"])
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (c["vocab_size"], hidden)
+
+
+def make_tensor(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    """Norms are one and the router's bias zero; the rest keeps its input's scale, the logits' a few times over."""
+    if name.endswith("norm.weight"):
+        return np.ones(shape, np.float32)
+    if name.endswith("e_score_correction_bias"):
+        return np.zeros(shape, np.float32)
+    scale = 1.0 if name.startswith("model.embed") else shape[1] ** -0.5 * (4.0 if name.startswith("lm_head") else 1.0)
+    return rng.normal(0.0, scale, shape).astype(np.float32)
+
+
+def write_weights(path: pathlib.Path) -> None:
+    """One safetensors file: bfloat16, but for the router's bias, which is float32 as in DeepSeek-V3."""
+    rng = np.random.default_rng(SEED)
+    kept: list[Array] = []
+    specs: dict[str, TensorSpec] = {}
+    for name, shape in shapes():
+        tensor: Array = make_tensor(name, shape, rng)
+        dtype = "float32"
+        if not name.endswith("e_score_correction_bias"):
+            # The upper half of a float32 is a bfloat16; adding half of the lower half's range rounds it.
+            tensor, dtype = ((tensor.view(np.uint32) + 0x8000) >> 16).astype(np.uint16), "bfloat16"
+        kept.append(tensor)  # alive until the file is written: a TensorSpec holds the address alone
+        specs[name] = TensorSpec(dtype=dtype, shape=shape, data_ptr=tensor.ctypes.data, data_len=tensor.nbytes)
+    serialize_file(specs, str(path), metadata={"format": "pt"})
+
+
+def write_json(name: str, value: dict[str, object]) -> None:
+    (FOLDER / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Write every file of the demo but demo.toml, which is written by hand."""
+    make_tokenizer().save(str(FOLDER / "tokenizer.json"))
+    write_weights(FOLDER / "model.safetensors")
+    write_json("config.json", CONFIG)
+    write_json("generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
+    write_json(
+        "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": BEGIN,
+            "eos_token": END,
+            "model_max_length": CONFIG["max_position_embeddings"],
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
