@@ -1,0 +1,38 @@
+# `make serve` and `make test` set everything up in .venv on their first run.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: serve test lint format clean
+
+# CONFIG=configs/production.toml serves that instead of the embedded demo.
+serve: $(VENV)/.installed
+	@exec $(BIN)/nmoe serve $(if $(CONFIG),--config $(CONFIG))
+
+# TESTS="tests/test_config.py -k name" runs those alone.
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nmoe needs Python 3.11 or newer: make PYTHON=...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV)"
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.installed
+	$(INSTALL) --editable '.[$*]'
+	@touch $@
