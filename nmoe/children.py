@@ -1,8 +1,8 @@
 """The launcher's children: forked, watched through pidfds, reaped, stopped.
 
-A child is forked without exec: it inherits the configuration, the listening socket and the shared memory as they are, and
-starts in milliseconds. That asks the launcher to stay single-threaded and to import neither torch nor numpy; each child
-imports what it needs.
+A child is forked without exec: it inherits the configuration, the listening socket and the shared memory as they are,
+and starts in milliseconds. That asks the launcher to stay single-threaded and to import neither torch nor numpy; each
+child imports what it needs.
 """
 
 import importlib
@@ -149,7 +149,10 @@ class Children:
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
     def stop(self, grace: float) -> None:
-        """End every child: close its link, wait `grace` seconds for it to leave, then kill it. Returns when all are reaped."""
+        """End every child: close its link, wait `grace` seconds for it to leave, then kill it.
+
+        Returns when all are reaped.
+        """
         for child in self._alive:
             child.control.shut()
         deadline = time.monotonic() + grace

@@ -167,10 +167,9 @@ def load_config(path: str | pathlib.Path) -> Config:
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"is not valid TOML: {error}"]) from None
 
-    problems: list[str] = []
     kinds = {field.name: field.type for field in msgspec.structs.fields(Config)}
-    for name in document.keys() - kinds.keys():
-        problems.append(f"[{name}]: unknown section; {_nearest(name, list(kinds), '[{}]')}")
+    unknown = [name for name in document if name not in kinds]
+    problems = [f"[{name}]: unknown section; {_nearest(name, list(kinds), '[{}]')}" for name in unknown]
     sections = {name: _section(name, kind, document.get(name, {}), problems) for name, kind in kinds.items()}
     config = Config(**sections)
     # A key that failed to convert has its default here; only then would a contradiction be news about a wrong value.

@@ -59,10 +59,10 @@ ControlMessage = Progress | Up | Failed | Drain | Drained
 
 
 class Control:
-    """One end of the launcher's link to a child: whole messages, non-blocking receive, end-of-file when the peer dies."""
+    """One end of the launcher's link to a child: whole messages, non-blocking receive, end-of-file when it dies."""
 
     _encoder = msgspec.msgpack.Encoder()
-    _decoder = msgspec.msgpack.Decoder(ControlMessage)
+    _decoder: msgspec.msgpack.Decoder[ControlMessage] = msgspec.msgpack.Decoder(ControlMessage)
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock

@@ -3,8 +3,8 @@
     doctor -> bind HTTP port -> fork scheduler, workers, frontends -> every child Up -> ready line
            -> SIGTERM or SIGINT -> drain -> stop
 
-Until issue-free supervision restarts them, the death of any child ends the server: frontends close their streams with an
-error, every process leaves, and the launcher exits non-zero with the reason.
+The death of any child ends the server: frontends close their streams with an error, every process leaves, and the
+launcher exits non-zero with the reason.
 """
 
 import logging
@@ -79,7 +79,6 @@ class _Server:
             self._fork("worker", rank)
         for index in range(self._config.server.processes):
             self._fork("frontend", index)
-        # Only frontends accept; with the launcher's copy open, connections would outlive the last of them.
 
     def _fork(self, role: ipc.Role, index: int) -> None:
         ours, theirs = ipc.Control.pair()

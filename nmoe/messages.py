@@ -1,8 +1,8 @@
 """The messages between processes: frozen, tagged, array-like msgspec Structs, one union per link.
 
 Fields are only appended, with defaults. Every message carries the `generation` of its sender (which life of that
-process sent it); a receiver drops what an earlier life sent. Arrays travel as raw little-endian bytes: token ids, slots,
-pages and positions as int32, uids as int64.
+process sent it); a receiver drops what an earlier life sent. Arrays travel as raw little-endian bytes: token ids,
+slots, pages and positions as int32, uids as int64.
 
     frontend  -> scheduler    Hello, Submit, Finish, Abort            (FrontendToScheduler)
     scheduler -> frontend     Serving, Tokens, Rejected               (SchedulerToFrontend)
@@ -45,8 +45,8 @@ class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class Sampling(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How a request's tokens are drawn.
 
-    temperature 0 is greedy and makes the other fields irrelevant; top_k 0 means no top-k; top_p 1 means no top-p. `seed`
-    with the token's position determines the draw: a counter-based generator, never a stateful stream.
+    temperature 0 is greedy and makes the other fields irrelevant; top_k 0 means no top-k; top_p 1 means no top-p.
+    `seed` with the token's position determines the draw: a counter-based generator, never a stateful stream.
     """
 
     temperature: float = 1.0
@@ -65,8 +65,8 @@ class Hello(Message, frozen=True, tag="hello"):
 class Submit(Message, frozen=True, tag="submit"):
     """One prompt to be continued `n` times. Sibling i has the uid `uid + i`; the frontend reserves the range.
 
-    Siblings compute the prompt once: they wait for the first, then share its full pages on the same rank. Sibling i draws
-    from a seed derived from (seed, i); sibling 0 uses the seed itself.
+    Siblings compute the prompt once: they wait for the first, then share its full pages on the same rank. Sibling i
+    draws from a seed derived from (seed, i); sibling 0 uses the seed itself.
     """
 
     uid: int
@@ -120,8 +120,8 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class Tokens(Message, frozen=True, tag="tokens"):
     """What one step produced for one frontend: at most one such message per step and frontend.
 
-    `uids` int64 [R]; `tokens` int32 [sum of counts], in the order of `uids`; `counts` int32 [R], None when every row has
-    one. A request's last tokens and its `ended` entry come in the same message; its EOS token is among the tokens.
+    `uids` int64 [R]; `tokens` int32 [sum of counts], in the order of `uids`; `counts` int32 [R], None when every row
+    has one. A request's last tokens and its `ended` entry come in the same message; its EOS token is among the tokens.
     """
 
     uids: bytes
@@ -154,8 +154,8 @@ class Admit(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A request's first appearance in `slot`, or its return after a preemption: resets the slot's page list and state.
 
     Positions below `cached` are already in shared pages, which the worker never writes, not even when it recomputes the
-    last cached token to sample from it. `past` (int32) is the whole of the known tokens, sent only when the sampling needs
-    them (penalties); empty otherwise.
+    last cached token to sample from it. `past` (int32) is the whole of the known tokens, sent only when the sampling
+    needs them (penalties); empty otherwise.
     """
 
     slot: int
@@ -169,8 +169,8 @@ class Step(Message, frozen=True, tag="step"):
 
     `rows` is int32 [R, 4]: slot, first position, token count, flags, decode rows before prefill chunks. None means: the
     rows of this rank's previous Step, each going on from where it ended. `ids` is int32, the input ids of the rows with
-    ROW_HAS_IDS, concatenated in row order. `pages` is int32 [P, 2]: (slot, page), to be appended to the slot's page list
-    in this order, after `admits` have reset theirs. An idle rank gets rows of length 0.
+    ROW_HAS_IDS, concatenated in row order. `pages` is int32 [P, 2]: (slot, page), to be appended to the slot's page
+    list in this order, after `admits` have reset theirs. An idle rank gets rows of length 0.
     """
 
     step_id: int

@@ -1,8 +1,8 @@
 """The server's metrics: one board of numbers in anonymous shared memory, one row per process.
 
-The launcher makes the board before it forks, so every process has it. A process writes its own row only, and any of them
-reads all rows: no message, no lock, and a process that is restarted goes on from where its row stood. A frontend renders
-the whole board for /metrics, in Prometheus' text format. Names follow vLLM's, with the prefix `nmoe:`.
+The launcher makes the board before it forks, so every process has it. A process writes its own row only, and any of
+them reads all rows: no message, no lock, and a process that is restarted goes on from where its row stood. A frontend
+renders the whole board for /metrics, in Prometheus' text format. Names follow vLLM's, with the prefix `nmoe:`.
 """
 
 import bisect

@@ -1,0 +1,29 @@
+"""Shared servers and checkpoints: starting one costs a second, so tests share them where they can."""
+
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+
+from tests.forking import start_zygote
+from tests.serving import Server
+
+
+def pytest_configure() -> None:
+    """Let the zygote import torch while the tests are collected."""
+    start_zygote()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The small default checkpoint."""
+    from tests.checkpoints import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-deepseek")
+
+
+@pytest.fixture(scope="session")
+def server(checkpoint: pathlib.Path) -> Iterator[Server]:
+    """A server of the default checkpoint for tests that leave it as they found it."""
+    with Server({"model": {"path": str(checkpoint)}}) as running:
+        yield running

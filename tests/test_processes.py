@@ -1,0 +1,206 @@
+"""The process boundary with real processes: start, refuse to start, stop, drain, death. Nothing may be left behind."""
+
+import asyncio
+import json
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+
+import aiohttp
+import psutil
+import pytest
+
+from nmoe.__main__ import main
+from tests.checkpoints import make_checkpoint
+from tests.forking import fork_call
+from tests.serving import READY, Server, write_config
+
+
+def _family(server: Server) -> list[psutil.Process]:
+    launcher = psutil.Process(server.process.pid)
+    return [launcher, *launcher.children(recursive=True)]
+
+
+def _run_dirs() -> set[pathlib.Path]:
+    return {path for path in pathlib.Path(tempfile.gettempdir()).glob("nmoe-*") if (path / "workers").exists()}
+
+
+def _stream_body(server: Server, max_tokens: int) -> dict:
+    return {"model": server.model, "prompt": [1, 2, 3], "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_every_process_and_leaves_nothing(checkpoint: pathlib.Path, signum: int) -> None:
+    before = _run_dirs()
+    server = Server({"model": {"path": str(checkpoint)}}).start()
+    family = _family(server)
+    assert len(family) == 4  # launcher, scheduler, worker, frontend
+    assert len(_run_dirs() - before) == 1
+    assert server.stop(signum) == 0, server.output
+    assert psutil.wait_procs(family, timeout=1)[1] == []
+    assert _run_dirs() == before
+    assert server.output.count(READY) == 1
+    assert "Traceback" not in server.output
+
+
+def test_children_die_with_a_killed_launcher(checkpoint: pathlib.Path) -> None:
+    server = Server({"model": {"path": str(checkpoint)}}).start()
+    family = _family(server)
+    server.stop(signal.SIGKILL)
+    assert psutil.wait_procs(family, timeout=5)[1] == []
+
+
+def test_two_servers_run_side_by_side(server: Server, checkpoint: pathlib.Path) -> None:
+    with Server({"model": {"path": str(checkpoint)}}) as second:
+        for url in (server.url, second.url):
+            with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+                assert response.status == 200
+
+
+async def test_sigterm_lets_running_streams_finish(checkpoint: pathlib.Path) -> None:
+    server = Server({"model": {"path": str(checkpoint)}}).start()
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{server.url}/v1/completions", json=_stream_body(server, 400)) as stream,
+    ):
+        await stream.content.readline()
+        server.process.kill(signal.SIGTERM)
+        rest = (await stream.content.read()).decode()
+    assert '"finish_reason":"length"' in rest
+    assert rest.rstrip().endswith("data: [DONE]")
+    assert server.process.wait() == 0
+
+
+async def test_a_second_signal_ends_at_once(checkpoint: pathlib.Path) -> None:
+    server = Server({"model": {"path": str(checkpoint)}, "server": {"drain_timeout_s": 60}}).start()
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{server.url}/v1/completions", json=_stream_body(server, 1000)) as stream,
+    ):
+        await stream.content.readline()
+        server.process.kill(signal.SIGTERM)
+        await asyncio.sleep(0.05)
+        server.process.kill(signal.SIGTERM)
+        rest = (await stream.content.read()).decode()
+    assert '"error"' in rest
+    assert "[DONE]" not in rest
+    assert server.process.wait(10) == 0
+
+
+@pytest.mark.parametrize("victim", ["worker", "scheduler"])
+async def test_a_death_ends_open_streams_with_an_error_and_the_server_with_a_reason(
+    checkpoint: pathlib.Path, victim: str
+) -> None:
+    server = Server({"model": {"path": str(checkpoint)}}).start()
+    family = _family(server)
+    name = {"worker": "nmoe worker 0", "scheduler": "nmoe scheduler"}[victim]
+    (process,) = [process for process in family if process.name() == name]
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{server.url}/v1/completions", json=_stream_body(server, 1000)) as stream,
+    ):
+        await stream.content.readline()
+        process.kill()
+        rest = (await stream.content.read()).decode()
+    assert rest.count('"error"') == 1
+    assert "[DONE]" not in rest
+    assert server.process.wait(10) == 1
+    assert f"{name.removeprefix('nmoe ')} was killed by SIGKILL" in server.output
+    assert psutil.wait_procs(family, timeout=1)[1] == []
+
+
+def test_an_idle_server_uses_no_cpu(checkpoint: pathlib.Path) -> None:
+    with Server({"model": {"path": str(checkpoint)}, "server": {"processes": 2}}) as server:
+        family = _family(server)
+        time.sleep(0.5)
+
+        def cpu_seconds() -> float:
+            return sum(process.cpu_times().user + process.cpu_times().system for process in family)
+
+        before = cpu_seconds()
+        time.sleep(4)
+        assert cpu_seconds() - before <= 0.04 + 0.01  # 1% of a core, and the clock's tick
+
+
+def test_the_demo_is_ready_within_twelve_seconds() -> None:
+    """As a newcomer starts it: a fresh interpreter, no configuration but the port, which must be free here."""
+    config = pathlib.Path("nmoe/demo/demo.toml").resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder) / "demo.toml"
+        text = config.read_text().replace('path = "."', f"path = {json.dumps(str(config.parent))}")
+        copy.write_text(text + ("\nport = 0\n" if "[server]" in text else "\n[server]\nport = 0\n"))
+        begin = time.monotonic()
+        command = [sys.executable, "-m", "nmoe.serve", "--config", str(copy)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout.readline().startswith(READY)
+                assert time.monotonic() - begin < 12
+            finally:
+                process.terminate()
+            assert process.wait(10) == 0
+
+
+# ------------------------------------------------------------------------------------------- refusing to start
+
+
+def _refusal(tmp_path: pathlib.Path, sections: dict) -> str:
+    """What a server says that does not start; it must say it within seconds and exit with 1."""
+    output = tmp_path / "output"
+    begin = time.monotonic()
+    child = fork_call(main, ["serve", "--config", str(write_config(tmp_path, sections))], output=output)
+    assert child.wait(10) == 1
+    assert time.monotonic() - begin < 5
+    text = output.read_text()
+    assert READY not in text
+    assert "Traceback" not in text
+    return text
+
+
+def test_a_wrong_configuration_names_every_problem(tmp_path: pathlib.Path) -> None:
+    text = _refusal(tmp_path, {"model": {"path": "x"}, "engine": {"page_sise": 16, "max_batch_size": "many"}})
+    assert "page_sise" in text
+    assert "page_size" in text
+    assert "max_batch_size" in text
+
+
+@pytest.fixture
+def broken(checkpoint: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A copy of the default checkpoint to be damaged."""
+    return shutil.copytree(checkpoint, tmp_path / "broken")
+
+
+def test_a_missing_shard_is_named(tmp_path: pathlib.Path) -> None:
+    folder = make_checkpoint(tmp_path / "sharded", shards=2)
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    shard.unlink()
+    assert shard.name in _refusal(tmp_path, {"model": {"path": str(folder)}})
+
+
+def test_a_wrong_shape_is_named(broken: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    config["moe_intermediate_size"] += 8
+    (broken / "config.json").write_text(json.dumps(config))
+    assert "mlp.experts" in _refusal(tmp_path, {"model": {"path": str(broken)}})
+
+
+def test_an_absent_tokenizer_is_named_with_the_remedy(broken: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (broken / "tokenizer.json").unlink()
+    assert "tokenizer.json" in _refusal(tmp_path, {"model": {"path": str(broken)}})
+
+
+def test_experts_that_do_not_divide_are_refused(tmp_path: pathlib.Path) -> None:
+    folder = make_checkpoint(tmp_path / "odd", n_routed_experts=9, n_group=1, topk_group=1)
+    text = _refusal(tmp_path, {"model": {"path": str(folder)}, "parallel": {"world_size": 2, "device": "cpu"}})
+    assert "9" in text
+    assert "world_size" in text
+
+
+def test_a_taken_port_is_refused(server: Server, checkpoint: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    port = int(server.url.rpartition(":")[2])
+    text = _refusal(tmp_path, {"model": {"path": str(checkpoint)}, "server": {"port": port}})
+    assert str(port) in text
