@@ -1,0 +1,293 @@
+"""A checkpoint folder, checked without reading its weights and without torch.
+
+`open_checkpoint` compares what config.json promises with what the safetensors headers hold, so a model that cannot be
+served is refused within seconds, with the file or tensor at fault and the remedy. The format of a header (an 8-byte
+little-endian length, then JSON) is that of https://github.com/huggingface/safetensors.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import pathlib
+import re
+import struct
+from typing import Any
+
+from nmoe.architecture import (
+    Architecture,
+    config_file,
+    expected_tensors,
+    is_lfs_pointer,
+    read_architecture,
+    read_json,
+)
+from nmoe.config import Config
+from nmoe.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SCALE_SUFFIX = "_scale_inv"
+_FP8 = "F8_E4M3"
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, _FP8: 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
+_WEIGHT_DTYPES = ("F32", "BF16", "F16", _FP8)
+_MAX_HEADER_BYTES = 100_000_000
+_HARMLESS = re.compile(r".*\.rotary_emb\.inv_freq")
+_SHOWN = 3  # names of a list that an error message spells out
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies and what it is; `dtype` as safetensors spells it."""
+
+    file: pathlib.Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk."""
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint that passed every check. `tensors` is empty where the weights are random."""
+
+    path: pathlib.Path
+    architecture: Architecture
+    tensors: dict[str, TensorInfo]
+    dtype: str  # compute dtype: "bfloat16" or "float32"
+    max_seq_len: int  # prompt and output together
+
+
+def open_checkpoint(config: Config) -> Checkpoint:
+    """Read and check the checkpoint that `config` names. Raises CheckpointError with the first problem found."""
+    path = pathlib.Path(config.model.path)
+    if config.model.attention_type == "dsa":
+        raise CheckpointError(
+            "[model] attention_type = 'dsa': sparse attention does not exist yet; set it to 'auto' or 'mla'"
+        )
+    architecture = read_architecture(path)
+    if architecture.num_experts % config.parallel.world_size:
+        raise CheckpointError(
+            f"{config_file(path)}: n_routed_experts = {architecture.num_experts} cannot be divided evenly among"
+            f" [parallel] world_size = {config.parallel.world_size} workers; choose a world_size that divides it"
+        )
+    tensors = {} if config.model.weights == "random" else _checked_tensors(path, architecture)
+    return Checkpoint(
+        path, architecture, tensors, _compute_dtype(config, architecture), _max_seq_len(config, architecture)
+    )
+
+
+def _compute_dtype(config: Config, architecture: Architecture) -> str:
+    dtype = architecture.dtype if config.model.dtype == "auto" else config.model.dtype
+    if dtype == "float16":
+        raise CheckpointError("the checkpoint is float16, which cannot be computed in; set [model] dtype = 'bfloat16'")
+    return dtype
+
+
+def _max_seq_len(config: Config, architecture: Architecture) -> int:
+    wanted, limit = config.model.max_seq_len, architecture.max_position_embeddings
+    if wanted > limit:
+        raise CheckpointError(
+            f"[model] max_seq_len = {wanted}: the model knows max_position_embeddings = {limit} positions; lower it"
+        )
+    return wanted or limit
+
+
+# -------------------------------------------------------------------------------------------------------- the tensors
+
+
+def _checked_tensors(folder: pathlib.Path, architecture: Architecture) -> dict[str, TensorInfo]:
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: is a single file, which holds no weights; set [model] path to the checkpoint's folder,"
+            " or weights = 'random'"
+        )
+    found = _read_tensors(folder)
+    wanted = dict(expected_tensors(architecture))
+    tensors = _drop_unused(folder, architecture, found, wanted)
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {_listed(missing)} not in the checkpoint, though config.json asks for it;"
+            " config.json and the shards must come from the same model"
+        )
+    for name, shape in wanted.items():
+        _check_tensor(name, shape, tensors, architecture)
+    unknown = [name for name in tensors if name not in wanted and not _is_scale(name, wanted)]
+    if unknown:
+        raise CheckpointError(
+            f"{folder}: {_listed(unknown)} in the checkpoint, but not part of the model that config.json describes;"
+            " config.json and the shards must come from the same model"
+        )
+    return tensors
+
+
+def _listed(names: list[str]) -> str:
+    more = (
+        f" and {len(names) - _SHOWN} more tensors are" if len(names) > _SHOWN else " is" if len(names) == 1 else " are"
+    )
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _is_scale(name: str, wanted: dict[str, tuple[int, ...]]) -> bool:
+    return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in wanted
+
+
+def _drop_unused(
+    folder: pathlib.Path, a: Architecture, found: dict[str, TensorInfo], wanted: dict[str, tuple[int, ...]]
+) -> dict[str, TensorInfo]:
+    """Without the MTP layers, and without what transformers ignores too."""
+    mtp = tuple(f"model.layers.{a.num_layers + index}." for index in range(a.num_mtp_layers))
+    skipped = [name for name in found if name.startswith(mtp)] if mtp else []
+    if skipped:
+        log.info(
+            "%s: skipping the multi-token-prediction layer (model.layers.%d, %d tensors)",
+            folder,
+            a.num_layers,
+            len(skipped),
+        )
+    ignored = {*skipped, *(name for name in found if _HARMLESS.fullmatch(name))}
+    if a.tie_word_embeddings:
+        ignored.add("lm_head.weight")
+    return {name: info for name, info in found.items() if name not in ignored}
+
+
+def _check_tensor(
+    name: str, shape: tuple[int, ...], tensors: dict[str, TensorInfo], architecture: Architecture
+) -> None:
+    info = tensors[name]
+    if info.shape != shape:
+        raise CheckpointError(
+            f"{info.file}: {name} has shape {list(info.shape)}, but config.json asks for {list(shape)};"
+            " config.json and the shards must come from the same model"
+        )
+    if info.dtype not in _WEIGHT_DTYPES:
+        raise CheckpointError(f"{info.file}: {name} is {info.dtype}; supported are {', '.join(_WEIGHT_DTYPES)}")
+    if info.dtype != _FP8:
+        return
+    if architecture.quant_block is None:
+        raise CheckpointError(
+            f"{info.file}: {name} is FP8, but config.json has no quantization_config with its weight_block_size;"
+            " take config.json from the model's original repository"
+        )
+    scale = tensors.get(name + SCALE_SUFFIX)
+    if scale is None:
+        raise CheckpointError(f"{info.file}: {name} is FP8, but its scales {name + SCALE_SUFFIX} are not there")
+    blocks = tuple(-(-size // block) for size, block in zip(shape, architecture.quant_block, strict=True))
+    if scale.shape != blocks:
+        raise CheckpointError(
+            f"{scale.file}: {name + SCALE_SUFFIX} has shape {list(scale.shape)}, but blocks of"
+            f" {list(architecture.quant_block)} make {list(blocks)}; check weight_block_size in config.json"
+        )
+
+
+# --------------------------------------------------------------------------------------------------- safetensors files
+
+
+def _read_tensors(folder: pathlib.Path) -> dict[str, TensorInfo]:
+    """Every tensor of the folder, by the index where there is one."""
+    if not (folder / INDEX).exists():
+        if (folder / SINGLE).exists():
+            return _read_header(folder / SINGLE)
+        raise CheckpointError(f"{folder}: {_no_weights(folder)}")
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{folder / INDEX}: has no 'weight_map' from tensor to file; copy it again")
+    shards = sorted(set(weight_map.values()))
+    absent = [shard for shard in shards if not (folder / shard).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{folder}: {len(absent)} of {len(shards)} shards that {INDEX} names are missing:"
+            f" {', '.join(absent[:_SHOWN])}{', ...' if len(absent) > _SHOWN else ''}; download them again"
+        )
+    held = {shard: _read_header(folder / shard) for shard in shards}
+    for name, shard in weight_map.items():
+        if name not in held[shard]:
+            raise CheckpointError(f"{folder / shard}: lacks {name}, which {INDEX} says it holds; download both again")
+    return {name: held[shard][name] for name, shard in weight_map.items()}
+
+
+def _no_weights(folder: pathlib.Path) -> str:
+    if any(folder.glob("model-*-of-*.safetensors")):
+        return f"has shards but no {INDEX}; copy it from the original"
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        return "holds PyTorch pickles; convert: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+    return f"has neither {INDEX} nor {SINGLE}; download the weights, or set [model] weights = 'random'"
+
+
+def _read_header(file: pathlib.Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, whose length must be what its header says."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if is_lfs_pointer(file):
+            raise CheckpointError(f"{file}: is a Git LFS placeholder, not the file; run `git lfs pull` in its folder")
+        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(f"{file}: is truncated or not a safetensors file ({size} bytes); download it again")
+        try:
+            header: dict[str, Any] = json.loads(stream.read(length))
+            tensors = {
+                name: TensorInfo(file, entry["dtype"], tuple(entry["shape"]))
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise CheckpointError(f"{file}: its header is damaged ({error!r}); download it again") from None
+    expected = 8 + length + max(ends, default=0)
+    if expected != size:
+        raise CheckpointError(
+            f"{file}: has {size} bytes, but its header describes {expected}: truncated or damaged; download it again"
+        )
+    return tensors
+
+
+# -------------------------------------------------------------------------------------------------- beside the weights
+
+
+def eos_ids(path: str | pathlib.Path, architecture: Architecture) -> tuple[int, ...]:
+    """The token ids that end an answer: generation_config.json's, or else config.json's."""
+    file = config_file(path).parent / "generation_config.json"
+    if not file.exists():
+        return architecture.eos_token_ids
+    value = read_json(file).get("eos_token_id")
+    if value is None:
+        return architecture.eos_token_ids
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(token, int) for token in ids):
+        raise CheckpointError(f"{file}: eos_token_id = {value!r}: must be a token id or a list of them")
+    return tuple(ids)
+
+
+_OTHER_TOKENIZERS = {
+    "*.tiktoken": "a tiktoken vocabulary",
+    "tiktoken.model": "a tiktoken vocabulary",
+    "tokenizer.model": "a sentencepiece model",
+    "*.spm": "a sentencepiece model",
+    "vocab.json": "a vocabulary without its tokenizer.json",
+    "tekken.json": "a Mistral tokenizer",
+}
+
+
+def tokenizer_file(path: str | pathlib.Path) -> pathlib.Path:
+    """The checkpoint's tokenizer.json; CheckpointError says what is there instead and how to convert it."""
+    folder = config_file(path).parent
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        if "model" not in read_json(file):
+            raise CheckpointError(f"{file}: is not a tokenizer of the tokenizers library (no 'model'); copy it again")
+        return file
+    for pattern, kind in _OTHER_TOKENIZERS.items():
+        if found := sorted(folder.glob(pattern)):
+            raise CheckpointError(
+                f"{folder}: has {found[0].name} ({kind}), but a tokenizer.json is needed; make one with"
+                f' python -c "from transformers import AutoTokenizer as T;'
+                f' T.from_pretrained({str(folder)!r}, use_fast=True).save_pretrained({str(folder)!r})"'
+            )
+    raise CheckpointError(f"{folder}: has no tokenizer.json; copy it from the model's original repository")
