@@ -1,0 +1,363 @@
+"""The preflight checks: what is wrong with this machine, checkpoint and configuration, before a process is started.
+
+Nothing here changes anything or needs torch. A check returns one row, or None where it does not apply (a server on
+the CPU needs no driver). The model row speaks for the whole checkpoint; what depends on its sizes is left out while it
+fails.
+"""
+
+import dataclasses
+import logging
+import os
+import pathlib
+import resource
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nmoe import envs, gpus
+from nmoe.checkpoint import Checkpoint, open_checkpoint, tokenizer_file
+from nmoe.config import Config
+from nmoe.errors import CheckpointError, LaunchError
+
+_log = logging.getLogger("nmoe.doctor")
+GIB = 1 << 30
+WANTED_TOKENS = 4096  # of cache for each running request; with less, long requests preempt each other
+SHARED_BYTES_PER_RANK = 32 << 20  # of /dev/shm, for the peers' rendezvous
+_COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+class Row(msgspec.Struct, frozen=True):
+    """The outcome of one check; `remedy` is there on every row that is not ok."""
+
+    name: str
+    status: Literal["ok", "warn", "fail"]
+    detail: str
+    remedy: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Facts:
+    """What several checks look at, read once. `gpus` is None on the CPU."""
+
+    config: Config
+    checkpoint: Checkpoint | CheckpointError
+    gpus: gpus.Survey | None
+    ram_free: int  # bytes that new processes can have
+
+
+Check = Callable[[Facts], Row | None]
+
+
+def checks(config: Config) -> list[Row]:
+    """Run every check that applies."""
+    facts = _gather(config)
+    return [row for check in CHECKS if (row := check(facts)) is not None]
+
+
+def run(config: Config, as_json: bool = False) -> int:
+    """Print the checks to standard output; returns the exit code, 1 when one fails."""
+    rows = checks(config)
+    if as_json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(rows), indent=2).decode() + "\n")
+    else:
+        report(rows, Console())
+    return int(any(row.status == "fail" for row in rows))
+
+
+def require(config: Config) -> None:
+    """Log the warnings and raise LaunchError, with every failing row and its remedy, when a check fails."""
+    rows = checks(config)
+    for row in rows:
+        if row.status == "warn":
+            _log.warning("%s: %s; %s", row.name, row.detail, row.remedy)
+    failed = [f"  - {row.name}: {row.detail}\n    remedy: {row.remedy}" for row in rows if row.status == "fail"]
+    if failed:
+        raise LaunchError("\n".join([f"{len(failed)} preflight check(s) failed", *failed]))
+
+
+def report(rows: list[Row], console: Console) -> None:
+    """The rows as a table, each remedy below what it remedies."""
+    table = Table("check", "", "found", box=None, pad_edge=False)
+    for row in rows:
+        # As Text, because "[model] path" is not markup.
+        table.add_row(row.name, Text(row.status, _COLORS[row.status]), Text(row.detail))
+        if row.remedy:
+            table.add_row("", "", Text.assemble(("remedy: ", "bold"), row.remedy))
+    console.print(table)
+
+
+def _gather(config: Config) -> Facts:
+    try:
+        checkpoint: Checkpoint | CheckpointError = open_checkpoint(config)
+    except CheckpointError as error:
+        checkpoint = error
+    cuda = config.parallel.device == "cuda"
+    survey = gpus.survey(envs.get("CUDA_VISIBLE_DEVICES"), config.parallel.world_size) if cuda else None
+    return Facts(config, checkpoint, survey, _ram_free())
+
+
+def _ram_free() -> int:
+    for line in pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    raise LaunchError("/proc/meminfo has no MemAvailable: a Linux kernel of 3.14 or newer is needed")
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / (1 << 20):.1f} MiB"
+
+
+# --------------------------------------------------------------------------------------------------- model and cache
+
+
+def _split(error: CheckpointError) -> tuple[str, str]:
+    """The errors of a checkpoint end in "; what to do"."""
+    detail, _, remedy = str(error).rpartition("; ")
+    return (detail, remedy) if detail else (remedy, "check the files under [model] path")
+
+
+def _model(facts: Facts) -> Row:
+    if isinstance(facts.checkpoint, CheckpointError):
+        return Row("model", "fail", *_split(facts.checkpoint))
+    architecture, tensors = facts.checkpoint.architecture, facts.checkpoint.tensors
+    count = architecture.num_params()
+    size = f"{count / 1e9:.1f} B parameters" if count >= 1e9 else f"{count / 1e6:.1f} M parameters"
+    if not tensors:
+        return Row("model", "ok", f"{architecture.model_type}, {size}, random weights")
+    shards, disk = len({info.file for info in tensors.values()}), sum(info.num_bytes for info in tensors.values())
+    return Row("model", "ok", f"{architecture.model_type}, {size}, {shards} file(s) of {_gib(disk)}, all present")
+
+
+def _tokenizer(facts: Facts) -> Row | None:
+    model = facts.config.model
+    if not pathlib.Path(model.path).is_dir():
+        return None  # absent, which is the model row's to say, or a benchmark's config.json: prompts come as token ids
+    try:
+        return Row("tokenizer", "ok", tokenizer_file(model.path).name)
+    except CheckpointError as error:
+        return Row("tokenizer", "fail", *_split(error))
+
+
+def _weight_bytes(facts: Facts, checkpoint: Checkpoint) -> int:
+    """Of one rank. FP8 weights stay FP8 on a GPU and are expanded on the CPU."""
+    architecture, world_size = checkpoint.architecture, facts.config.parallel.world_size
+    if architecture.quant_block and facts.config.parallel.device == "cuda":
+        return architecture.num_params(world_size)
+    return architecture.weight_bytes(checkpoint.dtype, world_size)
+
+
+def _memory_per_rank(facts: Facts) -> tuple[str, int] | None:
+    """What one rank can have in bytes, and of what; None while the GPUs are unknown."""
+    world_size = facts.config.parallel.world_size
+    if facts.gpus is None:
+        return "free memory", facts.ram_free // world_size
+    if not facts.gpus.gpus:
+        return None
+    return "a GPU", min(gpu.free for gpu in facts.gpus.gpus[:world_size])
+
+
+def _cache_bytes(facts: Facts, checkpoint: Checkpoint, memory: int) -> int:
+    """Of one rank, as [engine] num_pages says or as memory allows."""
+    engine = facts.config.engine
+    if engine.num_pages:
+        per_token = checkpoint.architecture.kv_bytes_per_token(checkpoint.dtype)
+        return (engine.num_pages + 1) * engine.page_size * per_token
+    return max(0, int(memory * engine.gpu_memory_utilization) - _weight_bytes(facts, checkpoint))
+
+
+def _memory(facts: Facts) -> Row | None:
+    memory = _memory_per_rank(facts)
+    if isinstance(facts.checkpoint, CheckpointError) or memory is None:
+        return None
+    what, available = memory
+    weights = _weight_bytes(facts, facts.checkpoint)
+    cache = _cache_bytes(facts, facts.checkpoint, available)
+    detail = f"per rank: weights {_gib(weights)} + cache {_gib(cache)} of {_gib(available)} ({what})"
+    if weights + cache <= available * facts.config.engine.gpu_memory_utilization:
+        return Row("memory", "ok", detail)
+    if weights + cache <= available:
+        return Row("memory", "warn", detail, "lower [engine] num_pages, or raise gpu_memory_utilization")
+    if weights > available:
+        return Row("memory", "fail", detail, "raise [parallel] world_size, free memory, or serve a smaller model")
+    most = int((available - weights) * 0.9 / (cache / max(1, facts.config.engine.num_pages)))
+    return Row("memory", "fail", detail, f"set [engine] num_pages to at most {most}, or 0 to fill what is left")
+
+
+def _capacity(facts: Facts) -> Row | None:
+    memory = _memory_per_rank(facts)
+    if isinstance(facts.checkpoint, CheckpointError) or memory is None:
+        return None
+    engine, checkpoint = facts.config.engine, facts.checkpoint
+    per_token = checkpoint.architecture.kv_bytes_per_token(checkpoint.dtype)
+    pages = engine.num_pages or _cache_bytes(facts, checkpoint, memory[1]) // (per_token * engine.page_size)
+    each = min(WANTED_TOKENS, checkpoint.max_seq_len)
+    wanted = engine.max_batch_size * each
+    detail = (
+        f"{pages * engine.page_size:,} tokens per rank; {engine.max_batch_size} requests of {each:,} are {wanted:,}"
+    )
+    if pages * engine.page_size >= wanted:
+        return Row("KV capacity", "ok", detail)
+    fits = max(1, pages * engine.page_size // each)
+    remedy = f"lower [engine] max_batch_size to {fits}"
+    if engine.num_pages:
+        remedy += f", or raise num_pages to {-(-wanted // engine.page_size)}"
+    return Row("KV capacity", "warn", detail, remedy)
+
+
+# --------------------------------------------------------------------------------------------------------------- GPUs
+
+
+def _gpus(facts: Facts) -> Row | None:
+    if facts.gpus is None:
+        return None
+    if facts.gpus.problem:
+        return Row(
+            "GPUs", "fail", f"NVML: {facts.gpus.problem}", "install the NVIDIA driver and see that nvidia-smi runs"
+        )
+    found, needed = len(facts.gpus.gpus), facts.config.parallel.world_size
+    names = ", ".join(sorted({gpu.name for gpu in facts.gpus.gpus}))
+    if found < needed:
+        remedy = f"set [parallel] world_size to at most {found}, or see to CUDA_VISIBLE_DEVICES"
+        return Row("GPUs", "fail", f"{found} for world_size = {needed} ({names or 'none'})", remedy)
+    return Row("GPUs", "ok", f"{found} for world_size = {needed} ({names})")
+
+
+def _driver(facts: Facts) -> Row | None:
+    if facts.gpus is None or facts.gpus.problem:
+        return None
+    built = gpus.torch_cuda()
+    detail = f"{facts.gpus.driver}, CUDA {'.'.join(map(str, facts.gpus.cuda))}; torch is built for CUDA {built}"
+    if built is None:
+        return Row("driver", "fail", detail, "install a torch that is built with CUDA")
+    if facts.gpus.cuda[0] < int(built.split(".")[0]):
+        return Row("driver", "fail", detail, f"install a driver that supports CUDA {built}")
+    return Row("driver", "ok", detail)
+
+
+def _peers(facts: Facts) -> Row | None:
+    if facts.gpus is None or facts.gpus.problem or facts.config.parallel.world_size == 1:
+        return None
+    if facts.gpus.unlinked:
+        pairs = ", ".join(f"{i} -> {j}" for i, j in facts.gpus.unlinked[:4])
+        remedy = "use GPUs that `nvidia-smi topo -p2p w` shows as OK, or switch off the IOMMU and PCIe ACS"
+        return Row("peer access", "fail", f"no access between {len(facts.gpus.unlinked)} pair(s): {pairs}", remedy)
+    return Row("peer access", "ok", "every GPU reaches every other")
+
+
+def _allocator(facts: Facts) -> Row | None:
+    """PYTORCH_ALLOC_CONF, the newer name, would win over what the launcher sets."""
+    if facts.gpus is None:
+        return None
+    name, winning = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+    ours = envs.for_children(facts.config)[name]
+    if (theirs := envs.get(winning)) is not None and theirs != ours:
+        return Row("allocator", "fail", f"{winning}={theirs} overrides {ours}", f"unset {winning}")
+    if (theirs := envs.get(name)) is not None and theirs != ours:
+        return Row("allocator", "warn", f"{name}={theirs} is replaced by {ours}", f"unset {name}")
+    return Row("allocator", "ok", ours)
+
+
+def _interface(facts: Facts) -> Row | None:
+    if facts.gpus is None:
+        return None
+    name = envs.for_children(facts.config)["NCCL_SOCKET_IFNAME"]
+    flags = pathlib.Path("/sys/class/net") / name / "flags"
+    if flags.exists() and int(flags.read_text(encoding="ascii"), 16) & 1:  # IFF_UP
+        return Row("network interface", "ok", name)
+    return Row("network interface", "fail", f"{name} is down or absent", f"run: ip link set {name} up")
+
+
+def _kernel_cache(facts: Facts) -> Row | None:
+    if facts.gpus is None:
+        return None
+    folder = pathlib.Path(facts.config.engine.cache_dir)
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        remedy = "set [engine] cache_dir to a folder that you may write"
+        return Row("kernel cache", "fail", f"{folder}: cannot write to {there}", remedy)
+    free = shutil.disk_usage(there).free
+    if free < GIB:
+        return Row("kernel cache", "warn", f"{folder}: {_gib(free)} free", "free 1 GiB, or move [engine] cache_dir")
+    return Row("kernel cache", "ok", f"{folder}, {_gib(free)} free")
+
+
+# ------------------------------------------------------------------------------------------------------------- system
+
+
+def _shared_memory(facts: Facts) -> Row:
+    folder, needed = pathlib.Path("/dev/shm"), SHARED_BYTES_PER_RANK * facts.config.parallel.world_size
+    free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+    detail = f"/dev/shm has {_gib(free)} free of the {_gib(needed)} needed"
+    if free >= needed:
+        return Row("shared memory", "ok", detail)
+    return Row("shared memory", "fail", detail, "mount a larger /dev/shm (docker run --shm-size=1g), or empty it")
+
+
+def _open_files(facts: Facts) -> Row:
+    """A connection of a frontend is a file; waiting and running requests each have one."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    limit = sys.maxsize if limit == resource.RLIM_INFINITY else limit
+    config = facts.config
+    requests = config.server.max_queue + config.engine.max_batch_size * config.parallel.world_size
+    needed = 128 + -(-requests // config.server.processes)
+    detail = f"{limit:,} per process; {requests:,} requests over {config.server.processes} frontend(s) need {needed:,}"
+    if limit >= needed:
+        return Row("open files", "ok", detail)
+    remedy = f"run `ulimit -n {needed}` before, or lower [server] max_queue"
+    return Row("open files", "fail" if limit < 256 else "warn", detail, remedy)
+
+
+def _port(facts: Facts) -> Row:
+    host, port = facts.config.server.host, facts.config.server.port
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        detail = f"cannot listen on {host}:{port}: {error.strerror or error}"
+        return Row(
+            "port", "fail", detail, "set [server] port to a free one (0: any), host to an address of this machine"
+        )
+    return Row("port", "ok", f"{host}:{port} is free" if port else f"{host}, any free port")
+
+
+# ------------------------------------------------------------------------------------------ what this release has not
+
+
+def _one_worker(facts: Facts) -> Row | None:
+    world_size = facts.config.parallel.world_size
+    if world_size == 1:
+        return None
+    detail = f"world_size = {world_size}: expert parallelism (RDEP) is not part of this release"
+    return Row("workers", "fail", detail, "set [parallel] world_size = 1")
+
+
+def _cpu_only(facts: Facts) -> Row | None:
+    if facts.config.parallel.device == "cpu":
+        return None
+    detail = 'device = "cuda": the CUDA engine is not part of this release'
+    return Row("device", "fail", detail, 'set [parallel] device = "cpu"')
+
+
+CHECKS: tuple[Check, ...] = (
+    _model,
+    _tokenizer,
+    _memory,
+    _capacity,
+    _gpus,
+    _driver,
+    _peers,
+    _allocator,
+    _interface,
+    _kernel_cache,
+    _shared_memory,
+    _open_files,
+    _port,
+    _one_worker,
+    _cpu_only,
+)
