@@ -107,7 +107,7 @@ class Config(msgspec.Struct, frozen=True):
     @property
     def model_name(self) -> str:
         """The id that clients name in the field `model`."""
-        return self.model.name or pathlib.Path(self.model.path).stem
+        return self.model.name or pathlib.Path(self.model.path).name.removesuffix(".json")
 
 
 def _nearest(word: str, known: list[str], what: str) -> str:
