@@ -177,16 +177,18 @@ def _memory(facts: Facts) -> Row | None:
     if isinstance(facts.checkpoint, CheckpointError) or memory is None:
         return None
     what, available = memory
+    engine = facts.config.engine
     weights = _weight_bytes(facts, facts.checkpoint)
     cache = _cache_bytes(facts, facts.checkpoint, available)
+    budget = available * engine.gpu_memory_utilization
     detail = f"per rank: weights {_gib(weights)} + cache {_gib(cache)} of {_gib(available)} ({what})"
-    if weights + cache <= available * facts.config.engine.gpu_memory_utilization:
+    if weights + cache <= budget:
         return Row("memory", "ok", detail)
+    if weights >= budget:
+        return Row("memory", "fail", detail, "raise [parallel] world_size, free memory, or serve a smaller model")
     if weights + cache <= available:
         return Row("memory", "warn", detail, "lower [engine] num_pages, or raise gpu_memory_utilization")
-    if weights > available:
-        return Row("memory", "fail", detail, "raise [parallel] world_size, free memory, or serve a smaller model")
-    most = int((available - weights) * 0.9 / (cache / max(1, facts.config.engine.num_pages)))
+    most = int((budget - weights) / cache * (engine.num_pages + 1)) - 1  # one page is reserved
     return Row("memory", "fail", detail, f"set [engine] num_pages to at most {most}, or 0 to fill what is left")
 
 
