@@ -1,4 +1,4 @@
-"""The architecture as tests: folders are process boundaries, torch stays in the workers, the environment in one file."""
+"""The architecture as tests: folders are process boundaries, torch stays in workers, the environment in one file."""
 
 import ast
 import json
