@@ -1,0 +1,66 @@
+"""The models, by config.json's model_type: one small file each."""
+
+import contextlib
+import math
+from typing import Protocol
+
+import torch
+
+from nmoe.architecture import Architecture
+from nmoe.checkpoint import Checkpoint
+from nmoe.config import Config
+from nmoe.errors import LaunchError
+from nmoe.worker.batch import Batch, KVCache
+from nmoe.worker.model.deepseek_v3 import DeepseekV3
+from nmoe.worker.rdep import OneRank
+from nmoe.worker.weights import CheckpointSource, RandomSource, ReportProgress, rank_experts, rank_tensors
+
+_MODELS = {"deepseek_v3": DeepseekV3}
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Model(Protocol):
+    """What the runner needs of a model."""
+
+    architecture: Architecture
+    dtype: torch.dtype
+    device: torch.device
+
+    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """Compute the step's tokens and write their cache rows; hidden states after the final norm, [T, D]."""
+        ...
+
+    def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+        """Next-token logits of chosen hidden states, float32 [S, V]."""
+        ...
+
+
+def load_model(
+    checkpoint: Checkpoint, config: Config, rank: int, device: torch.device, report: ReportProgress
+) -> Model:
+    """This rank's part of the checkpoint's model on `device`. Raises NmoeError.
+
+    `report(what, done, total)` is called about a hundred times, with bytes.
+    """
+    architecture, world_size = checkpoint.architecture, config.parallel.world_size
+    if world_size != 1:
+        raise LaunchError(
+            f"[parallel] world_size = {world_size}: the exchange of tokens between workers does not exist yet; set 1"
+        )
+    tensors = rank_tensors(architecture, rank, world_size)
+    dtype = _DTYPES[checkpoint.dtype]
+    with contextlib.ExitStack() as stack:
+        source: CheckpointSource | RandomSource
+        if config.model.weights == "random":
+            source = RandomSource(sum(map(math.prod, tensors.values())), dtype, device, report)
+        else:
+            source = stack.enter_context(CheckpointSource(checkpoint, list(tensors), device, report))
+        return _MODELS[architecture.model_type](
+            architecture,
+            source,
+            experts=rank_experts(architecture, rank, world_size),
+            exchange=OneRank(),
+            max_seq_len=checkpoint.max_seq_len,
+            dtype=dtype,
+            device=device,
+        )

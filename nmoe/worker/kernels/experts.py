@@ -1,0 +1,61 @@
+"""The routed experts of one rank: gated MLPs (arXiv 2002.05202) over the tokens that chose them.
+
+Shape suffixes: T tokens, K experts per token, D hidden, F intermediate of an expert, E experts of this rank.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def gated_mlp(x_TD: torch.Tensor, w_gate_up_GD: torch.Tensor, w_down_DF: torch.Tensor) -> torch.Tensor:
+    """(silu(x @ gate) * (x @ up)) @ down, [T, D]. `w_gate_up_GD` [2F, D]: gate above up."""
+    gate_TF, up_TF = F.linear(x_TD, w_gate_up_GD).chunk(2, dim=-1)
+    return F.linear(F.silu(gate_TF) * up_TF, w_down_DF)
+
+
+def grouped_mlp(
+    x_TD: torch.Tensor,
+    ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    w_gate_up_EGD: torch.Tensor,
+    w_down_EDF: torch.Tensor,
+) -> torch.Tensor:
+    """Each token's weighted sum over its experts of this rank, float32 [T, D], added in the order of the slots K.
+
+    `ids_TK` int64 in [0, E]: local expert ids, where E stands for an expert that lives elsewhere and adds nothing.
+    `weights_TK` float32. `w_gate_up_EGD` [E, 2F, D]: gate above up; `w_down_EDF` [E, D, F].
+    """
+    num_experts, slots = w_down_EDF.shape[0], ids_TK.shape[1]
+    pairs = ids_TK.flatten()
+    order = pairs.argsort(stable=True)
+    counts: list[int] = torch.bincount(pairs, minlength=num_experts + 1).tolist()
+    elsewhere = counts.pop()
+    x_ND = x_TD[order[: len(order) - elsewhere] // slots]
+    # One multiplication per expert with tokens, around one activation over all of them.
+    experts = [expert for expert, count in enumerate(counts) if count]
+    sizes = [counts[expert] for expert in experts]
+    chunks = zip(experts, torch.split(x_ND, sizes), strict=True)
+    gate_up_NG = _joined([x @ w_gate_up_EGD[expert].t() for expert, x in chunks], x_ND, w_gate_up_EGD.shape[1])
+    gate_NF, up_NF = gate_up_NG.chunk(2, dim=-1)
+    hidden_NF = F.silu(gate_NF) * up_NF
+    chunks = zip(experts, torch.split(hidden_NF, sizes), strict=True)
+    outputs = [h @ w_down_EDF[expert].t() for expert, h in chunks]
+    if elsewhere:
+        outputs.append(x_TD.new_zeros(elsewhere, x_TD.shape[1]))
+    sorted_PD = _joined(outputs, x_ND, x_TD.shape[1])
+    slots_PD = torch.empty_like(sorted_PD)
+    slots_PD[order] = sorted_PD
+    return _weighted_sum(slots_PD.view(*ids_TK.shape, -1).float(), weights_TK)
+
+
+def _weighted_sum(parts_TKD: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    first_TD, *others = parts_TKD.unbind(1)
+    first_T1, *weights = weights_TK[..., None].unbind(1)
+    sum_TD = first_TD * first_T1
+    for part_TD, weight_T1 in zip(others, weights, strict=True):
+        sum_TD.addcmul_(part_TD, weight_T1)
+    return sum_TD
+
+
+def _joined(parts: list[torch.Tensor], like: torch.Tensor, width: int) -> torch.Tensor:
+    return torch.cat(parts) if parts else like.new_empty(0, width)

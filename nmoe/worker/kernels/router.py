@@ -1,0 +1,39 @@
+"""The one router: `noaux_tc` of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2; transformers' modeling_deepseek_v3.py).
+
+Shape suffixes: T tokens, D hidden, E routed experts, G groups of experts, K experts per token.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from nmoe.architecture import Architecture
+
+
+def route(
+    x_TD: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor, architecture: Architecture
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The experts of each token and their weights: ids int64 [T, K], weights float32 [T, K].
+
+    Sigmoid scores in float32. The bias decides who is chosen, never by how much it counts: first the groups whose two
+    best biased scores sum highest, then the best biased scores within them. Of equal scores the lower id wins. Slots
+    are in descending order of biased score. `weight_ED` and `bias_E` are float32.
+    """
+    a = architecture
+    scores_TE = F.linear(x_TD.float(), weight_ED).sigmoid_()
+    biased_TE = scores_TE + bias_E
+    if a.topk_group < a.n_group:
+        biased_TGS = biased_TE.view(len(biased_TE), a.n_group, a.num_experts // a.n_group)
+        groups_TG = biased_TGS.topk(2, dim=-1).values.sum(-1)
+        dropped = _ranked(groups_TG)[:, a.topk_group :]
+        drop_TG = torch.zeros_like(groups_TG, dtype=torch.bool).scatter_(1, dropped, True)
+        biased_TE = biased_TGS.masked_fill(drop_TG[..., None], -torch.inf).flatten(1)
+    ids_TK = _ranked(biased_TE)[:, : a.num_experts_per_tok]
+    weights_TK = scores_TE.gather(1, ids_TK)
+    if a.norm_topk_prob:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    return ids_TK, weights_TK * a.routed_scaling_factor
+
+
+def _ranked(scores: torch.Tensor) -> torch.Tensor:
+    """Indices in descending order of score; topk would leave the order of equal scores to chance."""
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices

@@ -1,0 +1,87 @@
+"""DeepSeek-V3 (arXiv 2412.19437), inference only. The oracle is transformers' modeling_deepseek_v3.py.
+
+Shape suffixes as in nmoe/worker/batch.py; D hidden, V vocabulary, M positions, K rows of the cache.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+from nmoe.architecture import Architecture
+from nmoe.worker.batch import Batch, KVCache
+from nmoe.worker.kernels.norm import rms_norm
+from nmoe.worker.kernels.rope import rope_table
+from nmoe.worker.model.mla import Attention, AttentionPlan
+from nmoe.worker.model.mlp import DenseMLP, MoE
+from nmoe.worker.rdep import Exchange
+from nmoe.worker.weights import Source
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Layer:
+    attention_norm_D: torch.Tensor
+    attention: Attention
+    mlp_norm_D: torch.Tensor
+    mlp: DenseMLP | MoE
+
+
+class DeepseekV3:
+    """One rank's model: all of it but the experts that live on other ranks."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        source: Source,
+        *,
+        experts: range,
+        exchange: Exchange,
+        max_seq_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Load from `source`, layer by layer; `experts` are the ids that live on this rank."""
+        a = self.architecture = architecture
+        self.dtype, self.device = dtype, device
+        like_D = torch.empty(a.hidden_size, dtype=dtype, device=device)
+        self._embed_VD = like_D.new_empty(a.vocab_size, a.hidden_size)
+        source.fill(self._embed_VD, "model.embed_tokens.weight")
+        self._layers = [self._load_layer(layer, source, experts, exchange, like_D) for layer in range(a.num_layers)]
+        self._norm_D = torch.empty_like(like_D)
+        source.fill(self._norm_D, "model.norm.weight")
+        self._head_VD = self._embed_VD
+        if not a.tie_word_embeddings:
+            self._head_VD = torch.empty_like(self._embed_VD)
+            source.fill(self._head_VD, "lm_head.weight")
+        self._rope_M2P = rope_table(a, max_seq_len, dtype, device)
+
+    def _load_layer(
+        self, layer: int, source: Source, experts: range, exchange: Exchange, like_D: torch.Tensor
+    ) -> _Layer:
+        a, prefix = self.architecture, f"model.layers.{layer}"
+        attention_norm_D, mlp_norm_D = torch.empty_like(like_D), torch.empty_like(like_D)
+        source.fill(attention_norm_D, f"{prefix}.input_layernorm.weight")
+        attention = Attention(a, source, f"{prefix}.self_attn", like_D)
+        source.fill(mlp_norm_D, f"{prefix}.post_attention_layernorm.weight")
+        mlp = (
+            DenseMLP(source, f"{prefix}.mlp", a.intermediate_size, like_D)
+            if a.is_dense(layer)
+            else MoE(a, source, f"{prefix}.mlp", experts, exchange, like_D)
+        )
+        return _Layer(attention_norm_D, attention, mlp_norm_D, mlp)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """The last hidden states after the final norm, [T, D]; the step's cache rows are written. T may be 0."""
+        eps = self.architecture.rms_norm_eps
+        plan = AttentionPlan.of(batch, cache, self._rope_M2P, self.architecture, self.dtype)
+        x_TD = F.embedding(batch.ids_T, self._embed_VD)
+        for layer, rows_KC in zip(self._layers, cache.rows_LNSC.flatten(1, 2), strict=True):
+            x_TD = x_TD + layer.attention.forward(rms_norm(x_TD, layer.attention_norm_D, eps), plan, rows_KC)
+            x_TD = x_TD + layer.mlp.forward(rms_norm(x_TD, layer.mlp_norm_D, eps))
+        return rms_norm(x_TD, self._norm_D, eps)
+
+    @torch.inference_mode()
+    def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+        """Unnormalised log-probabilities of the next token for chosen hidden states, float32 [S, V]."""
+        return F.linear(hidden_SD, self._head_VD).float()

@@ -1,0 +1,145 @@
+"""The attention layer of DeepSeek-V3: projections, rope, the cache row, and the form of attention each row takes.
+
+Shape suffixes as in nmoe/worker/batch.py and nmoe/worker/kernels/mla.py; D hidden, A query rank, I = (A or H * Q) + C.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+from nmoe.architecture import Architecture
+from nmoe.worker.batch import Batch, KVCache
+from nmoe.worker.kernels.mla import (
+    Up,
+    absorb_queries,
+    absorbed_chunk,
+    absorbed_decode,
+    absorbed_is_cheaper,
+    expanded_chunk,
+    values_of_latents,
+)
+from nmoe.worker.kernels.norm import rms_norm
+from nmoe.worker.kernels.rope import apply_rope, halves_from_pairs
+from nmoe.worker.weights import Source
+
+_LATENT_EPS = 1e-6  # of the two latent norms, whatever rms_norm_eps says; transformers' modeling_deepseek_v3.py
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chunk:
+    """A prefill row: its tokens are [start, stop) of the step; `context_J` indexes its cache rows."""
+
+    start: int
+    stop: int
+    context_J: torch.Tensor
+    absorbed: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """What all layers of a step share: rope rows, where cache rows are written, and which ones each query reads."""
+
+    cos_TP: torch.Tensor
+    sin_TP: torch.Tensor
+    write_T: torch.Tensor
+    num_decodes: int
+    decode_RJ: torch.Tensor  # cache rows of each decode row's context
+    hidden_R1J: torch.Tensor  # 0, and -inf past the context
+    chunks: list[Chunk]
+
+    @classmethod
+    def of(
+        cls, batch: Batch, cache: KVCache, rope_M2P: torch.Tensor, architecture: Architecture, dtype: torch.dtype
+    ) -> "AttentionPlan":
+        """From the step's rows."""
+        decodes, size = batch.num_decodes, cache.page_size
+        offsets_S = torch.arange(size, device=batch.pages_RP.device)
+        slots_RJ = (batch.pages_RP[:, :, None] * size + offsets_S).flatten(1)
+        longest = max(batch.contexts[:decodes], default=0)
+        positions_J = torch.arange(longest, device=slots_RJ.device)
+        outside_RJ = positions_J > batch.positions_T[:decodes, None]
+        # Past its end a row reads its own first token again: another request's data, perhaps not finite, stays out.
+        decode_RJ = torch.where(outside_RJ, slots_RJ[:decodes, :1], slots_RJ[:decodes, :longest])
+        hidden_RJ = torch.zeros(outside_RJ.shape, dtype=dtype, device=slots_RJ.device).masked_fill_(
+            outside_RJ, -torch.inf
+        )
+        chunks = [
+            Chunk(start, stop, slots_RJ[row, :context], absorbed_is_cheaper(stop - start, context, architecture))
+            for row, (start, stop, context) in enumerate(
+                zip(batch.starts[:-1], batch.starts[1:], batch.contexts, strict=True)
+            )
+            if row >= decodes
+        ]
+        cos_TP, sin_TP = rope_M2P[batch.positions_T].unbind(1)
+        return cls(cos_TP, sin_TP, batch.write_T, decodes, decode_RJ, hidden_RJ[:, None], chunks)
+
+
+class Attention:
+    """Weights and forward of one layer's attention."""
+
+    def __init__(self, architecture: Architecture, source: Source, prefix: str, like: torch.Tensor) -> None:
+        """Load from `source`; `like` gives dtype and device."""
+        a = self._architecture = architecture
+        queries = a.num_heads * a.qk_head_dim
+        self._split = [a.q_lora_rank or queries, a.kv_lora_rank, a.qk_rope_head_dim]
+        self._w_in_ID = like.new_empty(sum(self._split), a.hidden_size)
+        w_q_ID, w_kv_CD = torch.split(self._w_in_ID, [self._split[0], a.cache_dim])
+        self._w_q_b: torch.Tensor | None = None
+        if a.q_lora_rank is None:
+            source.fill(w_q_ID, f"{prefix}.q_proj.weight")
+            w_queries = w_q_ID
+        else:
+            source.fill(w_q_ID, f"{prefix}.q_a_proj.weight")
+            self._q_norm_A = like.new_empty(a.q_lora_rank)
+            source.fill(self._q_norm_A, f"{prefix}.q_a_layernorm.weight")
+            self._w_q_b = w_queries = like.new_empty(queries, a.q_lora_rank)
+            source.fill(w_queries, f"{prefix}.q_b_proj.weight")
+        source.fill(w_kv_CD, f"{prefix}.kv_a_proj_with_mqa.weight")
+        if a.rope.interleave:
+            ropes_HPI = w_queries.view(a.num_heads, a.qk_head_dim, -1)[:, a.qk_nope_head_dim :]
+            ropes_HPI.copy_(halves_from_pairs(ropes_HPI))
+            w_kv_CD[a.kv_lora_rank :] = halves_from_pairs(w_kv_CD[a.kv_lora_rank :])
+        self._kv_norm_L = like.new_empty(a.kv_lora_rank)
+        source.fill(self._kv_norm_L, f"{prefix}.kv_a_layernorm.weight")
+        w_kv_b_YL = like.new_empty(a.num_heads * (a.qk_nope_head_dim + a.v_head_dim), a.kv_lora_rank)
+        source.fill(w_kv_b_YL, f"{prefix}.kv_b_proj.weight")
+        self._up = Up.of(w_kv_b_YL, a)
+        self._w_o = like.new_empty(a.hidden_size, a.num_heads * a.v_head_dim)
+        source.fill(self._w_o, f"{prefix}.o_proj.weight")
+
+    def forward(self, x_TD: torch.Tensor, plan: AttentionPlan, rows_KC: torch.Tensor) -> torch.Tensor:
+        """Attention of normalised inputs, [T, D]. `rows_KC`: this layer's cache; the step's rows are written."""
+        a = self._architecture
+        q_TA, latent_TL, k_rope_TP = torch.split(F.linear(x_TD, self._w_in_ID), self._split, dim=-1)
+        if self._w_q_b is not None:
+            q_TA = F.linear(rms_norm(q_TA, self._q_norm_A, _LATENT_EPS), self._w_q_b)
+        q_THQ = q_TA.reshape(len(q_TA), a.num_heads, a.qk_head_dim)
+        q_nope_THN, q_rope_THP = q_THQ[..., : a.qk_nope_head_dim], q_THQ[..., a.qk_nope_head_dim :]
+        q_rope_THP = apply_rope(q_rope_THP, plan.cos_TP[:, None], plan.sin_TP[:, None])
+        latent_TL = rms_norm(latent_TL, self._kv_norm_L, _LATENT_EPS)
+        k_rope_TP = apply_rope(k_rope_TP, plan.cos_TP, plan.sin_TP)
+        rows_KC.index_copy_(0, plan.write_T, torch.cat((latent_TL, k_rope_TP), dim=-1))
+        return F.linear(self._attend(q_nope_THN, q_rope_THP, plan, rows_KC).flatten(1), self._w_o)
+
+    def _attend(
+        self, q_nope_THN: torch.Tensor, q_rope_THP: torch.Tensor, plan: AttentionPlan, rows_KC: torch.Tensor
+    ) -> torch.Tensor:
+        """Each row in its form; [T, H, V]."""
+        parts = []
+        if decodes := plan.num_decodes:
+            q_RHC = absorb_queries(q_nope_THN[:decodes], q_rope_THP[:decodes], self._up)
+            context_RJC = rows_KC[plan.decode_RJ]
+            latent_RHL = absorbed_decode(q_RHC, context_RJC, plan.hidden_R1J, self._up)
+            parts.append(values_of_latents(latent_RHL, self._up))
+        for chunk in plan.chunks:
+            q_nope, q_rope = q_nope_THN[chunk.start : chunk.stop], q_rope_THP[chunk.start : chunk.stop]
+            context_JC = rows_KC[chunk.context_J]
+            if chunk.absorbed:
+                latent_THL = absorbed_chunk(absorb_queries(q_nope, q_rope, self._up), context_JC, self._up)
+                parts.append(values_of_latents(latent_THL, self._up))
+            else:
+                parts.append(expanded_chunk(q_nope, q_rope, context_JC, self._up))
+        if not parts:
+            return q_nope_THN.new_empty(0, self._architecture.num_heads, self._architecture.v_head_dim)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
