@@ -29,6 +29,7 @@ from nmoe.errors import CheckpointError, LaunchError
 _log = logging.getLogger("nmoe.doctor")
 GIB = 1 << 30
 WANTED_TOKENS = 4096  # of cache for each running request; with less, long requests preempt each other
+CPU_CACHE_SHARE = 0.25  # of the free memory, which the cache takes at most where num_pages = 0 (nmoe/worker/cache.py)
 SHARED_BYTES_PER_RANK = 32 << 20  # of /dev/shm, for the peers' rendezvous
 _COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -154,22 +155,27 @@ def _weight_bytes(facts: Facts, checkpoint: Checkpoint) -> int:
 
 
 def _memory_per_rank(facts: Facts) -> tuple[str, int] | None:
-    """What one rank can have in bytes, and of what; None while the GPUs are unknown."""
-    world_size = facts.config.parallel.world_size
+    """What one rank's weights and cache may take in bytes, and of what; None while the GPUs are unknown."""
+    world_size, unused = facts.config.parallel.world_size, 1 - facts.config.engine.gpu_memory_utilization
     if facts.gpus is None:
         return "free memory", facts.ram_free // world_size
     if not facts.gpus.gpus:
         return None
-    return "a GPU", min(gpu.free for gpu in facts.gpus.gpus[:world_size])
+    return "a GPU", min(max(0, gpu.free - int(gpu.total * unused)) for gpu in facts.gpus.gpus[:world_size])
 
 
-def _cache_bytes(facts: Facts, checkpoint: Checkpoint, memory: int) -> int:
-    """Of one rank, as [engine] num_pages says or as memory allows."""
+def _num_pages(facts: Facts, checkpoint: Checkpoint, memory: int) -> int:
+    """[engine] num_pages, or what a rank will choose: what a full batch can use, as far as memory allows."""
     engine = facts.config.engine
     if engine.num_pages:
-        per_token = checkpoint.architecture.kv_bytes_per_token(checkpoint.dtype)
-        return (engine.num_pages + 1) * engine.page_size * per_token
-    return max(0, int(memory * engine.gpu_memory_utilization) - _weight_bytes(facts, checkpoint))
+        return engine.num_pages
+    room = (memory - _weight_bytes(facts, checkpoint)) * (CPU_CACHE_SHARE if facts.gpus is None else 1.0)
+    useful = engine.max_batch_size * -(-checkpoint.max_seq_len // engine.page_size)
+    return max(0, min(useful, int(room / _page_bytes(facts, checkpoint)) - 1))
+
+
+def _page_bytes(facts: Facts, checkpoint: Checkpoint) -> int:
+    return checkpoint.architecture.kv_bytes_per_token(checkpoint.dtype) * facts.config.engine.page_size
 
 
 def _memory(facts: Facts) -> Row | None:
@@ -177,18 +183,14 @@ def _memory(facts: Facts) -> Row | None:
     if isinstance(facts.checkpoint, CheckpointError) or memory is None:
         return None
     what, available = memory
-    engine = facts.config.engine
-    weights = _weight_bytes(facts, facts.checkpoint)
-    cache = _cache_bytes(facts, facts.checkpoint, available)
-    budget = available * engine.gpu_memory_utilization
+    weights, page = _weight_bytes(facts, facts.checkpoint), _page_bytes(facts, facts.checkpoint)
+    cache = (_num_pages(facts, facts.checkpoint, available) + 1) * page  # one page is reserved
     detail = f"per rank: weights {_gib(weights)} + cache {_gib(cache)} of {_gib(available)} ({what})"
-    if weights + cache <= budget:
-        return Row("memory", "ok", detail)
-    if weights >= budget:
-        return Row("memory", "fail", detail, "raise [parallel] world_size, free memory, or serve a smaller model")
     if weights + cache <= available:
-        return Row("memory", "warn", detail, "lower [engine] num_pages, or raise gpu_memory_utilization")
-    most = int((budget - weights) / cache * (engine.num_pages + 1)) - 1  # one page is reserved
+        return Row("memory", "ok", detail)
+    most = (available - weights) // page - 1
+    if most < 1:
+        return Row("memory", "fail", detail, "raise [parallel] world_size, free memory, or serve a smaller model")
     return Row("memory", "fail", detail, f"set [engine] num_pages to at most {most}, or 0 to fill what is left")
 
 
@@ -197,8 +199,7 @@ def _capacity(facts: Facts) -> Row | None:
     if isinstance(facts.checkpoint, CheckpointError) or memory is None:
         return None
     engine, checkpoint = facts.config.engine, facts.checkpoint
-    per_token = checkpoint.architecture.kv_bytes_per_token(checkpoint.dtype)
-    pages = engine.num_pages or _cache_bytes(facts, checkpoint, memory[1]) // (per_token * engine.page_size)
+    pages = _num_pages(facts, checkpoint, memory[1])
     each = min(WANTED_TOKENS, checkpoint.max_seq_len)
     wanted = engine.max_batch_size * each
     detail = (

@@ -134,13 +134,7 @@ def test_memory_that_cannot_hold_the_cache_says_how_many_pages_fit():
     assert found.status == "fail"
     pages = int(found.remedy.split("at most ")[1].split(",")[0])
     assert check(doctor._memory, facts(vary(config, engine={"num_pages": pages}))).status == "ok"
-
-
-def test_memory_beyond_the_utilization_warns():
-    config = vary(CPU, engine={"gpu_memory_utilization": 0.5})
-    weights_and_cache = 2_600_000 + 64 * 64 * 640
-    found = check(doctor._memory, facts(config, ram_free=int(weights_and_cache * 1.5)))
-    assert found.status == "warn" and "gpu_memory_utilization" in found.remedy
+    assert check(doctor._memory, facts(vary(config, engine={"num_pages": pages + 1}))).status == "fail"
 
 
 def test_ranks_share_the_memory_of_the_cpu():
@@ -150,7 +144,7 @@ def test_ranks_share_the_memory_of_the_cpu():
 
 
 def test_the_smallest_gpu_decides(node):
-    small = msgspec.structs.replace(GPU, free=1 << 20)
+    small = msgspec.structs.replace(GPU, free=8 * GIB)  # no more than gpu_memory_utilization leaves of 80 GiB
     survey = msgspec.structs.replace(EIGHT, gpus=(GPU,) * 7 + (small,))
     assert check(doctor._memory, facts(node, gpus=EIGHT)).status == "ok"
     assert check(doctor._memory, facts(node, gpus=survey)).status == "fail"
@@ -178,7 +172,7 @@ def test_capacity_asks_no_more_than_the_longest_sequence():
 
 def test_capacity_of_a_cache_that_fills_the_memory():
     config = vary(CPU, engine={"num_pages": 0, "max_batch_size": 1024})
-    assert check(doctor._capacity, facts(config)).status == "ok"
+    assert check(doctor._capacity, facts(config, ram_free=16 * GIB)).status == "ok"
     found = check(doctor._capacity, facts(config, ram_free=64 << 20))
     assert found.status == "warn" and "num_pages" not in found.remedy
 

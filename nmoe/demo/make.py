@@ -61,10 +61,11 @@ CONFIG: dict[str, Any] = {
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
-    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('roles are system, user and assistant, not ' + message['role']) }}"
+    "{% set role = 'system' if message['role'] == 'developer' else message['role'] %}"
+    "{% if role not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('roles are system, developer, user and assistant, not ' + role) }}"
     "{% endif %}"
-    "<|{{ message['role'] }}|>{{ message['content'] }}" + END + "{% endfor %}"
+    "<|{{ role }}|>{{ message['content'] }}" + END + "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
