@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from forking import fork_call
+from tests.forking import fork_call
 
 from nmoe.ipc import Control, Up
 

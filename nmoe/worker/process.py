@@ -1,0 +1,197 @@
+"""The worker process: weights, cache and slots of one rank, doing what the scheduler's Steps say.
+
+The loop keeps two steps in flight: while one runs, the next is received and launched, then the first one's result is
+sent. A step of an earlier scheduler's life is dropped; the first step of a new one finds the slots reset. The
+launcher's end-of-file ends the process; errors end it too, and the launcher deals with its death.
+"""
+
+import collections
+import logging
+import os
+import threading
+import time
+
+import msgspec
+import numpy as np
+import torch
+import zmq
+
+from nmoe import ipc, metrics
+from nmoe.checkpoint import open_checkpoint
+from nmoe.messages import (
+    CHANNEL_DECODE,
+    CHANNEL_PREFILL,
+    ROW_HAS_IDS,
+    ROW_SAMPLES,
+    Admit,
+    Ready,
+    Sampling,
+    SchedulerToWorker,
+    Step,
+    StepDone,
+    WorkerToScheduler,
+)
+from nmoe.profiles import Numerics
+from nmoe.worker.cache import make_cache
+from nmoe.worker.model import load_model
+from nmoe.worker.runner import Launched, Runner
+from nmoe.worker.weights import ReportProgress
+
+_log = logging.getLogger("nmoe.worker")
+_HEARTBEAT_S = 1.0
+_PROGRESS_S = 0.1
+
+
+def main(boot: ipc.Boot) -> None:
+    """Serve as rank `boot.index` until the launcher hangs up. Raises NmoeError when the model cannot be loaded."""
+    stop = threading.Event()
+    beat = threading.Thread(target=_beat, args=(boot, stop), name="heartbeat", daemon=True)
+    beat.start()
+    try:
+        _set_threads(boot.config.parallel.world_size)
+        runner, num_pages = _load(boot)
+        with (
+            zmq.Context() as context,
+            ipc.connect_dealer(context, ipc.worker_address(boot.run_dir), boot.index) as link,
+        ):
+            worker = Worker(boot, runner, link)
+            worker.send(Ready(boot.generation, boot.index, num_pages))
+            boot.control.send(ipc.Up())
+            worker.run()
+    finally:
+        stop.set()
+        beat.join()
+
+
+class Worker:
+    """The loop between the scheduler's link and the runner."""
+
+    def __init__(self, boot: ipc.Boot, runner: Runner, link: "zmq.Socket[bytes]") -> None:
+        self._boot = boot
+        self._runner = runner
+        self._link = link
+        self._max_in_flight = boot.config.steps_in_flight
+        self._in_flight: collections.deque[Launched] = collections.deque()
+        self._scheduler = 0  # the newest generation of the scheduler seen
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(SchedulerToWorker)
+        self._poller = zmq.Poller()
+        self._poller.register(link, zmq.POLLIN)
+        self._poller.register(boot.control.fileno(), zmq.POLLIN)
+
+    def run(self) -> None:
+        """Launch what comes and report what is done; returns when the launcher hangs up."""
+        while not self._told_to_stop():
+            if self._in_flight and self._in_flight[0].ready():
+                self._report(self._in_flight.popleft())
+            elif len(self._in_flight) < self._max_in_flight and (step := self._receive()):
+                self._in_flight.append(self._runner.launch(step))
+            else:
+                self._wait()
+
+    def send(self, message: WorkerToScheduler) -> None:
+        """Send to the scheduler."""
+        self._link.send(self._encoder.encode(message), zmq.NOBLOCK)
+
+    def _told_to_stop(self) -> bool:
+        try:
+            self._boot.control.receive()
+        except EOFError:
+            return True
+        return False
+
+    def _report(self, launched: Launched) -> None:
+        self.send(StepDone(self._boot.generation, self._boot.index, launched.step_id, launched.tokens()))
+
+    def _receive(self) -> Step | None:
+        """The next step if one is there that is not of an earlier scheduler's life."""
+        try:
+            step = self._decoder.decode(self._link.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return None
+        if step.generation < self._scheduler:
+            _log.info("dropped step %d of scheduler life %d", step.step_id, step.generation)
+            return None
+        if step.generation > self._scheduler:
+            if self._scheduler:
+                _log.info("scheduler life %d begins; slots are reset", step.generation)
+            self._scheduler = step.generation
+            self._in_flight.clear()
+            self._runner.reset()
+        return step
+
+    def _wait(self) -> None:
+        """Until something is there to do. While the device runs, its end has no descriptor to wait for, and a step that
+        arrives must be launched at once: so the wait only sleeps when nothing is in flight."""
+        self._poller.poll(0 if self._in_flight else None)
+
+
+def _beat(boot: ipc.Boot, stop: threading.Event) -> None:
+    """Say every second that the process lives, however long a step takes."""
+    row = boot.board.rows[metrics.row_index(boot.role, boot.index, boot.config.parallel.world_size)]
+    while True:
+        row.set("nmoe:heartbeat_seconds", time.monotonic())
+        if stop.wait(_HEARTBEAT_S):
+            return
+
+
+def _set_threads(world_size: int) -> None:
+    """Share the cores with the other workers; there is no work for a pool between operators."""
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
+    torch.set_num_interop_threads(1)
+
+
+def _device(kind: str, rank: int) -> torch.device:
+    """Where this rank computes; on the GPU also what streams and events of this process refer to."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
+
+
+def _load(boot: ipc.Boot) -> tuple[Runner, int]:
+    """The runner with its weights and its cache of so many pages, warmed up."""
+    config, started = boot.config, time.monotonic()
+    device = _device(config.parallel.device, boot.index)
+    checkpoint = open_checkpoint(config)
+    model = load_model(checkpoint, config, boot.index, device, _progress(boot.control))
+    loaded = time.monotonic()
+    cache = make_cache(config, checkpoint, device)
+    runner = Runner(model, cache, num_slots=config.num_slots, max_seq_len=checkpoint.max_seq_len)
+    warm_up(runner, cache.page_size)
+    _log.info(
+        "worker %d: weights in %.1f s, %d pages of %d tokens and warm-up in %.1f s",
+        boot.index,
+        loaded - started,
+        cache.num_pages,
+        cache.page_size,
+        time.monotonic() - loaded,
+    )
+    return runner, cache.num_pages
+
+
+def _progress(control: ipc.Control) -> ReportProgress:
+    """Tells the launcher how far loading is: now and then, and always at the end."""
+    last = 0.0
+
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _PROGRESS_S or done == total:
+            last = now
+            control.send(ipc.Progress(what, done, total))
+
+    return report
+
+
+def warm_up(runner: Runner, page_size: int) -> None:
+    """Prefill one token and decode another, so that the first request does not pay for what is made on first use."""
+    rows = np.array([0, 0, 1, ROW_SAMPLES | ROW_HAS_IDS], np.int32)
+    pages = np.array([(0, page) for page in range(-(-2 // page_size))], np.int32)
+    admit = Admit(slot=0, cached=0, sampling=Sampling(top_k=2, top_p=0.9))
+    prefill = Step(0, 0, Numerics.FAST, CHANNEL_PREFILL, 1, rows.tobytes(), bytes(4), pages.tobytes(), (admit,))
+    rows = np.array([0, 1, 1, ROW_SAMPLES], np.int32)
+    decode = Step(0, 1, Numerics.FAST, CHANNEL_DECODE, 1, rows.tobytes())
+    for step in (prefill, decode):
+        runner.launch(step).tokens()
+    runner.reset()

@@ -1,0 +1,133 @@
+"""Sampling of a whole batch on the device, in integers: no row's result depends on its neighbours or on sums' order.
+
+Shape suffixes: S rows that sample, D those of them that draw (temperature > 0), F those of D with top-k or top-p, V the
+vocabulary, K the longest list of candidates.
+
+A row's probabilities become integer weights, `floor(exp((logit - max) / temperature) * 2**40)`, and one uniform number
+per row picks a token by the inverse of their running sum. Integer sums are exact in any order, hence the same on every
+device, in every batch and with every block size. What the rounding down takes from a token is below 2**-40 of the
+likeliest one's probability; the logits' own float32 rounding is coarser.
+
+Filters come in the order of transformers' logits warpers and of vLLM: temperature, then top-k, then top-p over what
+top-k left. top-k keeps exactly k tokens; among equals the lower ids. top-p keeps the shortest list of likeliest tokens
+whose probability reaches p, hence always at least one.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+_ONE = 2.0**40  # the weight of a row's likeliest token
+_ID_BITS = 20  # a sort key is a weight above a token id; 41 + 20 bits fit in an int64
+_COLDEST = 1e-6  # below this a draw is greedy in all but name; keeps 1 / temperature finite in float32
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """How the S rows of a step sample. Made on the host once per set of rows; all tensors are on the device."""
+
+    drawn: Array  # int64 [D], on the host: which rows need a uniform number
+    drawn_D: torch.Tensor  # int64 [D]
+    has_greedy: bool  # whether D < S
+    temperature_D1: torch.Tensor  # float32 [D, 1]
+    filtered_F: torch.Tensor  # int64 [F], positions in D
+    unfiltered_U: torch.Tensor  # int64 [D - F], the other positions in D
+    num_candidates: int  # K: the largest top-k of the F rows, V when one of them has none
+    top_k_F1: torch.Tensor  # int64 [F, 1], V where there is none
+    top_p_F1: torch.Tensor  # float64 [F, 1]
+
+
+def make_plan(temperature: Array, top_k: Array, top_p: Array, vocab_size: int, device: torch.device) -> Plan:
+    """The plan for rows with these parameters (host arrays [S]; meanings as in `nmoe.messages.Sampling`)."""
+    if vocab_size > 1 << _ID_BITS:
+        raise ValueError(f"a vocabulary of {vocab_size} does not fit in {_ID_BITS} bits")
+
+    def put(array: Array, dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(array).to(device, dtype)
+
+    drawn = np.flatnonzero(temperature > 0)
+    top_k, top_p = top_k[drawn], top_p[drawn]
+    top_k = np.where((top_k <= 0) | (top_k > vocab_size), vocab_size, top_k)
+    is_filtered = (top_k < vocab_size) | (top_p < 1)
+    filtered = np.flatnonzero(is_filtered)
+    top_k = top_k[filtered]
+    return Plan(
+        drawn=drawn,
+        drawn_D=put(drawn, torch.int64),
+        has_greedy=len(drawn) < len(temperature),
+        temperature_D1=put(np.maximum(temperature[drawn], _COLDEST), torch.float32)[:, None],
+        filtered_F=put(filtered, torch.int64),
+        unfiltered_U=put(np.flatnonzero(~is_filtered), torch.int64),
+        num_candidates=int(top_k.max(initial=0)),
+        top_k_F1=put(top_k, torch.int64)[:, None],
+        top_p_F1=put(top_p[filtered], torch.float64)[:, None],
+    )
+
+
+def sample(logits_SV: torch.Tensor, plan: Plan, uniforms_D: torch.Tensor) -> torch.Tensor:
+    """The next token of each row, int64 [S], from float32 logits and the float64 [D] uniform numbers in [0, 1)."""
+    if not len(plan.drawn):
+        return logits_SV.argmax(-1)
+    if not plan.has_greedy:
+        return _draw(logits_SV, plan, uniforms_D)
+    tokens_S = logits_SV.argmax(-1)
+    tokens_S[plan.drawn_D] = _draw(logits_SV[plan.drawn_D], plan, uniforms_D)
+    return tokens_S
+
+
+def _draw(logits_DV: torch.Tensor, plan: Plan, uniforms_D: torch.Tensor) -> torch.Tensor:
+    """The drawn tokens, int64 [D]."""
+    weights_DV = _weights(logits_DV, plan.temperature_D1)
+    uniforms_D1 = uniforms_D[:, None]
+    if not len(plan.filtered_F):
+        return _pick(weights_DV, uniforms_D1)[:, 0]
+    if not len(plan.unfiltered_U):
+        return _draw_filtered(weights_DV, plan, uniforms_D1)
+    tokens_D = torch.empty_like(plan.drawn_D)
+    unfiltered, filtered = plan.unfiltered_U, plan.filtered_F
+    tokens_D[unfiltered] = _pick(weights_DV[unfiltered], uniforms_D1[unfiltered])[:, 0]
+    tokens_D[filtered] = _draw_filtered(weights_DV[filtered], plan, uniforms_D1[filtered])
+    return tokens_D
+
+
+def _weights(logits_DV: torch.Tensor, temperature_D1: torch.Tensor) -> torch.Tensor:
+    """Integer weights in [0, 2**40], int64 [D, V]; the likeliest token of each row has exactly 2**40."""
+    scaled_DV = logits_DV - logits_DV.amax(-1, keepdim=True)
+    return scaled_DV.div_(temperature_D1).exp_().mul_(_ONE).to(torch.int64)
+
+
+def _draw_filtered(weights_FV: torch.Tensor, plan: Plan, uniforms_F1: torch.Tensor) -> torch.Tensor:
+    """The drawn tokens of the rows with top-k or top-p, int64 [F]."""
+    weights_FK, ids_FK = _candidates(weights_FV, plan.num_candidates)
+    rank_K = torch.arange(plan.num_candidates, device=weights_FV.device)
+    weights_FK = weights_FK.masked_fill_(rank_K >= plan.top_k_F1, 0)
+    sums_FK = weights_FK.cumsum(-1)
+    enough_F1 = (sums_FK[:, -1:] * plan.top_p_F1).clamp_min_(1.0)
+    before_FK = sums_FK - weights_FK
+    weights_FK = weights_FK.masked_fill_(before_FK >= enough_F1, 0)
+    return ids_FK.gather(1, _pick(weights_FK, uniforms_F1))[:, 0]
+
+
+def _candidates(weights_FV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` largest weights of each row, descending, and their token ids; equal weights in the order of the ids.
+
+    One int64 key holds both, so keys are distinct and any selection algorithm gives the same list.
+    """
+    last = (1 << _ID_BITS) - 1
+    ids_V = torch.arange(weights_FV.shape[1], device=weights_FV.device)
+    keys_FV = (weights_FV << _ID_BITS).add_(last - ids_V)
+    keys_FK = keys_FV.topk(count).values
+    return keys_FK >> _ID_BITS, last - (keys_FK & last)
+
+
+def _pick(weights_NV: torch.Tensor, uniforms_N1: torch.Tensor) -> torch.Tensor:
+    """Where `uniform` falls on each row's weights laid end to end, int64 [N, 1]; a zero weight is never hit."""
+    sums_NV = weights_NV.cumsum(-1)
+    total_N1 = sums_NV[:, -1:]
+    target_N1 = torch.minimum((total_N1 * uniforms_N1).to(torch.int64), total_N1 - 1)
+    return torch.searchsorted(sums_NV, target_N1, right=True)
