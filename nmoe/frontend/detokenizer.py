@@ -1,0 +1,112 @@
+"""Token ids to text, one at a time.
+
+Invariant: the texts returned for a stream of ids, joined and followed by `flush()`, are what the tokenizer's decoder
+makes of all the ids together with the hidden ones left out; and every piece is final: never half a UTF-8 character,
+never something that a later token would change.
+"""
+
+import codecs
+import re
+from collections.abc import Callable, Collection
+from typing import Protocol
+
+import tokenizers
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+class Detokenizer(Protocol):
+    """The state of one stream."""
+
+    def feed(self, token: int) -> str:
+        """The text that is certain now that `token` has come; often all of its own, "" when some of it must wait."""
+
+    def flush(self) -> str:
+        """The rest, once no more tokens come."""
+
+
+def _bytes_of_letters() -> dict[str, int]:
+    """Byte-level BPE writes each byte as one printable character (GPT-2's encoder.py, `bytes_to_unicode`): those that
+    print in Latin-1 as themselves, the others as U+0100 and up, in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _bytes_of_letters()
+
+
+class BytePieces(dict[int, bytes]):
+    """Token id -> its bytes, for byte-level vocabularies; filled as ids are met."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, hidden: Collection[int]) -> None:
+        super().__init__(dict.fromkeys(hidden, b""))
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token: int) -> bytes:
+        # A model's vocabulary may be padded past the tokenizer's: such ids have no text.
+        piece = self._tokenizer.id_to_token(token) or ""
+        try:
+            self[token] = bytes(map(_BYTES.__getitem__, piece))
+        except KeyError:  # an added token is written as it is, not in the byte alphabet
+            self[token] = piece.encode()
+        return self[token]
+
+
+class ByteLevelDetokenizer:
+    """For byte-level BPE: a token is some bytes, so an incremental UTF-8 decoder does it in constant work per token."""
+
+    def __init__(self, pieces: BytePieces) -> None:
+        self._pieces = pieces
+        self._decode: Callable[..., str] = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def feed(self, token: int) -> str:
+        """See Detokenizer."""
+        return self._decode(self._pieces[token])
+
+    def flush(self) -> str:
+        """See Detokenizer."""
+        return self._decode(b"", True)
+
+
+class WindowDetokenizer:
+    """For other decoders: decode the last visible tokens with and without the new ones; the difference is new text.
+
+    What a decoder does at the start of a text (strip a space) then happens in both. Byte tokens (`<0xE4>`) wait until
+    their run ends, because decoders judge a run as a whole: one wrong byte makes all of it replacement characters.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, hidden: Collection[int]) -> None:
+        self._tokenizer = tokenizer
+        self._hidden = hidden
+        self._shown: list[int] = []  # the window: tokens whose text is out already
+        self._shown_length = 0  # characters that they decode to on their own
+        self._waiting: list[int] = []
+
+    def feed(self, token: int) -> str:
+        """See Detokenizer."""
+        piece = self._tokenizer.id_to_token(token)
+        if piece is None or token in self._hidden:
+            return ""
+        run_ends = bool(self._waiting)
+        if _BYTE_TOKEN.fullmatch(piece):
+            self._waiting.append(token)
+            return ""
+        before = self._take() if run_ends else ""
+        self._waiting.append(token)
+        return before + self._take()
+
+    def flush(self) -> str:
+        """See Detokenizer."""
+        return self._take() if self._waiting else ""
+
+    def _take(self) -> str:
+        text = self._text(self._shown + self._waiting)[self._shown_length :]
+        # A window without text cannot stand for the start of the text; it grows until it has some.
+        self._shown = self._waiting if text else self._shown + self._waiting
+        self._shown_length = len(self._text(self._shown))
+        self._waiting = []
+        return text
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)

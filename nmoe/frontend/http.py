@@ -1,0 +1,115 @@
+"""HTTP around the endpoints: routes, authentication, request bodies, error responses. What is not right gets OpenAI's
+error object and never a traceback.
+"""
+
+import asyncio
+import hmac
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import orjson
+from aiohttp import hdrs, web
+
+from nmoe.config import Server
+from nmoe.errors import RequestError
+from nmoe.frontend.replies import error_body
+
+Headers = dict[str, str]
+Endpoint = Callable[[web.BaseRequest, Headers], Awaitable[web.StreamResponse]]
+
+_log = logging.getLogger("nmoe.frontend")
+_RETRY_AFTER = {429: "1", 503: "2"}  # seconds, by status
+_MAX_REQUEST_ID = 128  # characters
+
+
+class Router:
+    """The handler of aiohttp's server: finds the endpoint and answers for everything that goes wrong.
+
+    `routes` maps a path to its method and endpoint; a path that ends in "/" stands for all below it.
+    """
+
+    def __init__(self, server: Server, routes: dict[str, tuple[str, Endpoint]]) -> None:
+        self._keys = [key.encode() for key in server.api_keys]
+        self._routes = routes
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request."""
+        headers = {"X-Request-Id": _request_id(request), hdrs.SERVER: "nmoe"}
+        try:
+            return await self._endpoint(request)(request, headers)
+        except RequestError as error:
+            return error_response(error, headers)
+        except (ConnectionError, asyncio.CancelledError):  # the client left
+            raise
+        except Exception:
+            _log.exception("request %s failed", headers["X-Request-Id"])
+            return error_response(RequestError("internal error", status=500), headers)
+
+    def _endpoint(self, request: web.BaseRequest) -> Endpoint:
+        path = request.path
+        route = self._routes.get(path) or self._routes.get(path[: path.find("/", 4) + 1] + "{rest}")
+        if path.startswith("/v1/"):
+            self._authenticate(request)
+        if route is None:
+            raise RequestError(f"{path[:200]}: no such path; there are {', '.join(self._routes)}", status=404)
+        method, endpoint = route
+        if request.method != method and not (request.method == hdrs.METH_HEAD and method == hdrs.METH_GET):
+            raise RequestError(f"{request.method[:20]} {path[:200]}: send {method} instead", status=405)
+        return endpoint
+
+    def _authenticate(self, request: web.BaseRequest) -> None:
+        if not self._keys:
+            return
+        scheme, _, key = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+        given = key.strip().encode("utf-8", "surrogateescape")
+        # All keys are compared, each in constant time, so that the time says nothing about them.
+        if scheme.lower() != "bearer" or not sum(hmac.compare_digest(given, known) for known in self._keys):
+            message = "send one of the server's API keys: Authorization: Bearer KEY"
+            raise RequestError(message, status=401, code="invalid_api_key")
+
+
+async def read_json_body(request: web.BaseRequest, max_bytes: int) -> bytes:
+    """The body of a JSON request. Raises RequestError: 415 for another type, 413 above `max_bytes`."""
+    if request.content_type != "application/json":
+        raise RequestError(f"Content-Type is {request.content_type!r}; send application/json", status=415)
+    too_large = RequestError(f"the body is larger than [server] max_body_mb = {max_bytes >> 20} MiB", status=413)
+    if (request.content_length or 0) > max_bytes:
+        raise too_large
+    if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue" and request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        while chunk := await request.content.readany():
+            size += len(chunk)
+            if size > max_bytes:
+                raise too_large
+            chunks.append(chunk)
+    except web.RequestPayloadError as error:
+        raise RequestError(f"the body cannot be read: {error}") from None
+    return b"".join(chunks)
+
+
+def json_response(body: bytes | dict[str, Any], headers: Headers) -> web.Response:
+    """200 with a JSON body."""
+    data = body if isinstance(body, bytes) else orjson.dumps(body)
+    return web.Response(body=data, content_type="application/json", headers=headers)
+
+
+def error_response(error: RequestError, headers: Headers) -> web.Response:
+    """OpenAI's error object with its status."""
+    extra = {"Retry-After": _RETRY_AFTER[error.status]} if error.status in _RETRY_AFTER else {}
+    if error.status == 401:
+        extra[hdrs.WWW_AUTHENTICATE] = "Bearer"
+    body = error_body(error)
+    return web.Response(body=body, status=error.status, content_type="application/json", headers={**headers, **extra})
+
+
+def _request_id(request: web.BaseRequest) -> str:
+    """The client's own id when it is fit for a header and a log line, else a new one."""
+    given = request.headers.get("X-Request-Id", "")
+    return (
+        given if 0 < len(given) <= _MAX_REQUEST_ID and given.isascii() and given.isprintable() else os.urandom(16).hex()
+    )

@@ -1,0 +1,68 @@
+"""The frontend's end of the link to the scheduler, on the event loop.
+
+ZeroMQ's descriptor is edge-triggered: it becomes readable when the socket's state changes, and any use of the socket
+may swallow that. So every wake-up receives until nothing is left, and every send looks again.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import msgspec
+import zmq
+
+from nmoe import ipc
+from nmoe.errors import RequestError
+from nmoe.messages import FrontendToScheduler, SchedulerToFrontend
+
+_log = logging.getLogger("nmoe.frontend")
+_BURST = 16  # messages per turn of the event loop: HTTP gets its turn in between
+
+
+class Link:
+    """A DEALER whose messages go to `receive`, in the event loop's thread."""
+
+    def __init__(self, address: str, index: int, receive: Callable[[SchedulerToFrontend], None]) -> None:
+        self._receive = receive
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(SchedulerToFrontend).decode
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = ipc.connect_dealer(self._context, address, index)
+        self._loop = asyncio.get_running_loop()
+        self._fd = self._socket.fileno()
+        self._loop.add_reader(self._fd, self._drain)
+        self._again: asyncio.Handle | None = None
+
+    def send(self, message: FrontendToScheduler) -> None:
+        """Send without waiting. Raises RequestError (503) when the scheduler has long stopped to take messages."""
+        try:
+            self._socket.send(self._encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            raise RequestError("the engine does not answer", status=503, code="engine_unreachable") from None
+        if self._again is None and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._again = self._loop.call_soon(self._drain)
+
+    def close(self) -> None:
+        """Drop the link and what is still queued on it."""
+        self._loop.remove_reader(self._fd)
+        if self._again is not None:
+            self._again.cancel()
+        self._socket.close()
+        self._context.term()
+
+    def _drain(self) -> None:
+        self._again = None
+        for _ in range(_BURST):
+            try:
+                data = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._handle(data)
+        self._again = self._loop.call_soon(self._drain)
+
+    def _handle(self, data: bytes) -> None:
+        """A message that fails must not take the ones behind it along."""
+        try:
+            self._receive(self._decode(data))
+        except Exception:
+            _log.exception("a message from the scheduler could not be handled")

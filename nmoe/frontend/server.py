@@ -1,0 +1,140 @@
+"""The frontend process: one event loop between HTTP, the scheduler and the launcher.
+
+    listen -> Hello -> Serving: requests are accepted, the launcher hears Up -> Drain: they are refused; Drained when
+    the open ones are through -> end-of-file from the launcher: open streams end with an error, the process leaves
+
+A new generation of the scheduler knows none of the requests of the old one: they end with an error.
+"""
+
+import asyncio
+import concurrent.futures
+import logging
+import time
+
+import uvloop
+from aiohttp import web
+
+from nmoe import ipc
+from nmoe.architecture import config_file, read_architecture
+from nmoe.checkpoint import eos_ids, tokenizer_file
+from nmoe.config import Config
+from nmoe.errors import RequestError
+from nmoe.frontend.endpoints import Endpoints
+from nmoe.frontend.health import Health
+from nmoe.frontend.http import Router
+from nmoe.frontend.link import Link
+from nmoe.frontend.prompt import Prompts
+from nmoe.frontend.streams import Streams
+from nmoe.frontend.template import load_template
+from nmoe.frontend.tokenizer import Tokenizer
+from nmoe.ipc import Boot
+from nmoe.messages import Hello, SchedulerToFrontend, Serving, Tokens
+from nmoe.metrics import row_index
+from nmoe.trace import Recorder
+
+_log = logging.getLogger("nmoe.frontend")
+_THREADS = 4  # for tokenizing, which lets go of the interpreter lock
+_BACKLOG = 4096  # connections that may wait to be accepted
+_HEARTBEAT_S = 1.0
+_LEAVE_S = 0.5  # how long clients may take to read the end of their streams when the server leaves
+
+
+def main(boot: Boot) -> None:
+    """The life of a frontend process."""
+    uvloop.run(Frontend.run(boot))
+
+
+def load_prompts(config: Config, eos: tuple[int, ...], vocab_size: int) -> Prompts:
+    """Tokenizer and chat template of the checkpoint; random weights may do without. Raises CheckpointError."""
+    folder = config_file(config.model.path).parent
+    if config.model.weights == "random" and not (folder / "tokenizer.json").exists():
+        return Prompts(None, None, vocab_size)
+    return Prompts(Tokenizer(tokenizer_file(config.model.path), eos), load_template(folder), vocab_size)
+
+
+class Frontend:
+    """What the process consists of. Made inside the event loop, by `run`."""
+
+    def __init__(self, boot: Boot, threads: concurrent.futures.Executor) -> None:
+        config = boot.config
+        architecture = read_architecture(config.model.path)
+        eos = eos_ids(config.model.path, architecture)
+        self._boot = boot
+        self._loop = asyncio.get_running_loop()
+        self._row = boot.board.rows[row_index("frontend", boot.index, config.parallel.world_size)]
+        self._left = asyncio.Event()
+        self._scheduler_generation = 0
+        self._recorder = Recorder(config.trace.record) if config.trace.record else None
+        prompts = load_prompts(config, eos, architecture.vocab_size)
+        self._health = Health(config, boot.board)
+        self._link = Link(ipc.frontend_address(boot.run_dir), boot.index, self._receive)
+        self._streams = Streams(boot.index, boot.generation, self._link.send, self._row)
+        self._endpoints = Endpoints(
+            boot, prompts, eos, self._health, self._streams, threads, self._recorder, self._report_drained
+        )
+
+    @classmethod
+    async def run(cls, boot: Boot) -> None:
+        """Serve until the launcher's end of the control link closes."""
+        with concurrent.futures.ThreadPoolExecutor(_THREADS, "tokenizer") as threads:
+            await cls(boot, threads)._serve()
+
+    async def _serve(self) -> None:
+        router = Router(self._boot.config.server, self._endpoints.routes())
+        server = web.Server(router, handler_cancellation=True, access_log=None)
+        runner = web.ServerRunner(server, shutdown_timeout=_LEAVE_S)
+        await runner.setup()
+        assert self._boot.http_socket is not None
+        await web.SockSite(runner, self._boot.http_socket, backlog=_BACKLOG).start()
+        control = self._boot.control.fileno()
+        self._loop.add_reader(control, self._hear_launcher)
+        self._link.send(Hello(self._boot.generation))
+        beating = asyncio.create_task(self._beat())
+        try:
+            await self._left.wait()
+        finally:
+            beating.cancel()
+            self._loop.remove_reader(control)
+            self._streams.fail_all(RequestError("the server is shutting down", status=503, code="shutting_down"))
+            await runner.cleanup()
+            self._link.close()
+            if self._recorder is not None:
+                self._recorder.close()
+
+    async def _beat(self) -> None:
+        while True:
+            self._row.set("nmoe:heartbeat_seconds", time.monotonic())
+            await asyncio.sleep(_HEARTBEAT_S)
+
+    def _receive(self, message: SchedulerToFrontend) -> None:
+        if message.generation < self._scheduler_generation:
+            return
+        if isinstance(message, Tokens):
+            self._streams.deliver(message, time.monotonic())
+        elif isinstance(message, Serving):
+            self._begin(message)
+        else:
+            self._streams.reject(message)
+
+    def _begin(self, serving: Serving) -> None:
+        if serving.generation > self._scheduler_generation:
+            self._scheduler_generation = serving.generation
+            self._streams.fail_all(RequestError("the engine was restarted", status=503, code="engine_restarted"))
+        if self._health.max_seq_len is None:
+            self._boot.control.send(ipc.Up())
+        self._health.max_seq_len = serving.max_seq_len
+
+    def _hear_launcher(self) -> None:
+        try:
+            while (message := self._boot.control.receive()) is not None:
+                if isinstance(message, ipc.Drain):
+                    self._health.draining = True
+                    self._report_drained()
+        except EOFError:
+            self._health.draining = True
+            self._loop.remove_reader(self._boot.control.fileno())
+            self._left.set()
+
+    def _report_drained(self) -> None:
+        if self._health.draining and not self._endpoints.num_open:
+            self._boot.control.send(ipc.Drained())

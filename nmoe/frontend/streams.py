@@ -1,0 +1,171 @@
+"""Every request that the scheduler has, by uid: ids come in, text and ids go out.
+
+Invariants: a stream ends exactly once, whatever comes first of its terminal message, a failure and the client's
+leaving; what arrives for it later is dropped. A uid stays here until the scheduler is done with it, so closing a stream
+knows whether there is something to abort.
+
+The path of a token is short, because there are many: `Streams.deliver` runs in the reader of the link, feeds each
+stream, and calls the stream's `on_tokens`, which writes to the client's transport. No task wakes up.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from nmoe.errors import RequestError
+from nmoe.frontend.detokenizer import Detokenizer
+from nmoe.frontend.stops import StopFinder
+from nmoe.messages import Abort, Ended, Finish, FrontendToScheduler, Reason, Rejected, Submit, Tokens, make_uid
+from nmoe.metrics import Row
+
+_log = logging.getLogger("nmoe.frontend")
+
+
+class Stream:
+    """One request's output. `started` is done with the first token or the end, `ended` with the end.
+
+    After the end either `error` is set, or `reason` and the counts are.
+    """
+
+    def __init__(self, uid: int, detokenizer: Detokenizer | None, stops: tuple[str, ...], arrived: float) -> None:
+        loop = asyncio.get_running_loop()
+        self.uid = uid
+        self.arrived = arrived  # seconds, CLOCK_MONOTONIC
+        self.started: asyncio.Future[None] = loop.create_future()
+        self.ended: asyncio.Future[None] = loop.create_future()
+        self.on_tokens: Callable[[], None] | None = None
+        self.reason: Reason | None = None
+        self.error: RequestError | None = None
+        self.num_tokens = 0
+        self.cached_tokens = 0
+        self.first_token_at = 0.0
+        self.last_token_at = 0.0
+        self._detokenizer = detokenizer
+        self._stops = StopFinder(stops) if stops else None
+        self._texts: list[str] = []
+        self._ids: list[int] = []
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has appeared: the output is complete."""
+        return self._stops is not None and self._stops.found
+
+    def take(self) -> tuple[str, list[int]]:
+        """Text and ids since the last call."""
+        text, ids = "".join(self._texts), self._ids
+        self._texts, self._ids = [], []
+        return text, ids
+
+    def feed(self, tokens: Sequence[int]) -> None:
+        """New tokens, at least one; those after a stop string are dropped."""
+        for token in tokens:
+            if self.stopped:
+                return
+            self.num_tokens += 1
+            self._ids.append(token)
+            if self._detokenizer is not None and (text := self._detokenizer.feed(token)):
+                self._show(text)
+        if not self.started.done():
+            self.started.set_result(None)
+
+    def finish(self, ended: Ended) -> None:
+        """The scheduler's terminal entry."""
+        self.cached_tokens = ended.cached_tokens
+        if ended.reason in ("abort", "error") and not self.stopped:
+            self.fail(RequestError(ended.detail or "the request was aborted", status=500))
+            return
+        if self._detokenizer is not None and not self.stopped and (text := self._detokenizer.flush()):
+            self._show(text)
+        if self._stops is not None:
+            self._texts.append(self._stops.flush())
+        self._end("stop" if self.stopped else ended.reason, None)
+
+    def fail(self, error: RequestError) -> None:
+        """End with an error."""
+        self._end("error", error)
+
+    def _show(self, text: str) -> None:
+        self._texts.append(self._stops.feed(text) if self._stops is not None else text)
+
+    def _end(self, reason: Reason, error: RequestError | None) -> None:
+        if self.reason is None:
+            self.reason, self.error = reason, error
+            for future in (self.started, self.ended):
+                if not future.done():
+                    future.set_result(None)
+
+
+class Streams:
+    """All streams of one frontend."""
+
+    def __init__(self, index: int, generation: int, send: Callable[[FrontendToScheduler], None], row: Row) -> None:
+        self._index = index
+        self._generation = generation
+        self._send = send
+        self._row = row
+        self._counter = 0
+        self._live: dict[int, Stream] = {}
+
+    def new_uid(self) -> int:
+        """A uid that no other request of this server has."""
+        self._counter += 1
+        return make_uid(self._index, self._generation, self._counter)
+
+    def submit(self, stream: Stream, submit: Submit) -> None:
+        """Hand a request to the scheduler. Whoever calls this closes the stream, however it ends."""
+        self._send(submit)
+        self._live[stream.uid] = stream
+
+    def close(self, stream: Stream) -> None:
+        """Nobody reads the stream any more: if the scheduler still computes for it, it stops now."""
+        stream.on_tokens = None
+        if self._live.pop(stream.uid, None) is not None and not stream.stopped:
+            self._send(Abort(self._generation, stream.uid))
+
+    def deliver(self, message: Tokens, now: float) -> None:
+        """Tokens of one step, and the requests that ended with it. `now` is on CLOCK_MONOTONIC."""
+        tokens = memoryview(message.tokens).cast("i")
+        stopped: list[Stream] = []
+        start = 0
+        uids = memoryview(message.uids).cast("q")
+        counts = memoryview(message.counts).cast("i") if message.counts is not None else [1] * len(uids)
+        for uid, count in zip(uids, counts, strict=True):
+            stream = self._live.get(uid)
+            if stream is not None and count and not stream.stopped:
+                self._advance(stream, tokens[start : start + count], now, stopped)
+            start += count
+        for ended in message.ended:
+            if (stream := self._live.pop(ended.uid, None)) is not None:
+                stream.finish(ended)
+        for stream in stopped:
+            if stream.uid in self._live:
+                self._send(Finish(self._generation, stream.uid, stream.num_tokens))
+
+    def reject(self, message: Rejected) -> None:
+        """The scheduler did not accept a request."""
+        if (stream := self._live.pop(message.uid, None)) is not None:
+            stream.fail(RequestError(message.detail, status=message.status))
+
+    def fail_all(self, error: RequestError) -> None:
+        """The scheduler has forgotten every request, or this frontend is about to end."""
+        streams, self._live = self._live, {}
+        for stream in streams.values():
+            stream.fail(error)
+
+    def _advance(self, stream: Stream, tokens: Sequence[int], now: float, stopped: list[Stream]) -> None:
+        try:
+            stream.feed(tokens)
+            if stream.on_tokens is not None:
+                stream.on_tokens()
+        except Exception:  # a defect; the other streams of the message must not suffer
+            _log.exception("request %x: its tokens could not be delivered", stream.uid)
+            stream.fail(RequestError("internal error", status=500))
+        if not stream.first_token_at:
+            stream.first_token_at = now
+            self._row.observe("nmoe:time_to_first_token_seconds", now - stream.arrived)
+        else:
+            gap = (now - stream.last_token_at) / len(tokens)
+            self._row.observe("nmoe:inter_token_latency_seconds", gap, len(tokens))
+        stream.last_token_at = now
+        if stream.stopped:
+            stopped.append(stream)

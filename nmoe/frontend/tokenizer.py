@@ -1,0 +1,63 @@
+"""The checkpoint's tokenizer.json: text to token ids, and a detokenizer for each stream.
+
+`encode` may be called from several threads (it lets go of the interpreter lock); the rest belongs to the event loop.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import tokenizers
+
+from nmoe.errors import CheckpointError
+from nmoe.frontend.detokenizer import ByteLevelDetokenizer, BytePieces, Detokenizer, WindowDetokenizer
+
+
+class Tokenizer:
+    """A tokenizer.json. `eos_ids`: these ids, like special tokens, are never shown.
+
+    Raises CheckpointError when the file is not one that the tokenizers library reads.
+    """
+
+    def __init__(self, file: pathlib.Path, eos_ids: tuple[int, ...] = ()) -> None:
+        try:
+            text = file.read_text(encoding="utf-8")
+            tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(
+                f"{file}: not a tokenizer of the tokenizers library ({error}); save it again with"
+                " PreTrainedTokenizerFast.save_pretrained"
+            ) from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+        self._hidden = frozenset(special | set(eos_ids))
+        self._pieces = BytePieces(tokenizer, self._hidden) if _is_byte_level(file, json.loads(text)) else None
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The ids of `text`; with `add_special_tokens` also what the file's post-processor puts around it (BOS)."""
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def detokenizer(self) -> Detokenizer:
+        """A detokenizer at the start of a text."""
+        if self._pieces is not None:
+            return ByteLevelDetokenizer(self._pieces)
+        return WindowDetokenizer(self._tokenizer, self._hidden)
+
+
+def _is_byte_level(file: pathlib.Path, document: dict[str, Any]) -> bool:
+    kinds = _decoder_kinds(document.get("decoder"))
+    if "ByteLevel" in kinds and len(kinds) > 1:
+        raise CheckpointError(
+            f"{file}: decoder {' + '.join(kinds)}: ByteLevel is supported on its own only; remove the other decoders"
+        )
+    return kinds == ["ByteLevel"]
+
+
+def _decoder_kinds(decoder: dict[str, Any] | None) -> list[str]:
+    if decoder is None:
+        return []
+    if decoder["type"] == "Sequence":
+        return [kind for inner in decoder["decoders"] for kind in _decoder_kinds(inner)]
+    return [decoder["type"]]

@@ -1,0 +1,66 @@
+"""[trace] record: one JSON line per finished request, for benchmarks/replay.py.
+
+Several frontends append to one file: it is opened with O_APPEND and each line is one write, so lines never mix. Writing
+happens in a thread of its own, because a disk may block.
+"""
+
+import logging
+import os
+import queue
+import threading
+
+import msgspec
+
+from nmoe.errors import NmoeError
+from nmoe.messages import Reason, Sampling
+
+_log = logging.getLogger("nmoe.trace")
+
+
+class Record(msgspec.Struct, frozen=True):
+    """What a line holds. `arrived` is seconds since the epoch; the other times are seconds since `arrived`."""
+
+    arrived: float
+    prompt_token_ids: list[int]
+    sampling: dict[str, float | int]  # temperature, top_k, top_p, seed, max_tokens
+    output_tokens: int
+    finish_reason: Reason
+    ttft: float
+    e2e: float
+
+
+def sampling_fields(sampling: Sampling, max_tokens: int) -> dict[str, float | int]:
+    """How the request asked for its tokens, under the names of the API's fields."""
+    return msgspec.structs.asdict(sampling) | {"max_tokens": max_tokens}
+
+
+class Recorder:
+    """Appends records to a file. Raises NmoeError when it cannot be opened."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise NmoeError(f"[trace] record = {path!r}: cannot be opened: {error.strerror}") from error
+        self._path = path
+        self._records: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="trace", daemon=True)
+        self._thread.start()
+
+    def add(self, record: Record) -> None:
+        """Queue a record; never blocks."""
+        self._records.put(record)
+
+    def close(self) -> None:
+        """Write what is queued, then close the file."""
+        self._records.put(None)
+        self._thread.join()
+        os.close(self._fd)
+
+    def _write(self) -> None:
+        encoder = msgspec.json.Encoder()
+        while (record := self._records.get()) is not None:
+            try:
+                os.write(self._fd, encoder.encode(record) + b"\n")
+            except OSError as error:
+                _log.error("%s: a request could not be recorded: %s", self._path, error.strerror)
