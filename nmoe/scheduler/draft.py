@@ -1,0 +1,95 @@
+"""A step while it is planned, and the Step messages made of it."""
+
+from array import array
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from nmoe.messages import CHANNEL_DECODE, CHANNEL_PREFILL, ROW_HAS_IDS, ROW_SAMPLES, Admit, Step
+from nmoe.profiles import Numerics
+from nmoe.scheduler.batch import Batch
+from nmoe.scheduler.limits import Limits
+from nmoe.scheduler.request import Request
+from nmoe.scheduler.slots import Ints, SlotTable
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """A row with ids: `count` tokens of `request` from position `first`; `last` if it ends its known tokens."""
+
+    request: Request
+    first: int
+    count: int
+    last: bool
+
+
+class Draft:
+    """What each rank's Step will carry besides the batch's decode rows."""
+
+    def __init__(self, limits: Limits) -> None:
+        world_size = limits.world_size
+        self._num_slots = limits.num_slots
+        self.left = [0] * world_size  # tokens that chunks may still take, per rank
+        self.closed: set[int] = set()  # ranks that take nobody else in this step
+        self.loads: list[int] | None = None  # in tokens, see nmoe/scheduler/placement.py; computed when first needed
+        self.chunks: list[list[Chunk]] = [[] for _ in range(world_size)]
+        self.pages = [array("i") for _ in range(world_size)]  # slot, page, slot, page, ...
+        self.admits: list[list[Admit]] = [[] for _ in range(world_size)]
+
+    def set_budget(self, tokens: int) -> None:
+        """Let every rank's chunks take `tokens`."""
+        self.left = [tokens] * len(self.left)
+
+    def give(self, request: Request, pages: list[int]) -> None:
+        """Note that `pages` follow the pages that the request's slot has."""
+        slot = request.slot % self._num_slots
+        self.pages[request.rank].extend(item for page in pages for item in (slot, page))
+
+    def has_chunks(self) -> bool:
+        """Whether any rank has a row with ids."""
+        return any(self.chunks)
+
+
+class StepWriter:
+    """Turns drafts into messages; remembers each rank's last rows, to say "the same again" in a few bytes."""
+
+    def __init__(self, generation: int, table: SlotTable) -> None:
+        self._generation = generation
+        self._table = table
+        self._last: list[tuple[Numerics, int] | None] = [None] * table.world_size
+
+    def write(self, step_id: int, numerics: Numerics, batch: Batch, draft: Draft) -> list[Step]:
+        """The Steps of all ranks: `batch`'s rows, then the chunks. Positions have not been advanced yet."""
+        bounds = batch.bounds
+        ranks = range(len(bounds) - 1)
+        tokens = [bounds[r + 1] - bounds[r] + sum(chunk.count for chunk in draft.chunks[r]) for r in ranks]
+        channel = CHANNEL_PREFILL if draft.has_chunks() else CHANNEL_DECODE
+        rows: Ints | None = None
+        steps = []
+        for r in ranks:
+            chunks = draft.chunks[r]
+            state = None if chunks else (numerics, batch.changes[r])
+            packed: bytes | None = None
+            if state is None or state != self._last[r] or bounds[r] == bounds[r + 1]:
+                rows = self._decode_rows(batch) if rows is None else rows
+                packed = rows[bounds[r] : bounds[r + 1]].tobytes() + self._chunk_rows(chunks)
+            self._last[r] = state
+            ids = b"".join(c.request.known[4 * c.first : 4 * (c.first + c.count)] for c in chunks)
+            pages, admits = draft.pages[r].tobytes(), tuple(draft.admits[r])
+            steps.append(Step(self._generation, step_id, numerics, channel, max(tokens), packed, ids, pages, admits))
+        return steps
+
+    def _decode_rows(self, batch: Batch) -> Ints:
+        rows: npt.NDArray[np.int32] = np.empty((len(batch.slots), 4), np.int32)
+        rows[:, 0] = batch.local
+        rows[:, 1] = self._table.position[batch.slots]
+        rows[:, 2] = 1
+        rows[:, 3] = ROW_SAMPLES
+        return rows
+
+    def _chunk_rows(self, chunks: list[Chunk]) -> bytes:
+        rows = array("i")
+        for chunk in chunks:
+            flags = ROW_HAS_IDS | ROW_SAMPLES if chunk.last else ROW_HAS_IDS
+            rows.extend((chunk.request.slot % self._table.num_slots, chunk.first, chunk.count, flags))
+        return rows.tobytes()

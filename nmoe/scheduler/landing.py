@@ -1,0 +1,77 @@
+"""The results of a step, given to the requests they belong to."""
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from nmoe.messages import Reason
+from nmoe.scheduler.flight import Flight
+from nmoe.scheduler.ranks import Ranks
+from nmoe.scheduler.request import State
+from nmoe.scheduler.slots import Ints
+
+
+class Results(msgspec.Struct, frozen=True):
+    """What a step brought: tokens in row order (counts None: one per row), and who ended by it, as (slot, reason)."""
+
+    uids: npt.NDArray[np.int64]
+    tokens: Ints
+    counts: Ints | None
+    ended: list[tuple[int, Reason]]
+
+
+def append_results(flight: Flight, ranks: Ranks) -> Results:
+    """Append each live row's tokens to its slot. Tokens after an EOS or beyond max_tokens are dropped."""
+    tokens, counts = flight.results()
+    live = ranks.table.uid[flight.slots] == flight.uids
+    if counts is None:
+        return _one_each(flight, ranks, tokens, live)
+    return _several(flight, ranks, tokens, counts, live)
+
+
+def _one_each(flight: Flight, ranks: Ranks, tokens: Ints, live: npt.NDArray[np.bool_]) -> Results:
+    slots, uids = flight.slots, flight.uids
+    if not live.all():
+        slots, uids, tokens = slots[live], uids[live], tokens[live]
+    by_eos, by_length = ranks.table.append(slots, tokens)
+    return Results(uids, tokens, None, _reasons(slots, by_eos, by_length))
+
+
+def _several(flight: Flight, ranks: Ranks, tokens: Ints, counts: Ints, live: npt.NDArray[np.bool_]) -> Results:
+    """Round j appends the j-th token of every row that has one and has not ended before it."""
+    starts = np.cumsum(counts) - counts
+    taken = np.zeros(len(tokens), np.bool_)
+    kept = np.zeros(len(counts), np.int32)
+    going = live.copy()
+    ended: list[tuple[int, Reason]] = []
+    for j in range(int(counts.max(initial=0))):
+        rows = np.flatnonzero(going & (counts > j))
+        at = starts[rows] + j
+        by_eos, by_length = ranks.table.append(flight.slots[rows], tokens[at])
+        taken[at] = True
+        kept[rows] += 1
+        going[rows] = ~(by_eos | by_length)
+        ended += _reasons(flight.slots[rows], by_eos, by_length)
+    _catch_up(flight, ranks, np.flatnonzero(going & (kept > 1)), kept)
+    return Results(flight.uids[live], tokens[taken], kept[live], ended)
+
+
+def _catch_up(flight: Flight, ranks: Ranks, rows: npt.NDArray[np.int64], kept: Ints) -> None:
+    """A row was planned as one token; what it returned beyond moves the rows that follow it."""
+    table = ranks.table
+    for slot, extra in zip(flight.slots[rows].tolist(), (kept[rows] - 1).tolist(), strict=True):
+        request = table.request(slot)
+        if request.state is State.DECODE:
+            table.position[slot] = min(table.position[slot] + extra, table.end[slot])
+            if table.position[slot] == table.end[slot]:
+                ranks.finish_decode(request)
+
+
+def _reasons(
+    slots: npt.NDArray[np.int64], by_eos: npt.NDArray[np.bool_], by_length: npt.NDArray[np.bool_]
+) -> list[tuple[int, Reason]]:
+    over = np.flatnonzero(by_eos | by_length)
+    return [
+        (slot, "stop" if eos else "length")
+        for slot, eos in zip(slots[over].tolist(), by_eos[over].tolist(), strict=True)
+    ]

@@ -1,0 +1,98 @@
+"""What the engine can hold, and which requests it refuses at once."""
+
+from collections.abc import Container
+
+import msgspec
+import numpy as np
+
+from nmoe.config import Config
+from nmoe.messages import Rejected, Submit
+from nmoe.profiles import PROFILES
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """The sizes the policy works with; per rank where not said otherwise."""
+
+    world_size: int
+    num_pages: int  # the smallest of all ranks
+    page_size: int  # tokens
+    max_batch_size: int  # requests with rows still to be launched
+    num_slots: int  # 2 * max_batch_size, see Config.num_slots
+    max_prefill_tokens: int  # per step, all ranks together
+    max_seq_len: int  # prompt and output together; no more than the pages hold
+    max_queue: int  # waiting requests, all ranks together
+    steps_in_flight: int = 2
+    enable_prefix_cache: bool = True
+    row_tokens: int = 1  # the most tokens that one row returns
+
+    @classmethod
+    def of(cls, config: Config, num_pages: int, max_seq_len: int) -> "Limits":
+        """The limits with `num_pages` per rank; `max_seq_len` is the model's, and capped here by the cache."""
+        engine = config.engine
+        return cls(
+            world_size=config.parallel.world_size,
+            num_pages=num_pages,
+            page_size=engine.page_size,
+            max_batch_size=engine.max_batch_size,
+            num_slots=config.num_slots,
+            max_prefill_tokens=engine.max_prefill_tokens,
+            max_seq_len=min(max_seq_len, num_pages * engine.page_size),
+            max_queue=config.server.max_queue,
+            steps_in_flight=config.steps_in_flight,
+            enable_prefix_cache=engine.enable_prefix_cache,
+        )
+
+    @property
+    def lookahead(self) -> int:
+        """How far beyond its planned position a row may write: every step in flight may return `row_tokens`."""
+        return self.steps_in_flight * (self.row_tokens - 1)
+
+    def pages(self, num_tokens: int) -> int:
+        """How many pages hold `num_tokens`."""
+        return -(-num_tokens // self.page_size)
+
+    def chunk(self, decoding: bool) -> int:
+        """The prefill tokens of one rank in one step: an even share of the budget.
+
+        While streams run it is a quarter of that (but a page, if the share has one), since every stream waits for the
+        step's chunks.
+        """
+        share = max(1, self.max_prefill_tokens // self.world_size)
+        return min(share, max(self.page_size, share // 4)) if decoding else share
+
+    def refusal(self, submit: Submit, live: Container[int], waiting: int, generation: int) -> Rejected | None:
+        """Why `submit` cannot be accepted, if so; `live` has the uids in use, `waiting` is the queue's length."""
+        problem = _malformed(submit, live) or self._too_large(submit)
+        if problem:
+            return Rejected(generation, submit.uid, 400, problem)
+        if waiting + submit.n > self.max_queue:
+            detail = f"the queue is full: {waiting} requests wait, {submit.n} more exceed max_queue = {self.max_queue}"
+            return Rejected(generation, submit.uid, 429, detail)
+        return None
+
+    def _too_large(self, submit: Submit) -> str:
+        prompt_len = len(submit.prompt) // 4
+        both = f"the prompt's {prompt_len} tokens and max_tokens = {submit.max_tokens}"
+        if prompt_len + submit.max_tokens > self.max_seq_len:
+            return f"{both} together exceed the limit of {self.max_seq_len} tokens"
+        # The last token is sampled but never computed on, so it needs no room.
+        need = self.pages(prompt_len + submit.max_tokens - 1)
+        if need > self.num_pages:
+            return f"{both} need {need} pages of {self.page_size} tokens; the cache has {self.num_pages} per rank"
+        if submit.n > self.max_queue:
+            return f"n = {submit.n} exceeds max_queue = {self.max_queue}"
+        return ""
+
+
+def _malformed(submit: Submit, live: Container[int]) -> str:
+    if submit.n < 1 or submit.max_tokens < 1:
+        return f"n = {submit.n} and max_tokens = {submit.max_tokens} must be at least 1"
+    if not submit.prompt or len(submit.prompt) % 4:
+        return f"the prompt must be int32 token ids, at least one; it has {len(submit.prompt)} bytes"
+    if int(np.frombuffer(submit.prompt, np.int32).min()) < 0:
+        return "the prompt has a negative token id"
+    if submit.profile not in PROFILES:
+        return f"unknown profile {submit.profile!r}; known: {', '.join(PROFILES)}"
+    if any(uid in live for uid in range(submit.uid, submit.uid + submit.n)):
+        return f"the uids from {submit.uid} to {submit.uid + submit.n - 1} are not all new"
+    return ""

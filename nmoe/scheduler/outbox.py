@@ -1,0 +1,54 @@
+"""What goes to the frontends: one Tokens message per frontend and step, terminal entries included."""
+
+import numpy as np
+import numpy.typing as npt
+
+from nmoe.messages import Ended, Tokens, make_uid, uid_frontend
+from nmoe.scheduler.slots import Ints
+
+Uids = npt.NDArray[np.int64]
+
+_STRIDE = make_uid(1, 0, 0)  # the uids of one frontend are a range of this length
+
+
+class Outbox:
+    """Messages in order, and the terminal entries that wait for the next one to their frontend."""
+
+    def __init__(self, generation: int) -> None:
+        self._generation = generation
+        self._messages: list[tuple[int, Tokens]] = []
+        self._ended: dict[int, list[Ended]] = {}
+
+    def end(self, entry: Ended) -> None:
+        """The terminal entry of a request, whose last tokens are in the next `tokens` at the latest."""
+        self._ended.setdefault(uid_frontend(entry.uid), []).append(entry)
+
+    def tokens(self, uids: Uids, tokens: Ints, counts: Ints | None) -> None:
+        """One step's tokens, in row order; counts None: one per row."""
+        frontends = uids // _STRIDE
+        if not uids.size or frontends.min() == frontends.max():
+            if uids.size:
+                self._put(int(frontends[0]), uids, tokens, counts)
+        else:
+            of_token = frontends if counts is None else np.repeat(frontends, counts)
+            for frontend in np.unique(frontends).tolist():
+                mine = frontends == frontend
+                part = None if counts is None else counts[mine]
+                self._put(frontend, uids[mine], tokens[of_token == frontend], part)
+        self._flush()
+
+    def _put(self, frontend: int, uids: Uids, tokens: Ints, counts: Ints | None) -> None:
+        ended = tuple(self._ended.pop(frontend, ()))
+        packed = None if counts is None or bool((counts == 1).all()) else counts.tobytes()
+        self._messages.append((frontend, Tokens(self._generation, uids.tobytes(), tokens.tobytes(), packed, ended)))
+
+    def _flush(self) -> None:
+        for frontend, entries in self._ended.items():
+            self._messages.append((frontend, Tokens(self._generation, b"", b"", None, tuple(entries))))
+        self._ended.clear()
+
+    def drain(self) -> list[tuple[int, Tokens]]:
+        """All that is to be sent, as (frontend, message), oldest first."""
+        self._flush()
+        messages, self._messages = self._messages, []
+        return messages

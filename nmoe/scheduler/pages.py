@@ -1,0 +1,117 @@
+"""The KV pages of one rank: every page is free, cached (in the tree, used by no request), or held by requests.
+
+    free ----take----> held (private) ---publish---> held (in the tree, shared)
+      ^                  |                              |        ^
+      +-----release------+                           release    share
+      |                                                 v        |
+      +--------------evict (least recently used)----- cached ----+
+
+A page's references are the requests that have it in their page list. A request that holds a tree page holds all pages
+on the path to it, so no node has more references than its parent. `release` lets go of the deepest page first;
+therefore the pages without references, in the order in which they lost the last one, have every node after its
+descendants, and the oldest of them is always a leaf.
+
+Conservation: free + cached + held == num_pages, each page once.
+"""
+
+from array import array
+from collections import OrderedDict
+
+import numpy as np
+
+from nmoe.scheduler.prefix import PrefixTree
+
+
+class PagePool:
+    """Page ownership; knows nothing of requests, ranks or steps."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self.evictions = 0
+        self.tree = PrefixTree(num_pages)
+        self._free = array("i", range(num_pages - 1, -1, -1))  # the last is taken first
+        self._references = array("i", bytes(4 * num_pages))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+
+    @property
+    def num_free(self) -> int:
+        """Pages that hold nothing."""
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Pages in the tree that no request uses."""
+        return len(self._cached)
+
+    @property
+    def available(self) -> int:
+        """Pages that `take` can give."""
+        return len(self._free) + len(self._cached)
+
+    def fits(self, keys: list[bytes], new: int) -> bool:
+        """Whether `new` pages could be taken after `keys`' pages, all in the tree, have been shared."""
+        spare = self.available - new
+        if spare < 0:
+            return False
+        if spare >= len(keys):
+            return True
+        # Sharing takes the pages without references out of the reach of eviction; they are the deepest of the path.
+        unused = 0
+        for page in reversed(self.tree.pages(keys)):
+            if self._references[page]:
+                break
+            unused += 1
+        return spare >= unused
+
+    def share(self, keys: list[bytes]) -> list[int]:
+        """The pages of `keys`, with one more reference each."""
+        pages = self.tree.pages(keys)
+        for page in pages:
+            if self._references[page] == 0:
+                del self._cached[page]
+            self._references[page] += 1
+        return pages
+
+    def take(self, count: int) -> list[int]:
+        """`count` private pages, evicting as needed. The caller has checked `available`."""
+        while len(self._free) < count:
+            page, _ = self._cached.popitem(last=False)
+            self.tree.remove(page)
+            self._free.append(page)
+            self.evictions += 1
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._references[page] = 1
+        return pages
+
+    def publish(self, key: bytes, page: int) -> bool:
+        """Enter a held page into the tree. False if another page is there under this key; the page stays private."""
+        return self.tree.insert(key, page)
+
+    def release(self, pages: list[int]) -> None:
+        """Give back one reference to each of a request's pages, given in the order of its positions."""
+        for page in reversed(pages):
+            left = self._references[page] - 1
+            if left < 0:
+                raise RuntimeError(f"page {page} is released but nobody holds it")
+            self._references[page] = left
+            if left == 0:
+                if self.tree.holds[page]:
+                    self._cached[page] = None
+                else:
+                    self._free.append(page)
+
+    def check(self, idle: bool) -> None:
+        """Raise RuntimeError unless every page is in exactly one place; `idle` says that no request holds any."""
+        references = np.frombuffer(self._references, np.int32)
+        in_tree = np.frombuffer(self.tree.holds, np.int8).astype(bool)
+        free = np.bincount(np.frombuffer(self._free, np.int32), minlength=self.num_pages)
+        held = references > 0
+        places = free + (held | in_tree)
+        cached = int(np.count_nonzero(in_tree & ~held))
+        if (places != 1).any() or cached != self.num_cached or (idle and held.any()):
+            wrong = np.flatnonzero((places != 1) | (held if idle else False))
+            raise RuntimeError(
+                f"KV pages do not add up: {self.num_free} free + {self.num_cached} cached ({cached} expected)"
+                f" + {int(held.sum())} held of {self.num_pages}; pages in no or two places: {wrong[:16].tolist()}"
+            )

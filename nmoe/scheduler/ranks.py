@@ -1,0 +1,126 @@
+"""Who lives on which rank: slots, pages, batches. The moves of a request, without the decisions."""
+
+from nmoe.messages import Admit
+from nmoe.profiles import Numerics
+from nmoe.scheduler.batch import Batch
+from nmoe.scheduler.draft import Draft
+from nmoe.scheduler.limits import Limits
+from nmoe.scheduler.pages import PagePool
+from nmoe.scheduler.prefix import extend_keys
+from nmoe.scheduler.request import Request, State
+from nmoe.scheduler.slots import SlotTable
+
+
+class Ranks:
+    """The state of all ranks.
+
+    `running` counts a rank's requests that have rows still to be launched, never more than max_batch_size. `news` grows
+    whenever a rank may have become roomier for someone: pages or batch room freed, pages entered into the tree.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.table = SlotTable(limits.world_size, limits.num_slots)
+        self.pools = [PagePool(limits.num_pages) for _ in range(limits.world_size)]
+        self.batches = {numerics: Batch(self.table) for numerics in Numerics}
+        self.prefills: dict[Numerics, list[Request]] = {numerics: [] for numerics in Numerics}
+        self.running = [0] * limits.world_size
+        self.news = [0] * limits.world_size
+        self._residents = [0] * limits.world_size  # requests that hold pages
+
+    def has_room(self, rank: int) -> bool:
+        """Whether one more request may run on `rank`, pages aside."""
+        return self.running[rank] < self._limits.max_batch_size and self.table.num_free(rank) > 0
+
+    def pages_needed(self, request: Request) -> int:
+        """The pages with which a request begins: for its known tokens, and what its first row may write beyond."""
+        return self._limits.pages(min(request.known_len + self._limits.lookahead, request.limit - 1))
+
+    def admit(self, request: Request, rank: int, cached: int, draft: Draft) -> None:
+        """Place a waiting request on `rank`, where the pages of its first `cached` keys are in the tree."""
+        pool = self.pools[rank]
+        covered = cached * self._limits.page_size
+        # A sample needs a forward, so a prompt that is cached to its end recomputes its last token.
+        self.table.occupy(request, rank, min(covered, request.known_len - 1))
+        request.pages = pool.share(request.keys[:cached])
+        request.pages += pool.take(self.pages_needed(request) - cached)
+        request.published, request.publishes = cached, True
+        request.state = State.PREFILL
+        self.table.capacity[request.slot] = len(request.pages) * self._limits.page_size
+        self.prefills[request.numerics].append(request)
+        self.running[rank] += 1
+        self._residents[rank] += 1
+        draft.admits[rank].append(Admit(request.slot % self._limits.num_slots, covered, request.sampling))
+        draft.give(request, request.pages)
+
+    def grow(self, request: Request, count: int, draft: Draft) -> None:
+        """Give a running request `count` more pages."""
+        pages = self.pools[request.rank].take(count)
+        request.pages += pages
+        self.table.capacity[request.slot] = len(request.pages) * self._limits.page_size
+        draft.give(request, pages)
+
+    def publish(self, request: Request, computed: int) -> None:
+        """Enter the request's full pages among its first `computed` tokens into the tree, as far as it has keys.
+
+        It stops for good at a page that another request computed at the same time: what follows would hang on a node
+        that this request does not hold.
+        """
+        full = min(len(request.keys), computed // self._limits.page_size)
+        while request.publishes and request.published < full:
+            at = request.published
+            request.publishes = self.pools[request.rank].publish(request.keys[at], request.pages[at])
+            request.published += request.publishes
+            self.news[request.rank] += 1
+
+    def publish_output(self, request: Request, most: int) -> None:
+        """Enter the full pages whose ids are known, output included but no more than `most` tokens, into the tree."""
+        self.table.flush(request)
+        ids = request.prompt + request.output
+        computed = min(len(ids) // 4, int(self.table.position[request.slot]), most)
+        extend_keys(request.keys, ids[: 4 * computed], self._limits.page_size, request.numerics)
+        self.publish(request, computed)
+
+    def start_decode(self, request: Request) -> None:
+        """The request's known tokens are planned: from now on the batch carries it, if it has more to generate."""
+        self.prefills[request.numerics].remove(request)
+        if self.table.position[request.slot] < self.table.end[request.slot]:
+            request.state = State.DECODE
+            self.batches[request.numerics].add(request.rank, request.slot)
+        else:
+            self._leave(request)
+
+    def finish_decode(self, request: Request) -> None:
+        """All rows of a decoding request are planned; it only waits for results."""
+        self.batches[request.numerics].remove(request.rank, request.slot)
+        self._leave(request)
+
+    def _leave(self, request: Request) -> None:
+        request.state = State.LAUNCHED
+        self.running[request.rank] -= 1
+        self.news[request.rank] += 1
+
+    def stop(self, request: Request) -> None:
+        """Plan no more rows of a request, whatever its state."""
+        if request.state is State.PREFILL:
+            self.prefills[request.numerics].remove(request)
+            self._leave(request)
+        elif request.state is State.DECODE:
+            self.finish_decode(request)
+
+    def release(self, request: Request) -> None:
+        """Give back a request's pages. Raises RuntimeError if that leaves the rank idle and its pages do not add up."""
+        if request.pages:
+            pool = self.pools[request.rank]
+            pool.release(request.pages)
+            request.pages = []
+            self.news[request.rank] += 1
+            self._residents[request.rank] -= 1
+            if not self._residents[request.rank]:
+                pool.check(idle=True)
+
+    def youngest(self, rank: int) -> Request:
+        """Whom to preempt on `rank`: the last in (priority, arrival) order of those with rows still to be launched."""
+        decodes = [self.table.request(slot) for batch in self.batches.values() for slot in batch.rows(rank)]
+        prefills = [request for requests in self.prefills.values() for request in requests if request.rank == rank]
+        return max(decodes + prefills, key=lambda request: request.order)

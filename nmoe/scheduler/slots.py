@@ -1,0 +1,103 @@
+"""What changes with every token, as one array element per slot of every rank.
+
+A slot is named by its global number, rank * num_slots + slot. A free slot has uid -1. Positions count tokens of the
+whole sequence, prompt and output:
+
+    0 ........ known_len ........ position ........ known ........ limit
+    |-- computed with ids --|-- rows planned --|
+    a decode row at position p takes token p and returns token p + 1, so rows are planned while position < limit - 1
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from nmoe.scheduler.request import Request
+
+Ints = npt.NDArray[np.int32]
+Slots = npt.NDArray[np.int64]
+
+TAIL = 64  # output tokens kept per slot before they move to the request's bytes
+
+
+class SlotTable:
+    """The arrays, and which slots are free."""
+
+    def __init__(self, world_size: int, num_slots: int) -> None:
+        size = world_size * num_slots
+        self.world_size = world_size
+        self.num_slots = num_slots
+        self.uid = np.full(size, -1, np.int64)
+        self.position = np.zeros(size, np.int32)  # where the next row begins
+        self.prefilled = np.zeros(size, np.int32)  # rows below this position have their ids sent
+        self.end = np.zeros(size, np.int32)  # no row begins here or later
+        self.capacity = np.zeros(size, np.int32)  # tokens that its pages hold
+        self.known = np.zeros(size, np.int32)  # tokens whose ids are here
+        self.eos = np.full((size, 2), -1, np.int32)  # padded with -1; as wide as the longest list seen
+        self.tail = np.zeros((size, TAIL), np.int32)
+        self.tail_len = np.zeros(size, np.int32)
+        self.requests: list[Request | None] = [None] * size
+        self._free = [
+            list(range(rank * num_slots + num_slots - 1, rank * num_slots - 1, -1)) for rank in range(world_size)
+        ]
+
+    def num_free(self, rank: int) -> int:
+        """Free slots of `rank`."""
+        return len(self._free[rank])
+
+    def occupy(self, request: Request, rank: int, position: int) -> None:
+        """Give `request`, whose known tokens are set, a slot on `rank`; its first row begins at `position`."""
+        slot = self._free[rank].pop()
+        request.rank, request.slot = rank, slot
+        self.requests[slot] = request
+        self.uid[slot] = request.uid
+        self.position[slot] = position
+        self.prefilled[slot] = self.known[slot] = request.known_len
+        self.end[slot] = request.limit - 1
+        self.tail_len[slot] = 0
+        if len(request.eos_ids) > self.eos.shape[1]:
+            wider = len(request.eos_ids) - self.eos.shape[1]
+            self.eos = np.pad(self.eos, ((0, 0), (0, wider)), constant_values=-1)
+        self.eos[slot] = -1
+        self.eos[slot, : len(request.eos_ids)] = request.eos_ids
+
+    def vacate(self, request: Request) -> None:
+        """Free the request's slot; results of rows still in flight find another uid there, or none."""
+        self.flush(request)
+        self.uid[request.slot] = -1
+        self.position[request.slot] = self.prefilled[request.slot] = self.end[request.slot] = 0
+        self.requests[request.slot] = None
+        self._free[request.rank].append(request.slot)
+        request.rank = request.slot = -1
+
+    def flush(self, request: Request) -> None:
+        """Move the slot's newest tokens to the request's output."""
+        length = self.tail_len[request.slot]
+        request.output += self.tail[request.slot, :length].tobytes()
+        self.tail_len[request.slot] = 0
+
+    def request(self, slot: int) -> Request:
+        """Who lives in an occupied slot."""
+        request = self.requests[slot]
+        if request is None:
+            raise RuntimeError(f"slot {slot} is free but was planned")
+        return request
+
+    def append(self, slots: Slots, tokens: Ints) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """One new token for each of `slots` (all different, all occupied); which ended by EOS, and which by length."""
+        lengths = self.tail_len[slots]
+        self.tail[slots, lengths] = tokens
+        lengths += 1
+        self.tail_len[slots] = lengths
+        known = self.known[slots] + 1
+        self.known[slots] = known
+        if (full := lengths == TAIL).any():
+            for slot in slots[full].tolist():
+                self.flush(self.request(slot))
+        return (tokens[:, None] == self.eos[slots]).any(axis=1), known > self.end[slots]
+
+    def outstanding(self, most: int) -> list[int]:
+        """Per rank: tokens to compute with ids, plus those to generate, of which at most `most` count per request."""
+        begun = np.maximum(self.position, self.prefilled)
+        tokens = begun - self.position + np.minimum(self.end - begun, most)
+        load: list[int] = tokens.reshape(self.world_size, self.num_slots).sum(axis=1).tolist()
+        return load

@@ -1,0 +1,43 @@
+"""The requests of one numerics class that wait for a rank, in (priority, arrival) order.
+
+One queue for all ranks: a request is bound to a rank only when it is admitted. Siblings are the exception: they are
+pinned to the rank that has their prompt. A pinned request that finds no room there must not stop the other ranks, so
+it closes its rank to everything behind it and only there is it waited for; without a pin, the head blocks all those
+behind it.
+"""
+
+import bisect
+import operator
+
+from nmoe.scheduler.request import Request
+
+_ORDER = operator.attrgetter("order")
+
+
+class WaitingQueue:
+    """Sorted lists: one for any rank, one per rank for those pinned to it."""
+
+    def __init__(self, world_size: int) -> None:
+        self._anywhere: list[Request] = []
+        self._pinned: list[list[Request]] = [[] for _ in range(world_size)]
+
+    def __len__(self) -> int:
+        return len(self._anywhere) + sum(map(len, self._pinned))
+
+    def _queue(self, request: Request) -> list[Request]:
+        return self._anywhere if request.pinned is None else self._pinned[request.pinned]
+
+    def push(self, request: Request) -> None:
+        """Queue `request` at its place in the order."""
+        request.misfits = {}
+        bisect.insort(self._queue(request), request, key=_ORDER)
+
+    def remove(self, request: Request) -> None:
+        """Take `request` out, wherever it stands."""
+        queue = self._queue(request)
+        del queue[bisect.bisect_left(queue, request.order, key=_ORDER)]
+
+    def head(self, closed: set[int]) -> Request | None:
+        """Who is next, not counting those pinned to a rank in `closed`."""
+        heads = [queue[0] for rank, queue in enumerate(self._pinned) if queue and rank not in closed]
+        return min(heads + self._anywhere[:1], key=_ORDER, default=None)
