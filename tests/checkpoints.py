@@ -145,3 +145,8 @@ def quantised(tensors, block):
         result[name] = stored.to(torch.float8_e4m3fn).contiguous()
         result[name + "_scale_inv"] = scale
     return result
+
+
+def load_tensors(folder):
+    """All tensors of a checkpoint, by name."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}

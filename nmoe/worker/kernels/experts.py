@@ -45,7 +45,7 @@ def grouped_mlp(
     sorted_PD = _joined(outputs, x_ND, x_TD.shape[1])
     slots_PD = torch.empty_like(sorted_PD)
     slots_PD[order] = sorted_PD
-    return _weighted_sum(slots_PD.view(*ids_TK.shape, -1).float(), weights_TK)
+    return _weighted_sum(slots_PD.view(*ids_TK.shape, x_TD.shape[1]).float(), weights_TK)
 
 
 def _weighted_sum(parts_TKD: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
