@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from tests.forking import fork_call
 
 from nmoe.ipc import Control, Up
+from tests.forking import fork_call
 
 
 def _matmul(size):

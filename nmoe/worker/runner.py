@@ -127,7 +127,7 @@ class Runner:
                 f" {rows.num_tokens} tokens of at most {step.num_tokens}"
             )
         self._ends = self._slots.advance(rows.slots, firsts, rows.counts)
-        return self._batch(firsts, np.frombuffer(step.ids, np.int32))
+        return self._batch(firsts, np.frombuffer(step.ids, np.int32).astype(np.int64))
 
     def _form(self, given: Array) -> _Rows:
         """What follows from the rows [R, 4] of a Step until it brings new ones."""
