@@ -85,7 +85,10 @@ def open_checkpoint(config: Config) -> Checkpoint:
 def _compute_dtype(config: Config, architecture: Architecture) -> str:
     dtype = architecture.dtype if config.model.dtype == "auto" else config.model.dtype
     if dtype == "float16":
-        raise CheckpointError("the checkpoint is float16, which cannot be computed in; set [model] dtype = 'bfloat16'")
+        raise CheckpointError(
+            f"{config_file(config.model.path)}: the model is float16, which is not computed in;"
+            " set [model] dtype = 'bfloat16'"
+        )
     return dtype
 
 

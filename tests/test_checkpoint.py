@@ -1,0 +1,324 @@
+"""What is refused about a model folder before anything is loaded, and how the message helps."""
+
+import json
+import math
+import pathlib
+import shutil
+import struct
+
+import pytest
+import torch
+
+from nmoe.architecture import expected_tensors, read_architecture
+from nmoe.checkpoint import eos_ids, open_checkpoint, tokenizer_file
+from nmoe.config import Config, Model, Parallel
+from nmoe.errors import CheckpointError
+from tests.checkpoints import load_tensors, make_checkpoint, save_shards
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """A single-file, a sharded and an FP8 checkpoint, never changed."""
+    root = tmp_path_factory.mktemp("originals")
+    return {
+        "single": make_checkpoint(root / "single"),
+        "sharded": make_checkpoint(root / "sharded", shards=3),
+        "fp8": make_checkpoint(root / "fp8", fp8=True),
+    }
+
+
+@pytest.fixture
+def single(originals, tmp_path):
+    return pathlib.Path(shutil.copytree(originals["single"], tmp_path / "single"))
+
+
+@pytest.fixture
+def sharded(originals, tmp_path):
+    return pathlib.Path(shutil.copytree(originals["sharded"], tmp_path / "sharded"))
+
+
+@pytest.fixture
+def fp8(originals, tmp_path):
+    return pathlib.Path(shutil.copytree(originals["fp8"], tmp_path / "fp8"))
+
+
+def opened(folder, world_size=1, **model):
+    return open_checkpoint(
+        Config(model=Model(path=str(folder), **model), parallel=Parallel(world_size=world_size, device="cpu"))
+    )
+
+
+def refused(folder, *words, **options):
+    """The message of the refusal, which must hold every word."""
+    with pytest.raises(CheckpointError) as caught:
+        opened(folder, **options)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def edit(folder, **changes):
+    """Change keys of config.json; `...` removes one."""
+    document = json.loads((folder / "config.json").read_text())
+    for key, value in changes.items():
+        if value is ...:
+            del document[key]
+        else:
+            document[key] = value
+    (folder / "config.json").write_text(json.dumps(document))
+
+
+def change_tensors(folder, change):
+    tensors = load_tensors(folder)
+    change(tensors)
+    save_shards(folder, tensors, 1)
+
+
+def test_a_whole_checkpoint_is_opened(single, sharded):
+    checkpoint = opened(single)
+    assert (checkpoint.dtype, checkpoint.max_seq_len) == ("float32", 1024)
+    assert {name: info.shape for name, info in checkpoint.tensors.items()} == dict(
+        expected_tensors(checkpoint.architecture)
+    )
+    assert opened(sharded).tensors.keys() == checkpoint.tensors.keys()
+    assert opened(single, dtype="bfloat16", max_seq_len=100).max_seq_len == 100
+
+
+def test_memory_follows_from_the_architecture(single):
+    architecture = opened(single).architecture
+    held = sum(tensor.numel() for tensor in load_tensors(single).values())
+    assert architecture.num_params() == held
+    experts = sum(t.numel() for name, t in load_tensors(single).items() if ".experts." in name)
+    assert architecture.num_params(4) == held - experts * 3 // 4
+    assert architecture.weight_bytes("bfloat16") == 2 * held
+    assert architecture.kv_bytes_per_token("float32") == 3 * (32 + 16) * 4
+
+
+def test_deepseek_v3_has_671_billion_parameters(single):
+    edit(single, **REAL)
+    architecture = read_architecture(single)
+    assert math.isclose(architecture.num_params(), 671e9, rel_tol=2e-3)
+    assert architecture.kv_bytes_per_token("bfloat16") == 61 * 576 * 2
+
+
+REAL = {
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "first_k_dense_replace": 3,
+}
+
+
+def test_the_folder_is_missing(tmp_path):
+    refused(tmp_path / "nowhere", "nowhere", "no such folder", "[model] path")
+
+
+def test_config_json_is_missing(single):
+    (single / "config.json").unlink()
+    refused(single, "config.json", "No such file")
+
+
+@pytest.mark.parametrize(("text", "word"), [("{", "not valid JSON"), ("[]", "not an object"), ("\xff", "not valid")])
+def test_config_json_is_damaged(single, text, word):
+    (single / "config.json").write_bytes(text.encode("latin-1"))
+    refused(single, "config.json", word)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": ...}, ["'hidden_size' is missing"]),
+        ({"hidden_size": "big"}, ["hidden_size = 'big'", "int"]),
+        ({"num_hidden_layers": 0}, ["num_hidden_layers = 0", "at least 1"]),
+        ({"model_type": "llama"}, ["'llama' is not supported", "deepseek_v3"]),
+        ({"model_type": ...}, ["'model_type' is missing"]),
+        ({"model_type": "deepseek_v32"}, ["deepseek_v32", "sparse attention", "does not exist yet"]),
+        ({"hidden_act": "gelu"}, ["hidden_act = 'gelu'", "'silu'"]),
+        ({"scoring_func": "softmax"}, ["scoring_func = 'softmax'", "'sigmoid'"]),
+        ({"topk_method": "greedy"}, ["topk_method = 'greedy'", "'noaux_tc'"]),
+        ({"attention_bias": True}, ["attention_bias = True"]),
+        ({"moe_layer_freq": 2}, ["moe_layer_freq = 2"]),
+        ({"num_key_value_heads": 2}, ["num_key_value_heads = 2"]),
+        ({"qk_rope_head_dim": 15}, ["qk_rope_head_dim = 15", "even"]),
+        ({"n_group": 3}, ["n_routed_experts = 8", "n_group = 3"]),
+        ({"topk_group": 5}, ["topk_group = 5", "n_group = 4"]),
+        ({"num_experts_per_tok": 5}, ["num_experts_per_tok = 5", "4 experts"]),
+        ({"dtype": "int8"}, ["dtype = 'int8'"]),
+        ({"dtype": "float16"}, ["float16", "[model] dtype"]),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, ["'llama3' is not supported", "'yarn'"]),
+        ({"rope_parameters": {"rope_type": "yarn"}}, ["'factor' is missing"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["'linear' is not supported"]),
+        ({"quantization_config": {"quant_method": "awq"}}, ["'awq' is not supported", "'fp8'"]),
+        ({"quantization_config": {"quant_method": "fp8"}}, ["'weight_block_size' is missing"]),
+    ],
+)
+def test_an_architecture_that_cannot_be_served(single, changes, words):
+    edit(single, **changes)
+    refused(single, "config.json", *words)
+
+
+def test_absent_keys_take_the_defaults_of_transformers(single):
+    for key in ("n_shared_experts", "norm_topk_prob", "rope_interleave", "rope_parameters", "tie_word_embeddings"):
+        edit(single, **{key: ...})
+    edit(single, q_lora_rank=None, dtype=...)
+    architecture = read_architecture(single)
+    assert (architecture.rope.theta, architecture.rope.interleave, architecture.rope.yarn) == (10000.0, True, None)
+    assert architecture.q_lora_rank is None and architecture.norm_topk_prob and architecture.dtype == "float32"
+
+
+def test_experts_must_divide_among_the_workers(originals, single):
+    assert opened(originals["single"], world_size=8).architecture.num_experts == 8
+    edit(single, n_routed_experts=12)
+    refused(single, "n_routed_experts = 12", "world_size = 8", world_size=8)
+
+
+def test_limits_of_the_config(single):
+    refused(single, "max_seq_len = 2000", "max_position_embeddings = 1024", max_seq_len=2000)
+    refused(single, "attention_type = 'dsa'", "does not exist yet", attention_type="dsa")
+
+
+def test_a_shard_is_missing(sharded):
+    (sharded / "model-00002-of-00003.safetensors").unlink()
+    refused(sharded, "1 of 3 shards", "model-00002-of-00003.safetensors", "download")
+
+
+def test_the_index_is_missing(sharded):
+    (sharded / INDEX).unlink()
+    refused(sharded, "shards but no", INDEX)
+
+
+def test_the_index_has_no_map(sharded):
+    (sharded / INDEX).write_text("{}")
+    refused(sharded, INDEX, "weight_map")
+
+
+def test_the_index_names_a_tensor_that_its_shard_lacks(sharded):
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = index["weight_map"]["model.embed_tokens.weight"]
+    (sharded / INDEX).write_text(json.dumps(index))
+    refused(sharded, "lacks lm_head.weight")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_a_shard_is_truncated(sharded, keep):
+    file = sharded / "model-00001-of-00003.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:keep])
+    refused(sharded, file.name, "truncated")
+
+
+def test_a_header_is_damaged(single):
+    file = single / "model.safetensors"
+    header = b'{"x": {"dtype": "F32"}}'
+    file.write_bytes(struct.pack("<Q", len(header)) + header)
+    refused(single, file.name, "damaged")
+
+
+def test_git_lfs_placeholders(single):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (single / "model.safetensors").write_bytes(pointer)
+    refused(single, "model.safetensors", "git lfs pull")
+    (single / "config.json").write_bytes(pointer)
+    refused(single, "config.json", "git lfs pull")
+
+
+def test_there_are_no_weights(single):
+    file = single / "model.safetensors"
+    file.rename(single / "pytorch_model.bin")
+    refused(single, "pickles", "save_pretrained")
+    (single / "pytorch_model.bin").unlink()
+    refused(single, "neither", "weights = 'random'")
+    refused(single / "config.json", "single file", "weights = 'random'")
+    assert opened(single / "config.json", weights="random").tensors == {}
+
+
+def test_a_tensor_is_missing(single):
+    change_tensors(single, lambda tensors: tensors.pop("model.layers.1.mlp.experts.3.up_proj.weight"))
+    refused(single, "model.layers.1.mlp.experts.3.up_proj.weight is not in the checkpoint")
+
+
+def test_a_tensor_has_another_shape(single):
+    edit(single, moe_intermediate_size=40)
+    refused(single, "model.layers.1.mlp.experts.0.gate_proj.weight", "[32, 64]", "[40, 64]")
+
+
+def test_a_tensor_has_another_type(single):
+    change_tensors(single, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64, dtype=torch.int32)}))
+    refused(single, "model.norm.weight is I32")
+
+
+def test_a_tensor_is_unknown(single):
+    change_tensors(single, lambda tensors: tensors.update({"model.layers.0.self_attn.q_a_proj.bias": torch.ones(24)}))
+    refused(single, "model.layers.0.self_attn.q_a_proj.bias is in the checkpoint, but not part of the model")
+
+
+def test_more_layers_than_config_json_says(single):
+    edit(single, num_hidden_layers=2, num_nextn_predict_layers=0)
+    refused(single, "model.layers.2.", "more tensors are in the checkpoint")
+
+
+def test_harmless_tensors_are_tolerated(single):
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    change_tensors(single, lambda tensors: tensors.update(extra))
+    assert extra.keys().isdisjoint(opened(single).tensors)
+    edit(single, tie_word_embeddings=True)
+    assert "lm_head.weight" not in opened(single).tensors
+
+
+def test_fp8_needs_its_scales_and_its_block(fp8, tmp_path):
+    name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
+    edit(fp8, quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]})
+    refused(fp8, "_scale_inv has shape [1, 1]", "weight_block_size")
+    edit(fp8, quantization_config=...)
+    refused(fp8, "is FP8", "quantization_config")
+    edit(fp8, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    change_tensors(fp8, lambda tensors: tensors.pop(name))
+    refused(fp8, name, "are not there")
+
+
+def test_the_end_of_an_answer(single):
+    architecture = read_architecture(single)
+    assert eos_ids(single, architecture) == (1,)
+    (single / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert eos_ids(single, architecture) == eos_ids(single / "config.json", architecture) == (5, 6)
+    (single / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(CheckpointError, match="eos_token_id = 'x'"):
+        eos_ids(single, architecture)
+    (single / "generation_config.json").unlink()
+    edit(single, eos_token_id=[7, 8])
+    assert eos_ids(single, read_architecture(single)) == (7, 8)
+
+
+@pytest.mark.parametrize(
+    ("found", "word"),
+    [("tiktoken.model", "tiktoken"), ("tokenizer.model", "sentencepiece"), ("vocab.json", "vocabulary")],
+)
+def test_a_tokenizer_of_another_kind(single, found, word):
+    assert tokenizer_file(single) == single / "tokenizer.json"
+    (single / "tokenizer.json").rename(single / found)
+    with pytest.raises(CheckpointError) as caught:
+        tokenizer_file(single)
+    assert found in str(caught.value) and word in str(caught.value) and "save_pretrained" in str(caught.value)
+
+
+def test_no_tokenizer(single):
+    (single / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is not a tokenizer"):
+        tokenizer_file(single)
+    (single / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
+        tokenizer_file(single)
