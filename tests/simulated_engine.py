@@ -1,0 +1,267 @@
+"""The policy with simulated workers and clients around it; after every event everything that must hold is asserted."""
+
+import dataclasses
+from collections import deque
+
+import numpy as np
+
+from nmoe.messages import (
+    CHANNEL_DECODE,
+    ROW_HAS_IDS,
+    Abort,
+    Ended,
+    Finish,
+    Rejected,
+    Sampling,
+    Step,
+    StepDone,
+    Submit,
+    make_uid,
+    uid_frontend,
+)
+from nmoe.scheduler.limits import Limits
+from nmoe.scheduler.request import Request, State, sibling_seed
+from nmoe.scheduler.scheduler import Scheduler
+from tests.simulated_worker import SimulatedWorker, expected_output
+
+
+def limits(**overrides) -> Limits:
+    """Small limits; num_slots and max_seq_len follow the others unless given."""
+    sizes = {
+        "world_size": 1,
+        "num_pages": 16,
+        "page_size": 4,
+        "max_batch_size": 4,
+        "max_prefill_tokens": 16,
+        "max_queue": 64,
+    } | overrides
+    derived = {
+        "num_slots": 2 * sizes["max_batch_size"],
+        "max_seq_len": sizes["num_pages"] * sizes["page_size"],
+    }
+    return Limits(**(derived | sizes))
+
+
+@dataclasses.dataclass
+class Client:
+    """What one uid has seen."""
+
+    prompt: list[int]
+    max_tokens: int
+    seed: int
+    eos_ids: tuple[int, ...]
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    ended: Ended | None = None
+    stopped: str = ""  # "finish" or "abort" when the client asked for it
+
+
+class Engine:
+    """Drives a Scheduler by hand: submit, plan, answer."""
+
+    def __init__(self, sizes: Limits) -> None:
+        self.limits = sizes
+        self.scheduler = Scheduler(sizes)
+        self.clients: dict[int, Client] = {}
+        self.now = 1.0
+        self.next_counter = 0
+        self.planned: list[list[Step]] = []
+        self.boot_workers()
+
+    def boot_workers(self) -> None:
+        """New workers with empty caches."""
+        s = self.limits
+        self.seeds: dict[int, int] = getattr(self, "seeds", {})
+        first_step = len(self.planned)
+        self.workers = [
+            SimulatedWorker(rank, s.num_slots, s.page_size, s.row_tokens, self.seeds) for rank in range(s.world_size)
+        ]
+        for worker in self.workers:
+            worker.last_step = first_step
+        self.unanswered: list[deque[StepDone]] = [deque() for _ in self.workers]
+
+    # ----------------------------------------------------------------------------------------------------- events
+
+    def submit(self, prompt: list[int], max_tokens: int = 4, *, n=1, frontend=0, eos_ids=(), **fields) -> int | Rejected:
+        """Submit; the uid of the first sibling, or the refusal."""
+        uid = make_uid(frontend, 1, self.next_counter)
+        self.next_counter += n
+        seed = 1000 + uid
+        message = Submit(
+            1, uid, np.array(prompt, np.int32).tobytes(), max_tokens, Sampling(seed=seed), tuple(eos_ids), n, **fields
+        )
+        rejected = self.scheduler.submit(message, self.now)
+        if rejected is None:
+            for i in range(n):
+                own = sibling_seed(seed, i)
+                self.seeds[own] = len(prompt) + max_tokens
+                self.clients[uid + i] = Client(prompt, max_tokens, own, tuple(eos_ids))
+        self.after()
+        return uid if rejected is None else rejected
+
+    def abort(self, uid: int) -> None:
+        """The client goes away."""
+        if self.clients[uid].ended is None:
+            self.clients[uid].stopped = "abort"
+        self.scheduler.abort(Abort(1, uid), self.now)
+        self.after()
+
+    def finish(self, uid: int, count: int) -> None:
+        """The client has seen enough."""
+        if self.clients[uid].ended is None:
+            self.clients[uid].stopped = "finish"
+        self.scheduler.finish(Finish(1, uid, count), self.now)
+        self.after()
+
+    def plan(self) -> list[Step] | None:
+        """Plan and send one step; the workers run it at once, their answers wait for `answer`."""
+        self.now += 1.0
+        before = {uid: request.state for uid, request in self.scheduler._requests.items()}
+        known_before = {uid: request.known_len for uid, request in self.scheduler._requests.items()}
+        steps = self.scheduler.plan(self.now)
+        if steps is not None:
+            self.check_steps(steps, before, known_before)
+            self.planned.append(steps)
+            for worker, answers, step in zip(self.workers, self.unanswered, steps, strict=True):
+                answers.append(worker.apply(step))
+        self.after()
+        return steps
+
+    def answer(self, rank: int) -> bool:
+        """Deliver the oldest result of `rank`, if there is one."""
+        if not self.unanswered[rank]:
+            return False
+        self.now += 1.0
+        self.scheduler.complete(self.unanswered[rank].popleft(), self.now)
+        self.after()
+        return True
+
+    def answer_all(self) -> None:
+        """Deliver all results."""
+        for rank in range(len(self.workers)):
+            while self.answer(rank):
+                pass
+
+    def reset(self) -> None:
+        """The workers die and come back."""
+        self.scheduler.reset("the workers restarted", self.now)
+        self.boot_workers()
+        self.after()
+
+    def run(self, most: int = 2000) -> None:
+        """Plan and answer, two steps in flight, until nothing is left to do."""
+        for _ in range(most):
+            if self.plan() is None and not any(self.unanswered):
+                break
+            if all(len(answers) == self.limits.steps_in_flight for answers in self.unanswered) or self.starved():
+                for rank in range(len(self.workers)):
+                    self.answer(rank)
+        assert self.scheduler.idle, "work is left but nothing is planned"
+        assert all(client.ended for client in self.clients.values())
+
+    def starved(self) -> bool:
+        """Whether nothing more can be planned without results."""
+        steps = self.plan()
+        return steps is None
+
+    def request(self, uid: int) -> Request:
+        """The scheduler's view of a live request."""
+        return self.scheduler._requests[uid]
+
+    # ----------------------------------------------------------------------------------------------------- checks
+
+    def after(self) -> None:
+        """Deliver to the clients, then check what must hold at all times."""
+        for frontend, message in self.scheduler.drain():
+            uids = np.frombuffer(message.uids, np.int64).tolist()
+            tokens = np.frombuffer(message.tokens, np.int32).tolist()
+            counts = [1] * len(uids) if message.counts is None else np.frombuffer(message.counts, np.int32).tolist()
+            assert sum(counts) == len(tokens)
+            for uid, count in zip(uids, counts, strict=True):
+                assert count > 0
+                assert uid_frontend(uid) == frontend
+                assert self.clients[uid].ended is None, "tokens after the end"
+                self.clients[uid].tokens += tokens[:count]
+                tokens = tokens[count:]
+            for ended in message.ended:
+                assert uid_frontend(ended.uid) == frontend
+                self.check_end(self.clients[ended.uid], ended)
+        self.check_pages()
+        open_uids = {uid for uid, client in self.clients.items() if client.ended is None}
+        assert open_uids == self.scheduler._requests.keys()
+
+    def check_end(self, client: Client, ended: Ended) -> None:
+        """One terminal entry, and the right tokens before it."""
+        assert client.ended is None, "two terminal entries"
+        client.ended = ended
+        expected = expected_output(client.prompt, client.seed, client.max_tokens, client.eos_ids)
+        assert client.tokens == expected[: len(client.tokens)]
+        if client.stopped:
+            assert ended.reason == {"abort": "abort", "finish": "stop"}[client.stopped]
+        elif ended.reason != "error":
+            assert client.tokens == expected
+            assert ended.reason == ("stop" if expected[-1] in client.eos_ids else "length")
+
+    def check_pages(self) -> None:
+        """Conservation, counted from the requests' side; every private page in one place."""
+        scheduler = self.scheduler
+        for rank, pool in enumerate(scheduler._ranks.pools):
+            users = [request for request in scheduler._requests.values() if request.rank == rank]
+            pool.check(idle=not any(request.pages for request in users))
+            held: dict[int, int] = {}
+            for request in users:
+                assert len(set(request.pages)) == len(request.pages)
+                for page in request.pages:
+                    held[page] = held.get(page, 0) + 1
+            assert all(pool.tree.holds[page] for page, count in held.items() if count > 1), "shared outside the tree"
+            free, cached = set(pool._free), set(pool._cached)
+            assert len(free) + len(cached) + len(held) == self.limits.num_pages
+            assert free | cached | held.keys() == set(range(self.limits.num_pages))
+            assert pool.tree.match([]) == 0
+            running = [request for request in users if request.state in (State.PREFILL, State.DECODE)]
+            assert scheduler._ranks.running[rank] == len(running) <= self.limits.max_batch_size
+        assert scheduler.num_waiting == sum(
+            request.state in (State.WAITING, State.SIBLING) for request in scheduler._requests.values()
+        )
+
+    def check_steps(self, steps: list[Step], before: dict[int, State], known_before: dict[int, int]) -> None:
+        """All ranks alike; the budget; nobody who streams is left out; nobody is overtaken."""
+        s, scheduler = self.limits, self.scheduler
+        assert len(steps) == s.world_size
+        head = steps[0]
+        for step in steps:
+            same = (step.step_id, step.numerics, step.channel, step.num_tokens)
+            assert same == (head.step_id, head.numerics, head.channel, head.num_tokens)
+        rows = [worker.rows_of(step) for worker, step in zip(self.workers, steps, strict=True)]
+        chunks = [sum(row[2] for row in mine if row[3] & ROW_HAS_IDS) for mine in rows]
+        assert head.num_tokens == max(sum(row[2] for row in mine) for mine in rows) > 0
+        assert (head.channel == CHANNEL_DECODE) == (not any(chunks))
+        assert all(len(mine) <= s.max_batch_size for mine in rows)
+        streams = [
+            request
+            for request in scheduler._requests.values()
+            if before[request.uid] is State.DECODE and request.state in (State.DECODE, State.LAUNCHED)
+            if request.known_len == known_before[request.uid]  # else preempted and admitted elsewhere in the same step
+        ]
+        assert max(chunks) <= s.chunk(decoding=bool(streams))
+        for request in streams:
+            if request.numerics == head.numerics:
+                assert request.slot % s.num_slots in [row[0] for row in rows[request.rank] if row[2] == 1]
+        if self.planned and self.planned[-1][0].numerics == head.numerics:
+            assert all(request.numerics == head.numerics for request in streams), "a class missed its turn"
+        self.check_order(head, before)
+
+    def check_order(self, head: Step, before: dict[int, State]) -> None:
+        """Whoever was admitted comes before everybody of its class who still waits, those pinned to a rank aside."""
+        mine = [request for request in self.scheduler._requests.values() if request.numerics == head.numerics]
+        admitted = [
+            request
+            for request in mine
+            if before[request.uid] is State.WAITING and request.state not in (State.WAITING, State.SIBLING)
+        ]
+        waiting = [
+            request
+            for request in mine
+            if before[request.uid] is State.WAITING and request.state is State.WAITING and request.pinned is None
+        ]
+        for request in admitted:
+            assert all(request.order < other.order for other in waiting), "overtaken in the queue"

@@ -1,0 +1,166 @@
+"""The scheduler's policy: properties over random streams of events, then each rule by itself."""
+
+import random
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from nmoe.messages import ROW_HAS_IDS, Rejected
+from nmoe.profiles import PROFILES, Numerics
+from nmoe.scheduler.request import State, sibling_seed
+from tests.simulated_engine import Engine, limits
+from tests.simulated_worker import VOCABULARY, expected_output
+
+SETTINGS = settings(
+    deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow], database=None
+)
+
+
+@st.composite
+def sizes(draw, **fixed):
+    """Limits so tight that eviction and preemption are common."""
+    world_size = draw(st.sampled_from([1, 1, 2, 2, 3, 4, 8]))
+    drawn = {
+        "world_size": world_size,
+        "page_size": draw(st.sampled_from([1, 2, 4])),
+        "num_pages": draw(st.integers(4, 14)),
+        "max_batch_size": draw(st.integers(1, 5)),
+        "max_prefill_tokens": world_size * draw(st.integers(1, 12)),
+        "max_queue": draw(st.integers(8, 60)),
+        "steps_in_flight": draw(st.sampled_from([1, 2, 2, 2])),
+        "enable_prefix_cache": draw(st.sampled_from([True, True, True, False])),
+    }
+    return limits(**(drawn | fixed))
+
+
+SUBMIT = st.fixed_dictionaries(
+    {
+        "stem": st.integers(0, 2),  # prompts of one stem share their beginnings
+        "length": st.integers(0, 60),
+        "tail": st.integers(0, 3),
+        "max_tokens": st.integers(0, 60),
+        "n": st.sampled_from([1, 1, 1, 2, 4]),
+        "frontend": st.integers(0, 2),
+        "eos": st.sampled_from([0, 0, 1, 3]),
+        "priority": st.sampled_from([0, 0, 0, 1, -1]),
+        "profile": st.sampled_from(["production_generate", "production_generate", *PROFILES]),
+    }
+)
+ACTION = st.one_of(
+    SUBMIT,
+    SUBMIT,
+    st.just("plan"),
+    st.just("plan"),
+    st.tuples(st.just("answer"), st.integers(0, 7)),
+    st.just("round"),
+    st.just("round"),
+    st.tuples(st.just("abort"), st.integers(0, 50)),
+    st.tuples(st.just("finish"), st.integers(0, 50)),
+)
+
+
+def submit(engine: Engine, fields: dict) -> None:
+    """Submit a request that fits the engine's limits, but only just if its numbers are large."""
+    room = engine.limits.max_seq_len
+    length = 1 + fields["length"] % (room - 1)
+    tail = min(fields["tail"], length)
+    stem = fields["stem"]
+    prompt = [(stem * 7 + i * i) % VOCABULARY for i in range(length - tail)] + [stem + tail + 1] * tail
+    others = {name: fields[name] for name in ("n", "frontend", "priority", "profile")}
+    engine.submit(
+        prompt, 1 + fields["max_tokens"] % (room - length), eos_ids=tuple(range(fields["eos"])), **others
+    )
+
+
+def act(engine: Engine, action) -> None:
+    """Apply one random action."""
+    if isinstance(action, dict):
+        submit(engine, action)
+    elif action == "plan":
+        engine.plan()
+    elif action == "round":
+        engine.plan()
+        for rank in range(engine.limits.world_size):
+            engine.answer(rank)
+    elif action[0] == "answer":
+        engine.answer(action[1] % engine.limits.world_size)
+    elif engine.clients:
+        uid = list(engine.clients)[action[1] % len(engine.clients)]
+        if action[0] == "abort":
+            engine.abort(uid)
+        else:
+            engine.finish(uid, len(engine.clients[uid].tokens))
+
+
+def play(engine: Engine, actions: list) -> None:
+    """All actions, then on to the end; the engine asserts its invariants after each."""
+    for action in actions:
+        act(engine, action)
+    engine.run()
+    stats = engine.scheduler.stats
+    event(f"preempted: {stats.preemptions > 0}")
+    event(f"evicted: {engine.scheduler.evictions > 0}")
+    event(f"prefix hits: {stats.prefix_hits > 0}")
+    assert sum(stats.ended.values()) == len(engine.clients)
+
+
+def long_stream(seed: int, length: int = 150) -> list:
+    """A long stream of actions, with more submits than a shrinking generator would make."""
+    rng = random.Random(seed)
+    profiles = list(PROFILES) + ["production_generate"] * 4
+    actions: list = []
+    for _ in range(length):
+        kind = rng.choice(["submit", "submit", "plan", "plan", "answer", "round", "round", "abort", "finish"])
+        if kind == "submit":
+            actions.append(
+                {
+                    "stem": rng.randrange(3),
+                    "length": rng.randrange(60),
+                    "tail": rng.randrange(4),
+                    "max_tokens": rng.randrange(60),
+                    "n": rng.choice([1, 1, 1, 2, 4]),
+                    "frontend": rng.randrange(3),
+                    "eos": rng.choice([0, 0, 1, 3]),
+                    "priority": rng.choice([0, 0, 0, 1, -1]),
+                    "profile": rng.choice(profiles),
+                }
+            )
+        else:
+            actions.append(kind if kind in ("plan", "round") else (kind, rng.randrange(50)))
+    return actions
+
+
+@SETTINGS
+@given(sizes(), st.lists(ACTION, max_size=60))
+def test_random_streams_keep_every_invariant(sizes, actions):
+    play(Engine(sizes), actions)
+
+
+@SETTINGS
+@given(sizes(), st.integers(0, 2**32))
+def test_long_random_streams_keep_every_invariant(sizes, seed):
+    play(Engine(sizes), long_stream(seed))
+
+
+@SETTINGS
+@given(sizes(), st.integers(2, 4), st.integers(0, 2**32))
+def test_rows_of_several_tokens(sizes, row_tokens, seed):
+    play(Engine(msgspec.structs.replace(sizes, row_tokens=row_tokens)), long_stream(seed, 80))
+
+
+@SETTINGS
+@given(sizes(), st.integers(0, 2**32), st.integers(0, 2**32))
+def test_reset_ends_everything_once_and_starts_clean(sizes, before, after):
+    engine = Engine(sizes)
+    for action in long_stream(before, 40):
+        act(engine, action)
+    live = [uid for uid, client in engine.clients.items() if client.ended is None]
+    engine.reset()
+    assert all(engine.clients[uid].ended.reason == "error" for uid in live)
+    assert all("restarted" in engine.clients[uid].ended.detail for uid in live)
+    assert engine.scheduler.idle
+    assert engine.scheduler.usage == 0
+    play(engine, long_stream(after, 40))
