@@ -136,8 +136,9 @@ def _beat(boot: ipc.Boot, stop: threading.Event) -> None:
 
 
 def _set_threads(world_size: int) -> None:
-    """Share the cores with the other workers; there is no work for a pool between operators."""
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
+    """Share the cores with the other workers, and leave one to the scheduler and the frontends: an operator waits for
+    its slowest thread, so one thread too many costs more than all of them gain. No operators run side by side."""
+    torch.set_num_threads(max(1, (len(os.sched_getaffinity(0)) - 1) // world_size))
     torch.set_num_interop_threads(1)
 
 
