@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from nmoe.architecture import Architecture, expected_tensors
 from nmoe.checkpoint import SCALE_SUFFIX, Checkpoint
@@ -98,7 +98,7 @@ class CheckpointSource:
         if file not in self._files:
             try:
                 opened = safe_open(file, framework="pt", device=str(self._device))
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{file}: cannot be read: {error}; download it again") from None
             self._files[file] = self._stack.enter_context(opened)
         tensor: torch.Tensor = self._files[file].get_tensor(name)

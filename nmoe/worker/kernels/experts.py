@@ -34,12 +34,13 @@ def grouped_mlp(
     # One multiplication per expert with tokens, around one activation over all of them.
     experts = [expert for expert, count in enumerate(counts) if count]
     sizes = [counts[expert] for expert in experts]
+    w_gate_up_DG, w_down_FD = w_gate_up_EGD.transpose(1, 2).unbind(), w_down_EDF.transpose(1, 2).unbind()
     chunks = zip(experts, torch.split(x_ND, sizes), strict=True)
-    gate_up_NG = _joined([x @ w_gate_up_EGD[expert].t() for expert, x in chunks], x_ND, w_gate_up_EGD.shape[1])
+    gate_up_NG = _joined([torch.mm(x, w_gate_up_DG[expert]) for expert, x in chunks], x_ND, w_gate_up_EGD.shape[1])
     gate_NF, up_NF = gate_up_NG.chunk(2, dim=-1)
     hidden_NF = F.silu(gate_NF) * up_NF
     chunks = zip(experts, torch.split(hidden_NF, sizes), strict=True)
-    outputs = [h @ w_down_EDF[expert].t() for expert, h in chunks]
+    outputs = [torch.mm(h, w_down_FD[expert]) for expert, h in chunks]
     if elsewhere:
         outputs.append(x_TD.new_zeros(elsewhere, x_TD.shape[1]))
     sorted_PD = _joined(outputs, x_ND, x_TD.shape[1])

@@ -129,12 +129,12 @@ class Attention:
         parts = []
         if decodes := plan.num_decodes:
             q_RHC = absorb_queries(q_nope_THN[:decodes], q_rope_THP[:decodes], self._up)
-            context_RJC = rows_KC[plan.decode_RJ]
+            context_RJC = F.embedding(plan.decode_RJ, rows_KC)
             latent_RHL = absorbed_decode(q_RHC, context_RJC, plan.hidden_R1J, self._up)
             parts.append(values_of_latents(latent_RHL, self._up))
         for chunk in plan.chunks:
             q_nope, q_rope = q_nope_THN[chunk.start : chunk.stop], q_rope_THP[chunk.start : chunk.stop]
-            context_JC = rows_KC[chunk.context_J]
+            context_JC = F.embedding(chunk.context_J, rows_KC)
             if chunk.absorbed:
                 latent_THL = absorbed_chunk(absorb_queries(q_nope, q_rope, self._up), context_JC, self._up)
                 parts.append(values_of_latents(latent_THL, self._up))
