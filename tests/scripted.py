@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import nmoe
 from nmoe import ipc
-from nmoe.config import Config, Model, Parallel, Server
+from nmoe.config import Config, Model, Parallel, Server, Trace
 from nmoe.frontend.server import Frontend
 from nmoe.messages import Ended, FrontendToScheduler, Hello, Serving, Tokens
 from nmoe.metrics import Board
@@ -84,11 +84,11 @@ def listening_socket():
 class Rig:
     """The frontend under test and the scheduler's end of its link. `serve=False`: without Serving."""
 
-    def __init__(self, folder, *, serve=True, generation=1, model=None, **server):
+    def __init__(self, folder, *, serve=True, model=None, trace=None, **server):
         self._serve = serve
-        self.generation = generation  # of the scheduler
+        self.generation = 1  # of the scheduler
         model = Model(path=str(folder), name="tiny", **(model or {}))
-        self.config = Config(model, Parallel(1, "cpu"), server=Server(**server))
+        self.config = Config(model, Parallel(1, "cpu"), server=Server(**server), trace=trace or Trace())
         self.board = Board(3)
         self._stack = contextlib.AsyncExitStack()
 
@@ -148,10 +148,11 @@ class Rig:
     async def told(self, kind):
         """The frontend's next message to the launcher, which must be of this kind."""
         async with asyncio.timeout(TIMEOUT):
-            while (message := self.launcher.receive()) is None:
+            while True:
+                if (message := self.launcher.receive()) is not None:
+                    assert isinstance(message, kind), message
+                    return message
                 await asyncio.sleep(0.005)
-        assert isinstance(message, kind), message
-        return message
 
     def post(self, path, headers=None, **body):
         """A POST with a JSON body."""

@@ -76,7 +76,7 @@ class Endpoints:
             "/v1/completions": (hdrs.METH_POST, partial(self._generate, "completions")),
             "/v1/chat/completions": (hdrs.METH_POST, partial(self._generate, "chat")),
             "/v1/models": (hdrs.METH_GET, self._models),
-            "/v1/models/{id}": (hdrs.METH_GET, self._model),
+            "/v1/models/": (hdrs.METH_GET, self._model),
             "/health": (hdrs.METH_GET, self._answer_health),
             "/metrics": (hdrs.METH_GET, self._metrics),
         }
@@ -191,7 +191,7 @@ class Endpoints:
         return json_response(body, headers)
 
     async def _model(self, request: web.BaseRequest, headers: Headers) -> web.StreamResponse:
-        self._check_model(request.path.removeprefix("/v1/models/"))
+        self._check_model(request.path.removeprefix("/v1/models/") or "(empty)")
         body = replies.model_body(self._config.model_name, self._created, self._health.max_seq_len)
         return json_response(body, headers)
 

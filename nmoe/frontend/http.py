@@ -38,7 +38,7 @@ class Router:
         """Answer one request."""
         headers = {"X-Request-Id": _request_id(request), hdrs.SERVER: "nmoe"}
         try:
-            return await self._endpoint(request)(request, headers)
+            return await self._endpoint(request, headers)(request, headers)
         except RequestError as error:
             return error_response(error, headers)
         except (ConnectionError, asyncio.CancelledError):  # the client left
@@ -47,17 +47,22 @@ class Router:
             _log.exception("request %s failed", headers["X-Request-Id"])
             return error_response(RequestError("internal error", status=500), headers)
 
-    def _endpoint(self, request: web.BaseRequest) -> Endpoint:
+    def _endpoint(self, request: web.BaseRequest, headers: Headers) -> Endpoint:
         path = request.path
-        route = self._routes.get(path) or self._routes.get(path[: path.find("/", 4) + 1] + "{rest}")
+        route = self._routes.get(path) or self._route_below(path)
         if path.startswith("/v1/"):
             self._authenticate(request)
         if route is None:
             raise RequestError(f"{path[:200]}: no such path; there are {', '.join(self._routes)}", status=404)
         method, endpoint = route
         if request.method != method and not (request.method == hdrs.METH_HEAD and method == hdrs.METH_GET):
+            headers[hdrs.ALLOW] = method
             raise RequestError(f"{request.method[:20]} {path[:200]}: send {method} instead", status=405)
         return endpoint
+
+    def _route_below(self, path: str) -> tuple[str, Endpoint] | None:
+        found = (route for prefix, route in self._routes.items() if prefix.endswith("/") and path.startswith(prefix))
+        return next(found, None)
 
     def _authenticate(self, request: web.BaseRequest) -> None:
         if not self._keys:

@@ -97,10 +97,11 @@ def parse_call(endpoint: Endpoint, document: dict[str, Any]) -> Call:
     fields = FIELDS[endpoint]
     values: dict[str, Any] = {}
     for name, value in document.items():
+        if value is None and (name in fields or name in _FOREIGN):
+            continue
         if name not in fields:
             raise _unknown(name, list(fields))
-        if value is not None:
-            values[name] = _convert(name, value, fields[name])
+        values[name] = _convert(name, value, fields[name])
     required = _REQUIRED[endpoint]
     if required not in values:
         raise RequestError(f"{required}: missing", param=required, code="missing_required_parameter")

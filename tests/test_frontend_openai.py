@@ -1,0 +1,198 @@
+"""The request schema and the bodies it comes in: what is taken, and which field an error names."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nmoe.errors import RequestError
+from nmoe.frontend.body import parse_object
+from nmoe.frontend.openai import FIELDS, parse_call
+
+properties = settings(derandomize=True, deadline=None, max_examples=200)
+USER = {"role": "user", "content": "a"}
+
+
+def refused(endpoint, **document):
+    with pytest.raises(RequestError) as caught:
+        parse_call(endpoint, document)
+    assert caught.value.status == 400
+    return caught.value
+
+
+# Field, value, what the message says beside the field's name.
+WRONG = [
+    ("max_tokens", 0, ">= 1"),
+    ("max_tokens", "5", "expected `int`, got `str`"),
+    ("max_tokens", 5.5, "expected `int`, got `float`"),
+    ("max_tokens", True, "expected `int`, got `bool`"),
+    ("max_tokens", 1 << 40, "<= 2147483647"),
+    ("temperature", -0.1, ">= 0"),
+    ("temperature", 2.1, "<= 2"),
+    ("temperature", "hot", "expected `float`"),
+    ("top_p", 0, "> 0"),
+    ("top_p", 1.01, "<= 1"),
+    ("top_k", -2, ">= -1"),
+    ("seed", 1 << 63, "64 bits"),
+    ("seed", 1.5, "expected `int`"),
+    ("stop", ["a", "b", "c", "d", "e"], "at most 4"),
+    ("stop", "", "must not be empty"),
+    ("stop", ["a", ""], "must not be empty"),
+    ("stop", 5, "expected `str | array`"),
+    ("stream", "yes", "expected `bool`"),
+    ("stream_options", {"include_usage": True}, "stream: true"),
+    ("ignore_eos", 1, "expected `bool`"),
+    ("return_token_ids", "true", "expected `bool`"),
+    ("model", 5, "expected `str`"),
+    ("n", 2, "not supported"),
+    ("n", 1, "not supported"),
+    ("logprobs", True, "not supported"),
+    ("echo", False, "not supported"),
+    ("user", "me", "not supported"),
+    ("temprature", 1, "did you mean temperature?"),
+    ("max_token", 1, "did you mean max_tokens?"),
+    ("qqq", 1, "known fields: "),
+    ("qqq", None, "known fields: "),
+]
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+@pytest.mark.parametrize(("field", "value", "says"), WRONG)
+def test_wrong_fields_are_named(endpoint, field, value, says):
+    prompt = {"prompt": "a"} if endpoint == "completions" else {"messages": [USER]}
+    error = refused(endpoint, **prompt, **{field: value})
+    assert error.param == field and str(error).startswith(field) and says in str(error)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "document", "param"),
+    [
+        ("completions", {}, "prompt"),
+        ("completions", {"prompt": None}, "prompt"),
+        ("completions", {"prompt": ""}, "prompt"),
+        ("completions", {"prompt": []}, "prompt"),
+        ("completions", {"prompt": 5}, "prompt"),
+        ("completions", {"prompt": ["a", "b"]}, "prompt[0]"),
+        ("completions", {"prompt": [1, 2, "x"]}, "prompt[2]"),
+        ("completions", {"prompt": [[1]]}, "prompt[0]"),
+        ("completions", {"prompt": [1.0]}, "prompt[0]"),
+        ("completions", {"prompt": "a", "messages": [USER]}, "messages"),
+        ("completions", {"prompt": "a", "max_completion_tokens": 5}, "max_completion_tokens"),
+        ("completions", {"prompt": "a", "stream": True, "stream_options": {"usage": 1}}, "stream_options"),
+        ("chat", {}, "messages"),
+        ("chat", {"messages": []}, "messages"),
+        ("chat", {"messages": "hi"}, "messages"),
+        ("chat", {"messages": ["hi"]}, "messages[0]"),
+        ("chat", {"messages": [USER, {"role": "tool", "content": "a"}]}, "messages[1].role"),
+        ("chat", {"messages": [{"role": "user"}]}, "messages[0]"),
+        ("chat", {"messages": [{"role": "user", "content": None}]}, "messages[0]"),
+        ("chat", {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ("chat", {"messages": [{**USER, "name": "x"}]}, "messages[0]"),
+        ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+        ("chat", {"messages": [USER], "prompt": "a"}, "prompt"),
+        ("chat", {"messages": [USER], "max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
+    ],
+)
+def test_wrong_prompts_and_contradictions(endpoint, document, param):
+    error = refused(endpoint, **document)
+    assert error.param == param and str(error).startswith(param)
+
+
+def test_two_names_of_one_length():
+    for fields in ({"max_tokens": 5}, {"max_completion_tokens": 5}, {"max_tokens": 5, "max_completion_tokens": 5}):
+        assert parse_call("chat", {"messages": [USER], **fields}).max_tokens == 5
+
+
+def test_null_is_absent():
+    nothing = dict.fromkeys([*FIELDS["completions"], "logprobs", "n", "logit_bias"])
+    assert parse_call("completions", {**nothing, "prompt": "a"}) == parse_call("completions", {"prompt": "a"})
+
+
+def test_stop_may_be_one_string():
+    assert parse_call("completions", {"prompt": "a", "stop": "x"}).stop == ("x",)
+    assert parse_call("completions", {"prompt": "a", "stop": ["x", "y"]}).stop == ("x", "y")
+    assert parse_call("completions", {"prompt": "a", "stop": []}).stop == ()
+
+
+# --------------------------------------------------------------------------------------------------------------- bodies
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"[1]", "must be a JSON object, not an array"),
+        (b"null", "not null"),
+        (b'{"a": NaN}', "not valid JSON"),
+        (b'{"a": 1e999}', "not valid JSON"),
+        (b'{"a": "\xff"}', "UTF-8"),
+        (b'{"a": "\\ud800"}', "surrogate"),
+        (b'{"a":' + b"[" * 100_000, "depth"),
+        (b'{"a":' * 100_000, "depth"),
+        (b'{"a": 1, "a": 1}', "'a' appears more than once"),
+        (b'{"b": [{"a": 1, "c": ":", "\\u0061": 2}]}', "'a' appears more than once"),
+        (b'{"a": 1, "a": ' + b"[" * 1000 + b"]" * 1000 + b"}", "more than once"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    ],
+)
+def test_bodies_that_are_refused(body, says):
+    with pytest.raises(RequestError, match=says) as caught:
+        parse_object(body)
+    assert caught.value.status == 400
+
+
+def test_a_nested_body_is_taken():
+    depth = 1000
+    assert parse_object(b'{"a":' * depth + b"1" + b"}" * depth)
+
+
+def test_huge_integers_are_refused_by_their_field():
+    document = parse_object(b'{"prompt": [1%s]}' % (b"0" * 30))
+    assert refused("completions", **document).param == "prompt[0]"
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@properties
+@given(st.dictionaries(st.text(max_size=5), json_values, max_size=4))
+def test_no_object_is_taken_for_one_with_repeated_keys(document):
+    for ascii_only in (False, True):
+        text = json.dumps(document, ensure_ascii=ascii_only)
+        try:
+            body = text.encode()
+        except UnicodeEncodeError:  # a lone surrogate
+            continue
+        try:
+            parse_object(body)
+        except RequestError as error:
+            assert "more than once" not in str(error)
+
+
+@properties
+@given(
+    st.sampled_from(["completions", "chat"]),
+    st.dictionaries(st.sampled_from([*FIELDS["completions"], *FIELDS["chat"], "n", "x"]), json_values, max_size=5),
+)
+def test_any_object_is_taken_or_refused(endpoint, document):
+    try:
+        call = parse_call(endpoint, document)
+    except RequestError as error:
+        assert error.status == 400 and error.param
+    else:
+        assert call.prompt or call.messages
+
+
+@properties
+@given(st.binary(max_size=40))
+def test_any_bytes_are_taken_or_refused(body):
+    try:
+        assert isinstance(parse_object(body), dict)
+    except RequestError as error:
+        assert error.status == 400

@@ -1,0 +1,229 @@
+"""The frontend's parts on their own: slow readers, chat templates, the trace, and the whole process."""
+
+import json
+import pathlib
+import time
+import urllib.request
+
+import msgspec
+import psutil
+import pytest
+import zmq
+
+from nmoe import ipc
+from nmoe.config import Config, Model, Parallel, Trace
+from nmoe.errors import CheckpointError, NmoeError, RequestError
+from nmoe.frontend.openai import ChatMessage, TextPart, parse_call
+from nmoe.frontend.replies import Chunks
+from nmoe.frontend.sse import EventStream
+from nmoe.frontend.streams import Stream
+from nmoe.frontend.template import load_template
+from nmoe.messages import Abort, Ended, FrontendToScheduler, Hello, Sampling, Serving, Submit
+from nmoe.metrics import Board
+from nmoe.trace import Record, Recorder, sampling_fields
+from tests.forking import fork_call
+from tests.scripted import TOKENIZER, Rig, listening_socket, run, write_model
+
+# --------------------------------------------------------------------------------------------------------------- events
+
+
+class Transport:
+    """Keeps what is written; `unsent` is what it says is still waiting."""
+
+    def __init__(self):
+        self.written = []
+        self.unsent = 0
+
+    def get_write_buffer_size(self):
+        return self.unsent
+
+    def is_closing(self):
+        return False
+
+    def write(self, data):
+        self.written.append(data)
+
+
+class Letters:
+    """A detokenizer of code points."""
+
+    feed = staticmethod(chr)
+
+    def flush(self):
+        return ""
+
+
+class Response:
+    chunked = False
+
+    async def write_eof(self):
+        pass
+
+
+async def test_a_slow_reader_gets_fewer_larger_events():
+    stream = Stream(1, Letters(), (), 0.0)
+    call = parse_call("completions", {"prompt": "a", "return_token_ids": True})
+    transport = Transport()
+    events = EventStream(Response(), transport, stream, Chunks(call, "tiny", stream, [5]))
+    stream.on_tokens = events._on_tokens
+    for token, unsent in ((97, 0), (98, 1 << 20), (99, 1 << 20), (100, 0), (101, 1 << 20)):
+        transport.unsent = unsent
+        stream.feed([token])
+        stream.on_tokens()
+    stream.finish(Ended(1, "length"))
+    await events.finish(include_usage=False)
+    *chunks, done = transport.written
+    choices = [json.loads(chunk.removeprefix(b"data: "))["choices"][0] for chunk in chunks]
+    assert [(choice["text"], choice["token_ids"]) for choice in choices] == [
+        ("a", [97]),
+        ("bcd", [98, 99, 100]),
+        ("e", [101]),
+    ]
+    assert done == b"data: [DONE]\n\n"
+
+
+# ------------------------------------------------------------------------------------------------------------- template
+
+
+def say(role, content):
+    return ChatMessage(role=role, content=content)
+
+
+def template_of(folder, source, **settings):
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": source, **settings}))
+    return load_template(folder)
+
+
+def test_template_renders_as_transformers_does(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    source = """{% for message in messages %}
+    {%- if loop.first %}{{ bos_token }}{% endif %}
+    {% if message['role'] == 'tool' %}
+        {% continue %}
+    {% endif %}
+    <|{{ message.role }}|>{{ message.content | trim }} {{ message | tojson }} {{ eos_token }}
+{% endfor %}
+{% if add_generation_prompt %}<|assistant|>{% endif %}
+{{ strftime_now('%Y') }}
+"""
+    theirs = PreTrainedTokenizerFast(tokenizer_object=TOKENIZER, bos_token="<bos>", eos_token="<eos>")
+    theirs.chat_template = source
+    ours = template_of(tmp_path, source, bos_token="<bos>", eos_token={"content": "<eos>", "lstrip": False})
+    messages = [{"role": "system", "content": " é & <b> "}, {"role": "user", "content": 'say "hi"\n'}]
+    expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ours.render([ChatMessage(**message) for message in messages]) == expected
+
+
+def test_template_of_its_own_file_comes_first(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("file {{ messages[0].content }}")
+    assert template_of(tmp_path, "config").render([say("user", "a")]) == "file a"
+
+
+def test_named_templates(tmp_path):
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
+    assert template_of(tmp_path, named).render([say("user", "a")]) == "yes"
+    assert template_of(tmp_path, named[:1]) is None
+    assert template_of(tmp_path, None) is None
+
+
+def test_contents_and_roles(tmp_path):
+    template = template_of(tmp_path, "{% for m in messages %}{{ m.role }}={{ m.content }};{% endfor %}")
+    parts = [TextPart(type="text", text="a"), TextPart(type="text", text="b")]
+    assert template.render([say("developer", parts), say("user", "c")]) == "system=a\nb;user=c;"
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ raise_exception('roles must alternate') }}", "{{ messages.append(1) }}", "{{ ''.x.y }}"]
+)
+def test_a_template_that_refuses_is_a_400(tmp_path, source):
+    with pytest.raises(RequestError, match="the chat template refuses them") as caught:
+        template_of(tmp_path, source).render([say("user", "a")])
+    assert caught.value.status == 400 and caught.value.param == "messages"
+
+
+def test_a_broken_template_is_the_checkpoints_fault(tmp_path):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: the chat template is not valid: line 1"):
+        template_of(tmp_path, "{% if %}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- trace
+
+
+def test_trace_lines_of_several_recorders_do_not_mix(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    recorders = [Recorder(str(path)) for _ in range(3)]
+    for i in range(60):
+        sampling = sampling_fields(Sampling(seed=i), 5)
+        recorders[i % 3].add(Record(1.0, [i] * 5000, sampling, 5, "stop", 0.1, 0.2))
+    for recorder in recorders:
+        recorder.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted(line["sampling"]["seed"] for line in lines) == [*range(60)]
+    assert all(line["prompt_token_ids"] == [line["sampling"]["seed"]] * 5000 for line in lines)
+
+
+def test_a_trace_that_cannot_be_written_stops_the_start(tmp_path):
+    with pytest.raises(NmoeError, match=r"\[trace\] record = .*: cannot be opened: No such file or directory"):
+        Recorder(str(tmp_path / "no" / "trace.jsonl"))
+
+
+async def test_finished_requests_are_recorded(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    async with Rig(write_model(tmp_path), trace=Trace(str(path))) as rig:
+        before = time.time()
+        asked = run(rig.ask("/v1/completions", prompt=[5, 6], max_tokens=3, seed=7, temperature=0.5, top_k=2))
+        submit = await rig.next(Submit)
+        await rig.tokens(submit, "a")
+        await rig.tokens(submit, "b", "stop")
+        await asked
+        left = run(rig.ask("/v1/completions", prompt="never finished"))
+        await rig.next(Submit)
+        left.cancel()
+        await rig.next(Abort)
+    (line,) = map(json.loads, path.read_text().splitlines())
+    assert before <= line.pop("arrived") <= time.time()
+    assert 0 < line.pop("ttft") <= line.pop("e2e") < 5
+    assert line == {
+        "prompt_token_ids": [5, 6],
+        "sampling": {"temperature": 0.5, "top_k": 2, "top_p": 1.0, "seed": 7, "max_tokens": 3},
+        "output_tokens": 2,
+        "finish_reason": "stop",
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- process
+
+
+def frontend_process(folder, run_dir, control, http):
+    """What the launcher's child does, on uvloop."""
+    from nmoe.frontend.server import main
+
+    config = Config(Model(path=folder, name="tiny"), Parallel(1, "cpu"))
+    boot = ipc.Boot("frontend", 0, 1, config, pathlib.Path(run_dir), control, Board(3), http)
+    ipc.settle_in(boot)
+    main(boot)
+
+
+def test_the_process_answers_waits_idly_and_leaves(tmp_path):
+    launcher, control = ipc.Control.pair()
+    with zmq.Context() as context, ipc.bind_router(context, ipc.frontend_address(tmp_path)) as router:
+        with listening_socket() as http:
+            url = f"http://127.0.0.1:{http.getsockname()[1]}"
+            child = fork_call(frontend_process, str(write_model(tmp_path)), str(tmp_path), control, http)
+        control.close()
+        try:
+            assert router.poll(10_000)
+            who, data = router.recv_multipart()
+            assert msgspec.msgpack.Decoder(FrontendToScheduler).decode(data) == Hello(1)
+            with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as response:
+                assert json.load(response)["data"][0]["max_model_len"] is None
+            router.send_multipart([who, msgspec.msgpack.encode(Serving(1, 100))])
+            process = psutil.Process(child.pid)
+            used = sum(process.cpu_times()[:2])
+            time.sleep(1.0)
+            assert sum(process.cpu_times()[:2]) - used < 0.05
+            launcher.close()
+            assert child.wait(5) == 0
+        finally:
+            child.end()

@@ -1,0 +1,171 @@
+"""Incremental detokenizing against whole-text decoding, stop strings against brute force, and what is refused."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Library
+
+from nmoe.errors import CheckpointError
+from nmoe.frontend.stops import StopFinder
+from nmoe.frontend.tokenizer import Tokenizer
+from tests.scripted import BOS, TOKENIZER, ids_of
+
+SPECIALS = ["<s>", "</s>"]
+MERGED = ["Ġhello", "worl", "ðŁ", "Äł", "éĻĪ"]  # words, and parts of characters
+PIECES = ["▁", "▁hello", "world", "▁▁", "é", "中", "�", "a", "!"]
+properties = settings(derandomize=True, deadline=None, max_examples=150)
+
+
+def byte_level():
+    """Byte-level BPE with tokens of several bytes, and added tokens in and outside of the byte alphabet."""
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *MERGED]
+    tokenizer = Library(models.BPE(vocab={token: i for i, token in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken("<think>"), AddedToken("中文 é"), AddedToken("naïve")])
+    tokenizer.add_special_tokens(SPECIALS)
+    return tokenizer
+
+
+def byte_fallback():
+    """As SentencePiece BPE is converted: words begin with ▁, bytes are tokens such as <0xE4>."""
+    tokens = ["<unk>", *SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256)), *PIECES]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Library(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_tokens([AddedToken("<think>"), AddedToken(" x ")])
+    tokenizer.add_special_tokens(["<unk>", *SPECIALS])
+    return tokenizer
+
+
+def metaspace():
+    """SentencePiece unigram as T5 has it."""
+    tokenizer = Library(models.Unigram([("<unk>", 0.0), *((piece, -1.0) for piece in PIECES)], unk_id=0))
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(SPECIALS)
+    return tokenizer
+
+
+def save(library, folder):
+    library.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+@pytest.fixture(scope="module", params=[byte_level, byte_fallback, metaspace])
+def pair(request, tmp_path_factory):
+    """The library's tokenizer, and ours of the same file."""
+    library = request.param()
+    return library, Tokenizer(save(library, tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer(tmp_path_factory):
+    """One token per byte."""
+    return Tokenizer(save(TOKENIZER, tmp_path_factory.mktemp("tokenizer")))
+
+
+@properties
+@given(data=st.data())
+def test_pieces_make_the_whole_text(pair, data):
+    library, tokenizer = pair
+    size = library.get_vocab_size(with_added_tokens=True)
+    # Words and added tokens are at the vocabulary's end; a model's own vocabulary may go on behind it.
+    tokens = data.draw(st.lists(st.integers(0, size - 1) | st.integers(max(0, size - 16), size + 2), max_size=24))
+    detokenizer = tokenizer.detokenizer()
+    pieces = [*map(detokenizer.feed, tokens), detokenizer.flush()]
+    assert "".join(pieces) == library.decode(tokens, skip_special_tokens=True)
+
+
+@properties
+@given(text=st.text(max_size=12))
+def test_a_character_comes_with_its_last_byte(byte_tokenizer, text):
+    detokenizer = byte_tokenizer.detokenizer()
+    for character in text.encode("utf-8", "replace").decode():
+        tokens = ids_of(character)
+        assert [*map(detokenizer.feed, tokens)] == [""] * (len(character.encode()) - 1) + [character]
+    assert detokenizer.flush() == ""
+
+
+def test_text_is_not_held_back_when_it_is_certain(pair):
+    library, tokenizer = pair
+    detokenizer = tokenizer.detokenizer()
+    words = library.encode("world").ids if library.token_to_id("world") is None else [library.token_to_id("world")]
+    assert all(detokenizer.feed(token) for token in words)
+
+
+def test_a_broken_character_at_the_end_is_shown_as_one(byte_tokenizer):
+    detokenizer = byte_tokenizer.detokenizer()
+    assert [*map(detokenizer.feed, ids_of("中")[:2]), detokenizer.flush()] == ["", "", "�"]
+
+
+def test_eos_is_never_shown(byte_tokenizer, tmp_path):
+    """Not even where tokenizer.json does not mark it as special."""
+    (exclamation,) = ids_of("!")
+    assert byte_tokenizer.detokenizer().feed(exclamation) == "!"
+    assert Tokenizer(save(TOKENIZER, tmp_path), eos_ids=(exclamation,)).detokenizer().feed(exclamation) == ""
+
+
+def test_special_tokens_are_added_when_asked_for(byte_tokenizer):
+    assert byte_tokenizer.encode("hi", add_special_tokens=True) == [BOS, *ids_of("hi")]
+    assert byte_tokenizer.encode("<eos>hi", add_special_tokens=False) == [1, *ids_of("hi")]
+
+
+def test_truncation_in_the_file_is_ignored(tmp_path):
+    library = Library.from_str(TOKENIZER.to_str())
+    library.enable_truncation(3)
+    library.enable_padding(length=50)
+    assert len(Tokenizer(save(library, tmp_path)).encode("hello world", add_special_tokens=False)) == 11
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"version": "1.0"}', "not json", '{"model": 5}'])
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
+    file = tmp_path / "tokenizer.json"
+    file.write_text(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer .* save it again"):
+        Tokenizer(file)
+
+
+def test_a_decoder_that_cannot_be_streamed_is_refused(tmp_path):
+    library = byte_level()
+    library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    with pytest.raises(CheckpointError, match=r"ByteLevel \+ Strip"):
+        Tokenizer(save(library, tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------------- stop strings
+
+
+def first_stop(text, stops):
+    """By brute force: the length of the text before the stop string that is complete first, or None."""
+    for end in range(1, len(text) + 1):
+        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if starts:
+            return min(starts)
+    return None
+
+
+@properties
+@given(
+    pieces=st.lists(st.text("ab中", max_size=4), max_size=8),
+    stops=st.lists(st.text("ab中", min_size=1, max_size=4), min_size=1, max_size=4),
+)
+def test_stop_strings(pieces, stops):
+    finder = StopFinder(tuple(stops))
+    text, shown = "", ""
+    for piece in pieces:
+        text += piece
+        shown += finder.feed(piece)
+        cut = first_stop(text, stops)
+        if cut is not None:
+            assert finder.found and shown == text[:cut] and finder.flush() == ""
+            return
+        assert not finder.found and text.startswith(shown)
+        # Exactly what may still become a stop string is held back.
+        held = text[len(shown) :]
+        assert not held or any(stop.startswith(held) for stop in stops)
+        ends = [text[i:] for i in range(len(text)) if any(stop.startswith(text[i:]) for stop in stops)]
+        assert held == (ends[0] if ends else "")
+    assert shown + finder.flush() == text
