@@ -4,6 +4,7 @@ NmoeError                    a message for the operator: what is wrong and what 
 ├── ConfigError              the TOML file: every problem at once
 ├── CheckpointError          the model folder: config.json, shards, shapes, tokenizer
 ├── LaunchError              a process failed to start or died
+├── PeerSilent               a worker waited in vain for another; names it
 └── RequestError             one request is refused; carries the HTTP status and the field
 Anything else that escapes is a defect and keeps its traceback.
 """
@@ -27,6 +28,17 @@ class CheckpointError(NmoeError):
 
 class LaunchError(NmoeError):
     """A process of the server failed to start or died."""
+
+
+class PeerSilent(NmoeError):
+    """Worker `rank` waited in vain for the ranks `silent`; what it computed since is void."""
+
+    def __init__(self, rank: int, silent: list[int], seconds: float) -> None:
+        self.silent = silent
+        super().__init__(
+            f"worker {rank}: nothing came from worker {' and '.join(map(str, silent))} within {seconds:.1f} s, so the"
+            " workers' steps are void; the silent worker's log says why it stopped, and all workers must start again"
+        )
 
 
 class RequestError(NmoeError):

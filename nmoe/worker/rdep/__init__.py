@@ -1,4 +1,7 @@
-"""How tokens reach their experts: one interface, whatever lies between the ranks."""
+"""How tokens reach their experts: one interface, whatever lies between the ranks. The protocol is docs/rdep.md.
+
+Shape suffixes: T tokens, K experts per token, D hidden, E experts of this rank.
+"""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -9,28 +12,69 @@ import torch
 LocalExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Combine = Callable[[], torch.Tensor]
 
+TILE_ROWS = 1024  # that the experts get at once: bounds their memory when all ranks' tokens want one rank's experts
+
 
 class Exchange(Protocol):
     """Sends token rows to the ranks that own their experts and brings the weighted sums back.
 
-    Every rank calls it for every layer of every step, also with T = 0: it must serve its experts.
+    Every rank calls it for every layer of every step, also with T = 0: it must serve its experts. An owner's sum over
+    a token's local experts is rounded to the model's dtype, on the token's own rank too, and the owners' sums are added
+    in float32 in the order of the ranks.
     """
+
+    def meet(self, life: int, stopped: Callable[[], bool]) -> bool:
+        """Begin a new life, greater than any before and the same on every rank, and wait until every rank has.
+
+        As long as it takes, since loading does; `stopped` is asked now and then, and False is returned when it says so.
+        """
+        ...
+
+    def begin(self, channel: int, num_tokens: int) -> None:
+        """A step begins: its channel, and the token count of its largest rank. The same on every rank."""
+        ...
 
     def dispatch(
         self, experts: LocalExperts, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> Combine:
-        """Start the exchange; ids are global. The returned function waits for the sums, float32 [T, D].
+        """Start the exchange; ids are global, int64.
 
-        What the caller computes between the two runs while the tokens are under way.
+        The returned function serves what arrived and waits for the sums, float32 [T, D]. What the caller computes
+        between the two runs while the tokens are under way. `experts` gets at most TILE_ROWS rows at a time, which it
+        must not keep.
+        """
+        ...
+
+    def check(self) -> None:
+        """Raises PeerSilent when a rank did not take part: what this rank computed in this life may be wrong.
+
+        A step's results may leave the rank only after this. Waits are bounded, and after the first that was in vain
+        the others are not waited for at all.
         """
         ...
 
 
 class OneRank:
-    """World size 1: every expert is here."""
+    """World size 1: every expert is here, and no memory is shared. The same bits as an exchange with oneself."""
+
+    def meet(self, life: int, stopped: Callable[[], bool]) -> bool:
+        """There is nobody else."""
+        return True
+
+    def begin(self, channel: int, num_tokens: int) -> None:
+        """Nothing depends on the channel."""
 
     def dispatch(
         self, experts: LocalExperts, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> Combine:
         """See Exchange."""
-        return lambda: experts(x_TD, ids_TK, weights_TK)
+
+        def combine() -> torch.Tensor:
+            tiles = [slice(start, start + TILE_ROWS) for start in range(0, max(1, len(x_TD)), TILE_ROWS)]
+            sums = [experts(x_TD[tile], ids_TK[tile], weights_TK[tile]).to(x_TD.dtype).float() for tile in tiles]
+            return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+        return combine
+
+    def check(self) -> None:
+        """Nobody else can be silent."""
