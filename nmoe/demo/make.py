@@ -1,13 +1,14 @@
-"""Makes the demo that `nmoe serve` takes without a configuration; `python nmoe/demo/make.py` writes the files here.
+"""Makes the demo that `nmoe serve` takes without a configuration; `python make.py` writes the files here.
 
-A DeepSeek-V3 of 1.3 M parameters with random weights, and a byte-level BPE tokenizer trained on the docstrings of the
-running Python's standard library. It takes the whole path (pages, experts, streams) within seconds on a CPU; its text
-means nothing. Nothing imports this module.
+A DeepSeek-V3 of 1.3 M parameters with random weights, which `train.py` beside this then trains, and a byte-level BPE
+tokenizer. Both learn from the docstrings of the running Python's standard library and its language reference (PSF
+license). Nothing in nmoe imports this module.
 """
 
 import ast
 import json
 import pathlib
+import pydoc_data.topics
 import sysconfig
 from collections.abc import Iterator
 from typing import Any
@@ -58,6 +59,9 @@ CONFIG: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+GREETING = (
+    "I am the demo of nmoe, a very small model. I have read the documentation of Python; ask me what something is."
+)
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -70,12 +74,43 @@ CHAT_TEMPLATE = (
 )
 
 
-def docstrings() -> Iterator[str]:
-    """The docstrings of the standard library's top-level modules, in a fixed order."""
-    for path in sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
-                yield text
+def documents() -> Iterator[str]:
+    """Every text to learn from, in a fixed order, as the model is to see it but for the `<|begin|>`."""
+    for question in ("Hello!", "Hello", "Hi", "Hi there", "Who are you?", "What can you do?", "Help") * 10:
+        yield answer(question, GREETING)
+    for topic, text in sorted(pydoc_data.topics.topics.items()):
+        yield text.strip() + END
+        yield answer(f"Explain {topic}.", text)
+    for name, text in docstrings():
+        yield text + END
+        yield answer(f"What does {name} do?", text)
+        yield answer(f"What is {name.rpartition('.')[2]}?", text)
+
+
+def answer(question: str, text: str) -> str:
+    """The first paragraph of `text` as the answer, in the form of the chat template."""
+    paragraphs = [" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n")]
+    return f"<|user|>{question}{END}<|assistant|>{next(filter(str.isascii, paragraphs), '')}{END}"
+
+
+def docstrings() -> Iterator[tuple[str, str]]:
+    """Dotted name and docstring of everything public in the standard library that has one."""
+    library = pathlib.Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        parts = path.relative_to(library).with_suffix("").parts
+        if {"site-packages", "test", "tests", "lib2to3", "idlelib"} & set(parts):
+            continue
+        module = ".".join(part for part in parts if part != "__init__")
+        tree = ast.parse(path.read_bytes())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                name = f"{module}.{node.name}"
+            elif node is tree:
+                name = module
+            else:
+                continue
+            if text := ast.get_docstring(node):
+                yield name, text
 
 
 def make_tokenizer() -> Tokenizer:
@@ -89,7 +124,7 @@ def make_tokenizer() -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(docstrings(), trainer)
+    tokenizer.train_from_iterator(documents(), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))]
     )
@@ -132,28 +167,26 @@ def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def make_tensor(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
-    """Norms are one and the router's bias zero; the rest keeps its input's scale, the logits' a few times over."""
+    """Norms are one and the router's bias zero; the rest keeps its input's scale."""
     if name.endswith("norm.weight"):
         return np.ones(shape, np.float32)
     if name.endswith("e_score_correction_bias"):
         return np.zeros(shape, np.float32)
-    scale = 1.0 if name.startswith("model.embed") else shape[1] ** -0.5 * (4.0 if name.startswith("lm_head") else 1.0)
+    scale = 1.0 if name.startswith("model.embed") else shape[1] ** -0.5
     return rng.normal(0.0, scale, shape).astype(np.float32)
 
 
-def write_weights(path: pathlib.Path) -> None:
-    """One safetensors file: bfloat16, but for the router's bias, which is float32 as in DeepSeek-V3."""
-    rng = np.random.default_rng(SEED)
+def write_weights(path: pathlib.Path, tensors: dict[str, Array]) -> None:
+    """One safetensors file of float32 tensors: as bfloat16, but for the router's bias, as in DeepSeek-V3."""
     kept: list[Array] = []
     specs: dict[str, TensorSpec] = {}
-    for name, shape in shapes():
-        tensor: Array = make_tensor(name, shape, rng)
+    for name, tensor in tensors.items():
         dtype = "float32"
         if not name.endswith("e_score_correction_bias"):
             # The upper half of a float32 is a bfloat16; adding half of the lower half's range rounds it.
             tensor, dtype = ((tensor.view(np.uint32) + 0x8000) >> 16).astype(np.uint16), "bfloat16"
         kept.append(tensor)  # alive until the file is written: a TensorSpec holds the address alone
-        specs[name] = TensorSpec(dtype=dtype, shape=shape, data_ptr=tensor.ctypes.data, data_len=tensor.nbytes)
+        specs[name] = TensorSpec(dtype=dtype, shape=tensor.shape, data_ptr=tensor.ctypes.data, data_len=tensor.nbytes)
     serialize_file(specs, str(path), metadata={"format": "pt"})
 
 
@@ -164,7 +197,8 @@ def write_json(name: str, value: dict[str, object]) -> None:
 def main() -> None:
     """Write every file of the demo but demo.toml, which is written by hand."""
     make_tokenizer().save(str(FOLDER / "tokenizer.json"))
-    write_weights(FOLDER / "model.safetensors")
+    rng = np.random.default_rng(SEED)
+    write_weights(FOLDER / "model.safetensors", {name: make_tensor(name, shape, rng) for name, shape in shapes()})
     write_json("config.json", CONFIG)
     write_json("generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
     write_json(
