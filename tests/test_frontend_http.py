@@ -1,7 +1,6 @@
 """What the frontend says when something is not right: statuses, errors, health, drain, timeouts, keys."""
 
 import asyncio
-import contextlib
 import io
 import json
 import time
@@ -127,12 +126,15 @@ async def test_too_large_a_body(model, chunked):
 
     async with Rig(model, max_body_mb=1) as rig:
         data = pieces() if chunked else io.BytesIO(b" " * (2 << 20))
-        with contextlib.suppress(ConnectionError):  # the server need not read it to its end
-            async with rig.session.post(
-                COMPLETIONS, data=data, headers={"Content-Type": "application/json"}
-            ) as response:
-                assert response.status == 413 and "max_body_mb" in (await refusal(response))["message"]
+        async with rig.session.post(COMPLETIONS, data=data, headers={"Content-Type": "application/json"}) as response:
+            assert response.status == 413 and "max_body_mb" in (await refusal(response))["message"]
         assert (await rig.ask(COMPLETIONS, prompt=""))[0] == 400
+
+
+async def test_a_body_that_cannot_be_unpacked(rig):
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    async with rig.session.post(COMPLETIONS, data=b"no gzip", headers=headers) as response:
+        assert response.status == 400 and "cannot be read" in (await refusal(response))["message"]
 
 
 async def test_request_ids(rig):
@@ -235,6 +237,20 @@ async def test_metrics(rig):
 
 
 # ---------------------------------------------------------------------------------------------- keys, timeouts, leaving
+
+
+async def test_a_defect_in_a_stream_ends_it_with_an_error(model, monkeypatch, caplog):
+    async with Rig(model) as rig:
+
+        async def read():
+            async with rig.post(COMPLETIONS, prompt="a", stream=True) as response:
+                return await events(response)
+
+        monkeypatch.setattr("nmoe.frontend.replies.Chunks.closing", lambda *_: 1 / 0)
+        reading = run(read())
+        await rig.tokens(await rig.next(Submit), "x", "length")
+        first, error = await reading
+        assert first["choices"] and error["error"]["message"] == "internal error" and "ZeroDivisionError" in caplog.text
 
 
 async def test_api_keys(model):

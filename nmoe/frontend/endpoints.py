@@ -155,8 +155,14 @@ class Endpoints:
             raise stream.error
         chunks = replies.Chunks(call, self._config.model_name, stream, generation.prompt)
         events = await EventStream.open(request, headers, stream, chunks)
-        await stream.ended
-        return await events.finish(include_usage=call.include_usage)
+        try:
+            await stream.ended
+            return await events.finish(include_usage=call.include_usage)
+        except ConnectionError:
+            raise
+        except Exception:
+            _log.exception("request %x failed in its stream", stream.uid)
+            return events.give_up(RequestError("internal error", status=500))
 
     def _finished(self, generation: Generation) -> None:
         stream = generation.stream

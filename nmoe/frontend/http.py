@@ -79,9 +79,8 @@ async def read_json_body(request: web.BaseRequest, max_bytes: int) -> bytes:
     """The body of a JSON request. Raises RequestError: 415 for another type, 413 above `max_bytes`."""
     if request.content_type != "application/json":
         raise RequestError(f"Content-Type is {request.content_type!r}; send application/json", status=415)
-    too_large = RequestError(f"the body is larger than [server] max_body_mb = {max_bytes >> 20} MiB", status=413)
     if (request.content_length or 0) > max_bytes:
-        raise too_large
+        raise _too_large(max_bytes)
     if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue" and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     chunks: list[bytes] = []
@@ -90,11 +89,15 @@ async def read_json_body(request: web.BaseRequest, max_bytes: int) -> bytes:
         while chunk := await request.content.readany():
             size += len(chunk)
             if size > max_bytes:
-                raise too_large
+                raise _too_large(max_bytes)
             chunks.append(chunk)
     except web.RequestPayloadError as error:
         raise RequestError(f"the body cannot be read: {error}") from None
     return b"".join(chunks)
+
+
+def _too_large(max_bytes: int) -> RequestError:
+    return RequestError(f"the body is larger than [server] max_body_mb = {max_bytes >> 20} MiB", status=413)
 
 
 def json_response(body: bytes | dict[str, Any], headers: Headers) -> web.Response:

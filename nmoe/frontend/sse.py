@@ -57,7 +57,7 @@ class EventStream:
         """The end of the stream that has ended: its last chunks, or its error."""
         self._stream.on_tokens = None
         if self._stream.error is not None:
-            self.fail(self._stream.error)
+            self._write(error_body(self._stream.error))  # no [DONE] follows: the answer is not complete
         else:
             self._write(self._chunks.closing(*self._stream.take()))
             if include_usage:
@@ -66,9 +66,11 @@ class EventStream:
         await self._response.write_eof()
         return self._response
 
-    def fail(self, error: RequestError) -> None:
-        """An error event; no [DONE] follows, so that a client cannot take the answer for complete."""
+    def give_up(self, error: RequestError) -> web.StreamResponse:
+        """End with an error, whatever state the stream is in; the connection is not used again."""
         self._write(error_body(error))
+        self._response.force_close()
+        return self._response
 
     def _on_tokens(self) -> None:
         if self._transport.get_write_buffer_size() < _MAX_UNSENT:

@@ -120,7 +120,7 @@ class Streams:
         """Nobody reads the stream any more: if the scheduler still computes for it, it stops now."""
         stream.on_tokens = None
         if self._live.pop(stream.uid, None) is not None and not stream.stopped:
-            self._send(Abort(self._generation, stream.uid))
+            self._tell(Abort(self._generation, stream.uid))
 
     def deliver(self, message: Tokens, now: float) -> None:
         """Tokens of one step, and the requests that ended with it. `now` is on CLOCK_MONOTONIC."""
@@ -139,7 +139,7 @@ class Streams:
                 stream.finish(ended)
         for stream in stopped:
             if stream.uid in self._live:
-                self._send(Finish(self._generation, stream.uid, stream.num_tokens))
+                self._tell(Finish(self._generation, stream.uid, stream.num_tokens))
 
     def reject(self, message: Rejected) -> None:
         """The scheduler did not accept a request."""
@@ -151,6 +151,13 @@ class Streams:
         streams, self._live = self._live, {}
         for stream in streams.values():
             stream.fail(error)
+
+    def _tell(self, message: Abort | Finish) -> None:
+        """A scheduler that takes no messages computes nothing either: there is nothing to stop."""
+        try:
+            self._send(message)
+        except RequestError as error:
+            _log.warning("request %x: %s", message.uid, error)
 
     def _advance(self, stream: Stream, tokens: Sequence[int], now: float, stopped: list[Stream]) -> None:
         try:

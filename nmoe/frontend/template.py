@@ -36,7 +36,9 @@ class ChatTemplate:
         roles = {"developer": "system"}
         plain = [{"role": roles.get(message.role, message.role), "content": message.text} for message in messages]
         try:
-            return self._template.render(messages=plain, add_generation_prompt=True, **self._special_tokens)
+            return self._template.render(
+                messages=plain, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
+            )
         except jinja2.TemplateError as error:
             raise RequestError(f"messages: the chat template refuses them: {error}", param="messages") from error
 
