@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmoe.worker.philox import philox4x32, uniforms
-from nmoe.worker.sampler import make_plan, sample
+from nmoe.worker.sampler import greedy, make_plan, sample
 
 CPU = torch.device("cpu")
 VOCAB = 40
@@ -26,6 +26,8 @@ def _sample(logits, temperature=1.0, top_k=0, top_p=1.0, seeds=0, positions=0):
         np.broadcast_to(np.asarray(value), rows) for value in (temperature, top_k, top_p, seeds, positions)
     )
     plan = make_plan(temperature.astype(np.float32), top_k, top_p, logits.shape[1], CPU)
+    if not len(plan.drawn):
+        return greedy(logits).numpy()
     random = uniforms(seeds[plan.drawn].astype(np.int64), positions[plan.drawn])
     return sample(logits, plan, torch.from_numpy(random)).numpy()
 

@@ -19,7 +19,7 @@ from nmoe.messages import ROW_HAS_IDS, ROW_SAMPLES, Step
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.model import Model
 from nmoe.worker.philox import uniforms
-from nmoe.worker.sampler import Plan, make_plan, sample
+from nmoe.worker.sampler import Plan, greedy, make_plan, sample
 from nmoe.worker.slots import MalformedStep, SlotTable
 
 Array = npt.NDArray[Any]
@@ -102,11 +102,17 @@ class Runner:
         hidden_TD = self._model.forward(batch, self._cache)
         if not len(rows.sampling):
             return Launched(step.step_id, rows.sampling_slots)
-        logits_SV = self._model.logits(hidden_TD[rows.last_tokens])
-        random_D = torch.from_numpy(uniforms(rows.drawing_seeds, self._ends[rows.drawing])).to(self._device)
-        tokens_S = sample(logits_SV, rows.plan, random_D)
+        tokens_S = self._sample(self._model.logits(hidden_TD[rows.last_tokens]))
         self._slots.last_S.index_copy_(0, rows.sampling_slots, tokens_S)
         return Launched(step.step_id, tokens_S)
+
+    def _sample(self, logits_SV: torch.Tensor) -> torch.Tensor:
+        """The step's tokens, int64 [S]; a drawn one is at the position where its row ends."""
+        rows = self._rows
+        if not len(rows.drawing):
+            return greedy(logits_SV)
+        random_D = torch.from_numpy(uniforms(rows.drawing_seeds, self._ends[rows.drawing]))
+        return sample(logits_SV, rows.plan, random_D.to(self._device))
 
     def _prepare(self, step: Step) -> Batch:
         """Bring the slot table up to `step` and make its Batch."""

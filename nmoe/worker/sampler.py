@@ -69,13 +69,18 @@ def make_plan(temperature: Array, top_k: Array, top_p: Array, vocab_size: int, d
     )
 
 
+def greedy(logits_SV: torch.Tensor) -> torch.Tensor:
+    """The first of each row's largest logits, int64 [S]."""
+    if logits_SV.device.type == "cpu":  # where torch's argmax is scalar code, ten times slower than numpy's
+        return torch.from_numpy(logits_SV.numpy().argmax(-1))
+    return logits_SV.argmax(-1)
+
+
 def sample(logits_SV: torch.Tensor, plan: Plan, uniforms_D: torch.Tensor) -> torch.Tensor:
     """The next token of each row, int64 [S], from float32 logits and the float64 [D] uniform numbers in [0, 1)."""
-    if not len(plan.drawn):
-        return logits_SV.argmax(-1)
     if not plan.has_greedy:
         return _draw(logits_SV, plan, uniforms_D)
-    tokens_S = logits_SV.argmax(-1)
+    tokens_S = greedy(logits_SV)
     tokens_S[plan.drawn_D] = _draw(logits_SV[plan.drawn_D], plan, uniforms_D)
     return tokens_S
 
@@ -126,8 +131,11 @@ def _candidates(weights_FV: torch.Tensor, count: int) -> tuple[torch.Tensor, tor
 
 
 def _pick(weights_NV: torch.Tensor, uniforms_N1: torch.Tensor) -> torch.Tensor:
-    """Where `uniform` falls on each row's weights laid end to end, int64 [N, 1]; a zero weight is never hit."""
-    sums_NV = weights_NV.cumsum(-1)
+    """Where `uniform` falls on each row's weights laid end to end, int64 [N, 1]; a zero weight is never hit.
+
+    The weights are overwritten.
+    """
+    sums_NV = weights_NV.cumsum_(-1)
     total_N1 = sums_NV[:, -1:]
     target_N1 = torch.minimum((total_N1 * uniforms_N1).to(torch.int64), total_N1 - 1)
     return torch.searchsorted(sums_NV, target_N1, right=True)
