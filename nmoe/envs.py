@@ -17,7 +17,9 @@ def get(name: str) -> str | None:
 def for_children(config: Config) -> dict[str, str]:
     """What the children's libraries need to find in their environment under this configuration."""
     values = {"TOKENIZERS_PARALLELISM": "false"}  # a frontend has threads of its own for tokenizing
-    if config.parallel.device == "cuda":
+    if config.parallel.device == "cpu":
+        values["OMP_WAIT_POLICY"] = "passive"  # torch's threads sleep between operators instead of spinning
+    else:
         cache = pathlib.Path(config.engine.cache_dir)
         values |= {
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",

@@ -55,7 +55,14 @@ class Drained(msgspec.Struct, frozen=True, tag="drained"):
     """Frontend -> launcher: no request is open any more."""
 
 
-ControlMessage = Progress | Up | Failed | Drain | Drained
+class Gone(msgspec.Struct, frozen=True, tag="gone"):
+    """Launcher -> child: that process died, and what it held is lost; a new life of it may come."""
+
+    role: Role
+    index: int
+
+
+ControlMessage = Progress | Up | Failed | Drain | Drained | Gone
 
 
 class Control:

@@ -26,6 +26,7 @@ class Spec(msgspec.Struct, frozen=True):
     label: str = ""
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    exposed: bool = True  # false: between our processes only
 
     @property
     def width(self) -> int:
@@ -62,7 +63,8 @@ SPECS = (
     _seconds("nmoe:time_to_first_token_seconds", "From arrival to the first new token"),
     _seconds("nmoe:inter_token_latency_seconds", "Between two tokens of a request"),
     _seconds("nmoe:e2e_request_latency_seconds", "From arrival to the end"),
-    Spec("nmoe:heartbeat_seconds", "gauge", "When the process last said it lives, on CLOCK_MONOTONIC"),
+    Spec("nmoe:heartbeat_seconds", "gauge", "When the process last said it lives, on CLOCK_MONOTONIC", exposed=False),
+    Spec("nmoe:step_deadline_seconds", "gauge", "When the oldest step is overdue; 0: none is due", exposed=False),
 )
 _BY_NAME = {spec.name: spec for spec in SPECS}
 _OFFSETS: dict[str, int] = {}
@@ -117,7 +119,7 @@ class Board:
     def collect(self) -> Iterator[Metric]:
         """All metrics, summed over the processes, for prometheus_client's exposition (a custom collector)."""
         for spec in SPECS:
-            if spec.name != "nmoe:heartbeat_seconds":
+            if spec.exposed:
                 yield self._family(spec)
 
     def _family(self, spec: Spec) -> Metric:

@@ -4,14 +4,16 @@ import pathlib
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.forking import start_zygote
 from tests.serving import Server
 
 
 def pytest_configure() -> None:
-    """Let the zygote import torch while the tests are collected."""
+    """Let the zygote import torch while the tests are collected, and leave a core to the servers under test."""
     start_zygote()
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ import torch
 class Batch:
     """One step's rows, concatenated: decode rows (one token each) first, then prefill chunks.
 
-    Row r's tokens are `ids_T[starts[r] : starts[r + 1]]`; it attends to its first `contexts[r]` positions, the last of which
-    is its own last token. `write_T` says where each token's cache row goes, as `page * page_size + offset`; a token that must
-    not be written (already in a shared page, or padding) points into the reserved page.
+    Row r's tokens are `ids_T[starts[r] : starts[r + 1]]`; it attends to its first `contexts[r]` positions, the last
+    of which is its own last token. `write_T` says where each token's cache row goes, as `page * page_size + offset`;
+    a token that must not be written (already in a shared page, or padding) points into the reserved page.
     """
 
     ids_T: torch.Tensor  # int64 [T]
@@ -29,7 +29,10 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class KVCache:
-    """The paged MLA cache of one rank. Page `num_pages` (the last) is reserved: padding writes go there, nothing reads it."""
+    """The paged MLA cache of one rank.
+
+    Page `num_pages` (the last) is reserved: padding writes go there, nothing reads it.
+    """
 
     rows_LNSC: torch.Tensor  # model dtype [L, num_pages + 1, page_size, kv_lora_rank + qk_rope_head_dim]
 
