@@ -13,6 +13,7 @@ import orjson
 from nmoe.errors import RequestError
 
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_CONTAINERS = {dict, list}
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -37,7 +38,8 @@ def _count_keys(document: dict[str, Any]) -> int:
         if isinstance(container, dict):
             count += len(container)
             container = container.values()
-        containers.extend(item for item in container if isinstance(item, dict | list))
+        if not _CONTAINERS.isdisjoint(map(type, container)):  # a prompt's ids are passed by fast
+            containers.extend(item for item in container if type(item) in _CONTAINERS)
     return count
 
 
