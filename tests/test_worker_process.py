@@ -167,9 +167,11 @@ def test_an_idle_step_is_answered(worker):
     assert worker.receive() == StepDone(LIFE, 0, 0, b"")
 
 
-def test_an_earlier_schedulers_steps_are_dropped_and_a_new_one_finds_empty_slots(worker):
+def test_a_new_scheduler_is_told_ready_again_and_finds_empty_slots(worker):
     worker.send(_prefill(0, [5, 6, 7], generation=1))
     first = _tokens(worker.receive())
+    worker.control.send(ipc.Gone("scheduler", 0))
+    assert worker.receive() == Ready(LIFE, 0, PAGES)
     worker.send(_prefill(0, [5, 6, 7], generation=2), _decode(1, 3, generation=1), _decode(2, 3, generation=2))
     done = [worker.receive(), worker.receive()]
     assert [each.step_id for each in done] == [0, 2]

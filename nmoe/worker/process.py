@@ -1,8 +1,9 @@
 """The worker process: weights, cache and slots of one rank, doing what the scheduler's Steps say.
 
 The loop keeps two steps in flight: while one runs, the next is received and launched, then the first one's result is
-sent. A step of an earlier scheduler's life is dropped; the first step of a new one finds the slots reset. The
-launcher's end-of-file ends the process; errors end it too, and the launcher deals with its death.
+sent. When the scheduler dies, its steps are forgotten, the slots are reset, and the weights stay: the worker connects
+to the next life of it and says that it is ready. The launcher's end-of-file ends the process; errors end it too, and
+the launcher deals with its death.
 """
 
 import collections
@@ -50,12 +51,8 @@ def main(boot: ipc.Boot) -> None:
     try:
         _set_threads(boot.config.parallel.world_size)
         runner, num_pages = _load(boot)
-        with (
-            zmq.Context() as context,
-            ipc.connect_dealer(context, ipc.worker_address(boot.run_dir), boot.index) as link,
-        ):
-            worker = Worker(boot, runner, link)
-            worker.send(Ready(boot.generation, boot.index, num_pages))
+        with zmq.Context() as context:
+            worker = Worker(boot, runner, num_pages, context)
             boot.control.send(ipc.Up())
             worker.run()
     finally:
@@ -66,42 +63,58 @@ def main(boot: ipc.Boot) -> None:
 class Worker:
     """The loop between the scheduler's link and the runner."""
 
-    def __init__(self, boot: ipc.Boot, runner: Runner, link: "zmq.Socket[bytes]") -> None:
+    def __init__(
+        self, boot: ipc.Boot, runner: Runner, num_pages: int, context: "zmq.Context[zmq.Socket[bytes]]"
+    ) -> None:
         self._boot = boot
         self._runner = runner
-        self._link = link
+        self._num_pages = num_pages
+        self._context = context
         self._max_in_flight = boot.config.steps_in_flight
         self._in_flight: collections.deque[Launched] = collections.deque()
         self._scheduler = 0  # the newest generation of the scheduler seen
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(SchedulerToWorker)
-        self._poller = zmq.Poller()
-        self._poller.register(link, zmq.POLLIN)
-        self._poller.register(boot.control.fileno(), zmq.POLLIN)
+        self._connect()
 
     def run(self) -> None:
         """Launch what comes and report what is done; returns when the launcher hangs up."""
-        while not self._told_to_stop():
-            if self._in_flight and self._in_flight[0].ready():
-                self._report(self._in_flight.popleft())
-            elif len(self._in_flight) < self._max_in_flight and (step := self._receive()):
-                self._in_flight.append(self._runner.launch(step))
-            else:
-                self._wait()
+        try:
+            while self._heed_launcher():
+                if self._in_flight and self._in_flight[0].ready():
+                    self._report(self._in_flight.popleft())
+                elif len(self._in_flight) < self._max_in_flight and (step := self._receive()):
+                    self._in_flight.append(self._runner.launch(step))
+                else:
+                    self._wait()
+        finally:
+            self._link.close()
 
-    def send(self, message: WorkerToScheduler) -> None:
-        """Send to the scheduler."""
+    def _connect(self) -> None:
+        self._link = ipc.connect_dealer(self._context, ipc.worker_address(self._boot.run_dir), self._boot.index)
+        self._poller = zmq.Poller()
+        self._poller.register(self._link, zmq.POLLIN)
+        self._poller.register(self._boot.control.fileno(), zmq.POLLIN)
+        self._send(Ready(self._boot.generation, self._boot.index, self._num_pages))
+
+    def _send(self, message: WorkerToScheduler) -> None:
         self._link.send(self._encoder.encode(message), zmq.NOBLOCK)
 
-    def _told_to_stop(self) -> bool:
+    def _heed_launcher(self) -> bool:
+        """False when the launcher has hung up."""
         try:
-            self._boot.control.receive()
+            message = self._boot.control.receive()
         except EOFError:
-            return True
-        return False
+            return False
+        if isinstance(message, ipc.Gone) and message.role == "scheduler":
+            self._in_flight.clear()
+            self._runner.reset()
+            self._link.close()  # with what the dead scheduler has sent
+            self._connect()
+        return True
 
     def _report(self, launched: Launched) -> None:
-        self.send(StepDone(self._boot.generation, self._boot.index, launched.step_id, launched.tokens()))
+        self._send(StepDone(self._boot.generation, self._boot.index, launched.step_id, launched.tokens()))
 
     def _receive(self) -> Step | None:
         """The next step if one is there that is not of an earlier scheduler's life."""
@@ -112,12 +125,7 @@ class Worker:
         if step.generation < self._scheduler:
             _log.info("dropped step %d of scheduler life %d", step.step_id, step.generation)
             return None
-        if step.generation > self._scheduler:
-            if self._scheduler:
-                _log.info("scheduler life %d begins; slots are reset", step.generation)
-            self._scheduler = step.generation
-            self._in_flight.clear()
-            self._runner.reset()
+        self._scheduler = step.generation
         return step
 
     def _wait(self) -> None:
