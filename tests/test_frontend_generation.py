@@ -6,7 +6,8 @@ import asyncio
 import pytest
 import pytest_asyncio
 
-from nmoe.messages import Abort, Ended, Finish, Rejected, Serving, Submit, Tokens
+from nmoe import ipc
+from nmoe.messages import Abort, Ended, Finish, Hello, Rejected, Serving, Submit, Tokens
 from tests.scripted import BOS, EOS, MAX_SEQ_LEN, Rig, events, ids_of, ints, run, write_model
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -304,6 +305,23 @@ async def test_one_token_per_request_needs_no_counts(rig):
         await rig.send(Tokens(rig.generation, uids, array.array("i", ids_of(letter)).tobytes()))
     await rig.send(Tokens(rig.generation, b"", b"", None, (Ended(submit.uid, "length"),)))
     assert (await asked)[2]["choices"][0]["text"] == "abc"
+
+
+async def test_the_death_of_the_scheduler(tmp_path):
+    async with Rig(write_model(tmp_path)) as rig:
+        asked = run(rig.ask(COMPLETIONS, prompt="a"))
+        old = await rig.next(Submit)
+        rig.launcher.send(ipc.Gone("scheduler", 0))
+        status, _, document = await asked
+        assert status == 503 and "restarted" in document["error"]["message"]
+        assert (await rig.ask(COMPLETIONS, prompt="a"))[0] == 503
+        await rig.next(Hello)
+        await rig.send(Serving(2, MAX_SEQ_LEN))
+        rig.generation = 2
+        await rig.tokens(old, "x")  # means nothing to anyone
+        document, _ = await answer(rig, COMPLETIONS, "b", prompt="a")
+        assert document["choices"][0]["text"] == "b"
+        assert rig.launcher.receive() is None  # Up is said once
 
 
 async def test_a_new_scheduler_ends_what_the_old_one_had(tmp_path):

@@ -214,6 +214,22 @@ async def test_health_is_every_process(rig):
         assert "has not started" in json.loads((await get(rig, "/health"))[1])["error"]["message"]
 
 
+async def test_health_after_a_death_and_in_an_overdue_step(rig):
+    scheduler, worker = (rig.board.rows[row_index(role, 0, 1)] for role in ("scheduler", "worker"))
+    beat(rig)
+    rig.launcher.send(ipc.Gone("worker", 0))
+    async with asyncio.timeout(5):
+        while (await get(rig, "/health"))[0] != 503:
+            pass
+    assert "worker 0 died" in json.loads((await get(rig, "/health"))[1])["error"]["message"]
+    worker.set("nmoe:heartbeat_seconds", time.monotonic())
+    assert (await get(rig, "/health"))[0] == 200
+    scheduler.set("nmoe:step_deadline_seconds", time.monotonic() - 1)
+    assert "overdue" in json.loads((await get(rig, "/health"))[1])["error"]["message"]
+    scheduler.set("nmoe:step_deadline_seconds", time.monotonic() + 60)
+    assert (await get(rig, "/health"))[0] == 200
+
+
 async def test_the_frontend_has_a_heartbeat(rig):
     row = rig.board.rows[row_index("frontend", 0, 1)]
     assert time.monotonic() - row.get("nmoe:heartbeat_seconds") < 2

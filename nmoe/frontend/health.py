@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from nmoe.config import Config
 from nmoe.errors import RequestError
+from nmoe.ipc import Role
 from nmoe.metrics import Board, row_index
 
 # Every process sets its heartbeat about once a second.
@@ -19,6 +20,13 @@ class Health:
         self._board = board
         self.max_seq_len: int | None = None  # None until the engine serves
         self.draining = False
+        self._deaths: dict[int, float] = {}  # row on the board -> when its process was said to be dead
+
+    def note_death(self, role: Role, index: int) -> None:
+        """A process is gone; its next life has to show itself before the server is healthy again."""
+        self._deaths[row_index(role, index, self._config.parallel.world_size)] = time.monotonic()
+        if role == "scheduler":
+            self.max_seq_len = None
 
     def require_serving(self) -> int:
         """max_seq_len. Raises RequestError (503) when requests cannot be accepted now."""
@@ -34,12 +42,22 @@ class Health:
         now = time.monotonic()
         for title, index in self._rows():
             beat = self._board.rows[index].get("nmoe:heartbeat_seconds")
+            if beat < self._deaths.get(index, 0.0):
+                raise _unhealthy(f"{title} died")
             if now - beat > _MAX_SILENCE:
-                silence = f"has not answered for {now - beat:.0f} s" if beat else "has not started"
-                raise RequestError(f"{title} {silence}", status=503, code="unhealthy")
+                raise _unhealthy(
+                    f"{title} has not answered for {now - beat:.0f} s" if beat else f"{title} has not started"
+                )
+        due = self._board.total("nmoe:step_deadline_seconds")  # the scheduler alone sets it
+        if 0 < due < now:
+            raise _unhealthy(f"a step is {now - due:.1f} s overdue")
 
     def _rows(self) -> Iterator[tuple[str, int]]:
         ranks, frontends = self._config.parallel.world_size, self._config.server.processes
         yield "the scheduler", row_index("scheduler", 0, ranks)
         yield from ((f"worker {rank}", row_index("worker", rank, ranks)) for rank in range(ranks))
         yield from ((f"frontend {index}", row_index("frontend", index, ranks)) for index in range(frontends))
+
+
+def _unhealthy(why: str) -> RequestError:
+    return RequestError(why, status=503, code="unhealthy")

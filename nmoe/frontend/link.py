@@ -26,12 +26,12 @@ class Link:
         self._receive = receive
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(SchedulerToFrontend).decode
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = ipc.connect_dealer(self._context, address, index)
+        self._address = address
+        self._index = index
         self._loop = asyncio.get_running_loop()
-        self._fd = self._socket.fileno()
-        self._loop.add_reader(self._fd, self._drain)
         self._again: asyncio.Handle | None = None
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._connect()
 
     def send(self, message: FrontendToScheduler) -> None:
         """Send without waiting. Raises RequestError (503) when the scheduler has long stopped to take messages."""
@@ -42,13 +42,27 @@ class Link:
         if self._again is None and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             self._again = self._loop.call_soon(self._drain)
 
+    def reconnect(self) -> None:
+        """The scheduler died: what is queued for it must not reach its next life."""
+        self._disconnect()
+        self._socket = self._connect()
+
     def close(self) -> None:
         """Drop the link and what is still queued on it."""
-        self._loop.remove_reader(self._fd)
+        self._disconnect()
+        self._context.term()
+
+    def _connect(self) -> "zmq.Socket[bytes]":
+        socket = ipc.connect_dealer(self._context, self._address, self._index)
+        self._loop.add_reader(socket.fileno(), self._drain)
+        return socket
+
+    def _disconnect(self) -> None:
+        self._loop.remove_reader(self._socket.fileno())
         if self._again is not None:
             self._again.cancel()
+            self._again = None
         self._socket.close()
-        self._context.term()
 
     def _drain(self) -> None:
         self._again = None

@@ -3,7 +3,7 @@
     listen -> Hello -> Serving: requests are accepted, the launcher hears Up -> Drain: they are refused; Drained when
     the open ones are through -> end-of-file from the launcher: open streams end with an error, the process leaves
 
-A new generation of the scheduler knows none of the requests of the old one: they end with an error.
+When the scheduler dies its requests end with an error, and Hello goes to its next life.
 """
 
 import asyncio
@@ -64,6 +64,7 @@ class Frontend:
         self._row = boot.board.rows[row_index("frontend", boot.index, config.parallel.world_size)]
         self._left = asyncio.Event()
         self._scheduler_generation = 0
+        self._up = False
         self._recorder = Recorder(config.trace.record) if config.trace.record else None
         prompts = load_prompts(config, eos, architecture.vocab_size)
         self._health = Health(config, boot.board)
@@ -120,7 +121,8 @@ class Frontend:
         if serving.generation > self._scheduler_generation:
             self._scheduler_generation = serving.generation
             self._streams.fail_all(RequestError("the engine was restarted", status=503, code="engine_restarted"))
-        if self._health.max_seq_len is None:
+        if not self._up:
+            self._up = True
             self._boot.control.send(ipc.Up())
         self._health.max_seq_len = serving.max_seq_len
 
@@ -130,10 +132,19 @@ class Frontend:
                 if isinstance(message, ipc.Drain):
                     self._health.draining = True
                     self._report_drained()
+                elif isinstance(message, ipc.Gone):
+                    self._mourn(message)
         except EOFError:
             self._health.draining = True
             self._loop.remove_reader(self._boot.control.fileno())
             self._left.set()
+
+    def _mourn(self, gone: ipc.Gone) -> None:
+        self._health.note_death(gone.role, gone.index)
+        if gone.role == "scheduler":
+            self._streams.fail_all(RequestError("the engine was restarted", status=503, code="engine_restarted"))
+            self._link.reconnect()
+            self._link.send(Hello(self._boot.generation))
 
     def _report_drained(self) -> None:
         if self._health.draining and not self._endpoints.num_open:
