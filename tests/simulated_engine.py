@@ -65,6 +65,8 @@ class Engine:
         self.now = 1.0
         self.next_counter = 0
         self.planned: list[list[Step]] = []
+        self.requests: list[Request] = []  # all that were ever accepted
+        self.parents: dict[bytes, bytes | None] = {}  # of every key seen
         self.boot_workers()
 
     def boot_workers(self) -> None:
@@ -81,7 +83,9 @@ class Engine:
 
     # ----------------------------------------------------------------------------------------------------- events
 
-    def submit(self, prompt: list[int], max_tokens: int = 4, *, n=1, frontend=0, eos_ids=(), **fields) -> int | Rejected:
+    def submit(
+        self, prompt: list[int], max_tokens: int = 4, *, n=1, frontend=0, eos_ids=(), **fields
+    ) -> int | Rejected:
         """Submit; the uid of the first sibling, or the refusal."""
         uid = make_uid(frontend, 1, self.next_counter)
         self.next_counter += n
@@ -95,6 +99,7 @@ class Engine:
                 own = sibling_seed(seed, i)
                 self.seeds[own] = len(prompt) + max_tokens
                 self.clients[uid + i] = Client(prompt, max_tokens, own, tuple(eos_ids))
+                self.requests.append(self.request(uid + i))
         self.after()
         return uid if rejected is None else rejected
 
@@ -147,7 +152,7 @@ class Engine:
         self.boot_workers()
         self.after()
 
-    def run(self, most: int = 2000) -> None:
+    def run(self, most: int = 20_000) -> None:
         """Plan and answer, two steps in flight, until nothing is left to do."""
         for _ in range(most):
             if self.plan() is None and not any(self.unanswered):
@@ -202,8 +207,10 @@ class Engine:
             assert ended.reason == ("stop" if expected[-1] in client.eos_ids else "length")
 
     def check_pages(self) -> None:
-        """Conservation, counted from the requests' side; every private page in one place."""
+        """Conservation, counted from the requests' side; private pages in one place; no tree node without parent."""
         scheduler = self.scheduler
+        for request in self.requests:
+            self.parents.update(zip(request.keys, [None, *request.keys], strict=False))
         for rank, pool in enumerate(scheduler._ranks.pools):
             users = [request for request in scheduler._requests.values() if request.rank == rank]
             pool.check(idle=not any(request.pages for request in users))
@@ -216,7 +223,9 @@ class Engine:
             free, cached = set(pool._free), set(pool._cached)
             assert len(free) + len(cached) + len(held) == self.limits.num_pages
             assert free | cached | held.keys() == set(range(self.limits.num_pages))
-            assert pool.tree.match([]) == 0
+            assert all(self.parents[key] in (None, *pool.tree._pages) for key in pool.tree._pages), (
+                "an orphan in the tree"
+            )
             running = [request for request in users if request.state in (State.PREFILL, State.DECODE)]
             assert scheduler._ranks.running[rank] == len(running) <= self.limits.max_batch_size
         assert scheduler.num_waiting == sum(

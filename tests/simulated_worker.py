@@ -61,7 +61,9 @@ class Entry:
 class SimulatedWorker:
     """One rank. `limits_by_seed` says how long the request with a seed may get, which a device need not know."""
 
-    def __init__(self, rank: int, num_slots: int, page_size: int, row_tokens: int, limits_by_seed: dict[int, int]) -> None:
+    def __init__(
+        self, rank: int, num_slots: int, page_size: int, row_tokens: int, limits_by_seed: dict[int, int]
+    ) -> None:
         self.rank = rank
         self.num_slots = num_slots
         self.page_size = page_size
@@ -108,7 +110,10 @@ class SimulatedWorker:
             self.tenancies += 1
             assert 0 <= admit.slot < self.num_slots
             self.slots[admit.slot] = Slot(self.tenancies, admit.sampling.seed, admit.cached, admit.cached)
+        with_rows = {row[0] for row in self.rows_of(step)}
+        assert {admit.slot for admit in step.admits} <= with_rows
         for slot_id, page in np.frombuffer(step.pages, np.int32).reshape(-1, 2).tolist():
+            assert slot_id in with_rows, "a page for a slot without a row"
             assert page not in self.slots[slot_id].pages
             self.slots[slot_id].pages.append(page)
 

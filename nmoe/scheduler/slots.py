@@ -53,7 +53,6 @@ class SlotTable:
         self.position[slot] = position
         self.prefilled[slot] = self.known[slot] = request.known_len
         self.end[slot] = request.limit - 1
-        self.tail_len[slot] = 0
         if len(request.eos_ids) > self.eos.shape[1]:
             wider = len(request.eos_ids) - self.eos.shape[1]
             self.eos = np.pad(self.eos, ((0, 0), (0, wider)), constant_values=-1)
