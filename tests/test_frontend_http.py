@@ -191,7 +191,7 @@ async def test_loading(model):
     async with Rig(model, serve=False) as rig:
         for path, body in ((COMPLETIONS, {"prompt": "a"}), (CHAT, {"messages": [{"role": "user", "content": "a"}]})):
             status, headers, document = await rig.ask(path, **body)
-            assert status == 503 and int(headers["Retry-After"]) and "loading" in document["error"]["message"]
+            assert status == 503 and int(headers["Retry-After"]) and "starting" in document["error"]["message"]
         beat(rig)
         assert (await get(rig, "/health"))[0] == 503
         assert (await get(rig, "/v1/models"))[0] == 200
@@ -223,7 +223,11 @@ async def test_health_after_a_death_and_in_an_overdue_step(rig):
             pass
     assert "worker 0 died" in json.loads((await get(rig, "/health"))[1])["error"]["message"]
     worker.set("nmoe:heartbeat_seconds", time.monotonic())
-    assert (await get(rig, "/health"))[0] == 200
+    assert (await get(rig, "/health"))[0] == 503  # alive again, but without its weights
+    await rig.send(Serving(1, MAX_SEQ_LEN))
+    async with asyncio.timeout(5):
+        while (await get(rig, "/health"))[0] != 200:
+            pass
     scheduler.set("nmoe:step_deadline_seconds", time.monotonic() - 1)
     assert "overdue" in json.loads((await get(rig, "/health"))[1])["error"]["message"]
     scheduler.set("nmoe:step_deadline_seconds", time.monotonic() + 60)

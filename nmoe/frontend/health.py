@@ -25,7 +25,7 @@ class Health:
     def note_death(self, role: Role, index: int) -> None:
         """A process is gone; its next life has to show itself before the server is healthy again."""
         self._deaths[row_index(role, index, self._config.parallel.world_size)] = time.monotonic()
-        if role == "scheduler":
+        if role != "frontend":
             self.max_seq_len = None
 
     def require_serving(self) -> int:
@@ -33,12 +33,11 @@ class Health:
         if self.draining:
             raise RequestError("the server is shutting down", status=503, code="shutting_down")
         if self.max_seq_len is None:
-            raise RequestError("the model is still loading", status=503, code="loading")
+            raise RequestError("the engine is starting", status=503, code="loading")
         return self.max_seq_len
 
     def check(self) -> None:
         """Raises RequestError (503) with the reason when the server is not healthy."""
-        self.require_serving()
         now = time.monotonic()
         for title, index in self._rows():
             beat = self._board.rows[index].get("nmoe:heartbeat_seconds")
@@ -48,6 +47,7 @@ class Health:
                 raise _unhealthy(
                     f"{title} has not answered for {now - beat:.0f} s" if beat else f"{title} has not started"
                 )
+        self.require_serving()
         due = self._board.total("nmoe:step_deadline_seconds")  # the scheduler alone sets it
         if 0 < due < now:
             raise _unhealthy(f"a step is {now - due:.1f} s overdue")
