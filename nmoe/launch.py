@@ -1,10 +1,10 @@
 """The launcher: runs the doctor, binds the port, forks the processes, supervises, drains.
 
     doctor -> bind HTTP port -> fork scheduler, workers, frontends -> every child Up -> ready line
-           -> SIGTERM or SIGINT -> drain -> stop
+           -> supervise until SIGTERM or SIGINT -> drain -> stop
 
-The death of any child ends the server: frontends close their streams with an error, every process leaves, and the
-launcher exits non-zero with the reason.
+A process that fails before the ready line ends the start with its message; what happens to deaths after it is told in
+`nmoe/supervision.py`.
 """
 
 import logging
@@ -13,15 +13,17 @@ import socket
 import sys
 import tempfile
 import time
+from collections import Counter
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from nmoe import doctor, envs, ipc
-from nmoe.children import Child, Children, Died, Event, Said, Signalled
+from nmoe.children import Child, Children, Died, Said, Signalled
 from nmoe.config import Config
 from nmoe.errors import LaunchError
-from nmoe.metrics import Board
+from nmoe.metrics import Board, row_index
+from nmoe.supervision import Supervisor
 
 _log = logging.getLogger("nmoe.launch")
 _BACKLOG = 4096  # connections that may wait while a frontend is busy
@@ -62,83 +64,81 @@ class _Server:
         self._http_socket = http_socket
         self._run_dir = run_dir
         self._board = Board(1 + config.parallel.world_size + config.server.processes)
+        self._lives: Counter[tuple[ipc.Role, int]] = Counter()
 
     def run(self) -> None:
         """The whole life of the server; returns when it was told to stop and has drained."""
-        self._fork_all()
-        if self._wait_until_up():
-            host, port = self._config.server.host, self._http_socket.getsockname()[1]
-            sys.stdout.write(f"nmoe ready on http://{f'[{host}]' if ':' in host else host}:{port}\n")
-            sys.stdout.flush()
-            self._supervise()
-            self._drain()
-
-    def _fork_all(self) -> None:
         self._fork("scheduler", 0)
         for rank in range(self._config.parallel.world_size):
             self._fork("worker", rank)
         for index in range(self._config.server.processes):
             self._fork("frontend", index)
+        if not self._wait_until_up():
+            return
+        host, port = self._config.server.host, self._http_socket.getsockname()[1]
+        sys.stdout.write(f"nmoe ready on http://{f'[{host}]' if ':' in host else host}:{port}\n")
+        sys.stdout.flush()
+        supervisor = Supervisor(self.children, self._board, self._config.parallel.world_size, self._fork)
+        supervisor.run()
+        self._drain(supervisor)
 
     def _fork(self, role: ipc.Role, index: int) -> None:
+        """Begin a process's next life."""
+        self._lives[role, index] += 1
         ours, theirs = ipc.Control.pair()
         boot = ipc.Boot(
             role=role,
             index=index,
-            generation=1,
+            generation=self._lives[role, index],
             config=self._config,
             run_dir=self._run_dir,
             control=theirs,
             board=self._board,
             http_socket=self._http_socket if role == "frontend" else None,
         )
+        # Its silence counts from now on, not from its predecessor's last word.
+        row = self._board.rows[row_index(role, index, self._config.parallel.world_size)]
+        row.set("nmoe:heartbeat_seconds", time.monotonic())
         self.children.spawn(boot, ours)
 
     def _wait_until_up(self) -> bool:
-        """True when every child does its work, False when a signal came first."""
+        """True when every child does its work, False when a signal came first. A failure or a death is raised."""
         missing = {child.title for child in self.children}
         with _LoadingBars() as bars:
             while missing:
-                for event in self._events():
+                for event in self.children.events(None):
                     match event:
                         case Signalled():
                             return False
+                        case Said(_, ipc.Failed(message)):
+                            raise LaunchError(message)
+                        case Died(child, how):
+                            raise LaunchError(f"{child.title} {how} while starting")
                         case Said(child, ipc.Up()):
                             missing.discard(child.title)
                         case Said(child, ipc.Progress() as progress):
                             bars.show(child, progress)
         return True
 
-    def _supervise(self) -> None:
-        while not any(isinstance(event, Signalled) for event in self._events()):
-            pass
-
-    def _drain(self) -> None:
+    def _drain(self, supervisor: Supervisor) -> None:
         """Refuse new requests and let the running ones finish; a second signal or the timeout ends the wait."""
         timeout = self._config.server.drain_timeout_s
         _log.info("draining: running requests have %.0f s to finish; a second signal ends at once", timeout)
-        open_frontends = {child.title for child in self.children if child.role == "frontend"}
-        for child in self.children:
-            if child.role == "frontend":
-                child.control.send(ipc.Drain())
+        draining = [child for child in self.children if child.role == "frontend"]
+        for child in draining:
+            child.control.send(ipc.Drain())
         deadline = time.monotonic() + timeout
-        while open_frontends and (left := deadline - time.monotonic()) > 0:
-            for event in self._events(left):
-                if isinstance(event, Signalled):
-                    return
-                if isinstance(event, Said) and isinstance(event.message, ipc.Drained):
-                    open_frontends.discard(event.child.title)
-
-    def _events(self, timeout: float | None = None) -> list[Event]:
-        """The children's events; a failure or a death is raised."""
-        events = self.children.events(timeout)
-        for event in events:
-            match event:
-                case Said(_, ipc.Failed(message)):
-                    raise LaunchError(message)
-                case Died(child, how):
-                    raise LaunchError(f"{child.title} {how}; the server stops")
-        return events
+        while draining and (left := deadline - time.monotonic()) > 0:
+            for event in self.children.events(left):
+                match event:
+                    case Signalled():
+                        return
+                    case Said(child, ipc.Drained()) if child in draining:
+                        draining.remove(child)
+                    case Died(child, _) if child in draining:
+                        draining.remove(child)
+                    case _:
+                        supervisor.handle(event)  # a death still has to be told to the others
 
 
 class _LoadingBars:

@@ -1,0 +1,135 @@
+"""What the launcher does about deaths: who restarts with whom, after which pause, and when to give up.
+
+Processes restart in groups. All workers are one group, since peer addresses and epochs do not survive a death; the
+scheduler and each frontend are groups of their own. A death is told to everybody else at once (`ipc.Gone`):
+
+    frontend i   its connections close by themselves; the scheduler ends its requests
+    scheduler    frontends end their streams with an error; workers keep their weights and connect anew
+    any worker   the other workers are killed; the scheduler ends every request with an error and waits for new Readys
+
+A group that dies soon after its start is restarted with growing pauses, and after `MAX_TRIES` the server gives up.
+A process that stops saying that it lives, or lets a step's deadline pass, is killed, which makes it a death.
+"""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+
+from nmoe.children import Child, Children, Died, Event, Said, Signalled
+from nmoe.errors import LaunchError
+from nmoe.ipc import Failed, Gone, Role, Up
+from nmoe.metrics import Board, row_index
+
+_log = logging.getLogger("nmoe.launch")
+MAX_TRIES = 5
+_SOON_S = 10.0  # a group that lives longer has recovered from what killed it before
+_FIRST_PAUSE_S = 0.2
+_MAX_SILENCE_S = 5.0  # heartbeats come every second
+_LOOK_S = 0.5  # how often heartbeats and deadlines are looked at
+
+Fork = Callable[[Role, int], None]
+
+
+def group_of(role: Role, index: int) -> str:
+    """The name of the group that a process dies and restarts with."""
+    return f"frontend {index}" if role == "frontend" else "the workers" if role == "worker" else "the scheduler"
+
+
+class _Group:
+    """Processes that restart together."""
+
+    def __init__(self, members: list[tuple[Role, int]]) -> None:
+        self.members = members
+        self.started_at = time.monotonic()
+        self.failures = 0  # deaths in a row, each soon after the start
+        self.restart_at: float | None = None  # None while it runs
+
+    def died(self, why: str, now: float) -> float:
+        """Count a death; returns the pause before the restart. Raises LaunchError when it is one too many."""
+        self.failures = self.failures + 1 if now - self.started_at < _SOON_S else 1
+        if self.failures > MAX_TRIES:
+            raise LaunchError(f"{why}; gave up after {MAX_TRIES} restarts in a row")
+        pause = 0.0 if self.failures == 1 else _FIRST_PAUSE_S * 2 ** (self.failures - 2)
+        self.restart_at = now + pause
+        return pause
+
+
+class Supervisor:
+    """Watches the children of a server that is up, and restarts what dies. `fork` starts one process anew."""
+
+    def __init__(self, children: Children, board: Board, world_size: int, fork: Fork) -> None:
+        self._children = children
+        self._board = board
+        self._world_size = world_size
+        self._fork = fork
+        self._groups: dict[str, _Group] = {}
+        for child in children:
+            group = self._groups.setdefault(group_of(child.role, child.index), _Group([]))
+            group.members.append((child.role, child.index))
+        self._loading: set[str] = set()  # titles of restarted processes that are not up yet
+        self._failures: dict[int, str] = {}  # pid -> what it said before it died
+
+    def run(self) -> None:
+        """Supervise until a signal comes. Raises LaunchError when a group keeps dying."""
+        while True:
+            for event in self._children.events(self._timeout()):
+                if isinstance(event, Signalled):
+                    return
+                self.handle(event)
+            self._restart_due()
+            self._kill_silent()
+
+    def handle(self, event: Event) -> None:
+        """Take note of what a child said, or of its death."""
+        match event:
+            case Said(child, Up()):
+                self._loading.discard(child.title)
+                _log.info("%s is up again", child.title)
+            case Said(child, Failed(message)):
+                self._failures[child.pid] = message
+            case Died(child, how):
+                self._lost(child, how)
+
+    def _timeout(self) -> float:
+        due = [group.restart_at for group in self._groups.values() if group.restart_at is not None]
+        return max(0.0, min(_LOOK_S, *(at - time.monotonic() for at in due))) if due else _LOOK_S
+
+    def _lost(self, child: Child, how: str) -> None:
+        name = group_of(child.role, child.index)
+        group = self._groups[name]
+        if group.restart_at is not None:
+            return  # went down with the rest of its group
+        why = f"{child.title} {how}"
+        if message := self._failures.pop(child.pid, ""):
+            why += f": {message}"
+        pause = group.died(why, time.monotonic())
+        _log.error("%s; %s restarts%s", why, name, f" in {pause:.1f} s" if pause else "")
+        for other in list(self._children):
+            if group_of(other.role, other.index) == name:
+                os.kill(other.pid, signal.SIGKILL)
+            else:
+                other.control.send(Gone(child.role, child.index))
+
+    def _restart_due(self) -> None:
+        alive = {group_of(child.role, child.index) for child in self._children}
+        for name, group in self._groups.items():
+            if group.restart_at is not None and group.restart_at <= time.monotonic() and name not in alive:
+                group.restart_at, group.started_at = None, time.monotonic()
+                for role, index in group.members:
+                    self._fork(role, index)
+                self._loading |= {child.title for child in self._children if group_of(child.role, child.index) == name}
+
+    def _kill_silent(self) -> None:
+        """A process that hangs is as good as dead, and its death is something that everybody knows how to handle."""
+        now = time.monotonic()
+        due = self._board.rows[row_index("scheduler", 0, self._world_size)].get("nmoe:step_deadline_seconds")
+        for child in list(self._children):
+            row = self._board.rows[row_index(child.role, child.index, self._world_size)]
+            silence = now - row.get("nmoe:heartbeat_seconds")
+            overdue = child.role == "worker" and 0 < due < now and child.title not in self._loading
+            if overdue or (silence > _MAX_SILENCE_S and child.title not in self._loading):
+                what = "has a step overdue" if overdue else f"has not answered for {silence:.0f} s"
+                _log.error("%s %s: killed", child.title, what)
+                os.kill(child.pid, signal.SIGKILL)
