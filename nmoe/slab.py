@@ -70,12 +70,12 @@ class SlabLayout(msgspec.Struct, frozen=True):
         return self.world_size * self.slab_bytes
 
     def flag(self, rank: int, channel: int, phase: int, peer: int) -> int:
-        """The line that `peer` writes in `rank`'s slab: int64 epoch, int64 tokens (dispatch); int64 `rank` sleeps."""
+        """The line that `peer` writes in `rank`'s slab: int64 epoch, int64 tokens (dispatch only)."""
         line = (channel * NUM_PHASES + phase) * self.world_size + peer
         return rank * self.slab_bytes + line * LINE
 
     def awaited(self, rank: int) -> int:
-        """The line in which `rank` says what it waits for: int64 channel, int64 phase, int64 epoch."""
+        """The line in which `rank` says what it waits for: int64 channel, phase, epoch, and whether it sleeps."""
         return self.flag(rank, NUM_CHANNELS, 0, 0)
 
     def poison(self, rank: int) -> int:

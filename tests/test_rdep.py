@@ -324,9 +324,7 @@ def die_in_a_step(rank, link, layers, bound_s, how):
     if rank == 2:
         signals = link._signals
         if how == "between flags":  # one rank has heard of its last dispatch, the others have not
-            signals._outbox[CHANNEL_DECODE][DISPATCH][1:] = []
-        if how == "before the return":
-            signals._outbox[CHANNEL_DECODE][RETURN][:] = []
+            signals._hearers = [0]
         if how != "before the dispatch":
             link.dispatch(layers.experts[rank], *layers.entries[0][1][rank])
         if how == "before the return":

@@ -93,10 +93,11 @@ class SharedMemory:
         here_SK = here_NTK[owners_S, tokens_S]
         local_SK = np.where(here_SK, (ids_TK - owners_TK * self._num_experts)[tokens_S], self._num_experts)
         # An owner's experts first, in the order of K, so that it need not look at the slots of the others.
-        order_SK = np.argsort(~here_SK, axis=-1, kind="stable")
+        order_SK = (~here_SK).argsort(axis=-1, kind="stable")
+        rows_S1 = np.arange(len(owners_S))[:, None]
         routes_S = np.empty(len(owners_S), self._route_dtype)
-        routes_S["ids"] = np.take_along_axis(local_SK, order_SK, -1)
-        routes_S["weights"] = np.take_along_axis(weights_TK[tokens_S], order_SK, -1)
+        routes_S["ids"] = local_SK[rows_S1, order_SK]
+        routes_S["weights"] = weights_TK[tokens_S[:, None], order_SK]
 
         slots.theirs_hidden_NC[owners_S, tokens_S] = _as_rows(x_TD)[tokens_S]
         slots.theirs_routes_NC[owners_S, tokens_S] = routes_S

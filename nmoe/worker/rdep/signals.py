@@ -8,10 +8,11 @@ Invariants
   it follows the poison: a rank that read any of it, directly or through others, finds its own poison word set when it
   looks afterwards. So a step that ends unpoisoned is right.
 
-A wait first yields the core, since on a busy machine the flag is often one time slice away, then sleeps on the flag's
-word. The sleeper says so in the flag's line; only then does the other side pay for a system call. Between the flag's
-store and the look at the sleeper's word stands a fence; the kernel looks at the flag again before it lets the sleeper
-sleep, with a fence of its own: one of the two sees the other's store.
+A wait first yields the core, as on a busy machine the flags are often one time slice away, then sleeps on the rank's
+`sleeps` word until the last flag is raised. A sleeper sets its word, then looks at its flags once more; who raises a
+flag does so first, then looks at the word, and only if it is set and no other flag is missing pays for a system call.
+Between the two stands a fence on both sides: of a sleeper and the last to raise a flag, one sees the other's store, and
+of two that raise the last flags at once, one sees them all.
 """
 
 import ctypes
@@ -28,10 +29,9 @@ _YIELD_S = 50e-6
 _NAP_S = 0.05  # between looks at the clock and at the poison word
 _LIFE_BITS = 40
 _POISON_BITS = 8  # one per rank
-# Words of a flag's line, in units of 8 bytes.
-_EPOCH = 0
-_TOKENS = 1
-_SLEEPS = 2
+# Words of a flag's line, and of the line with what a rank waits for, in units of 8 bytes.
+_EPOCH, _TOKENS = 0, 1
+_CHANNEL, _PHASE, _AWAITED, _SLEEPS = 0, 1, 2, 3
 
 
 class Signals:
@@ -40,22 +40,17 @@ class Signals:
     def __init__(self, layout: SlabLayout, memory: mmap.mmap, rank: int) -> None:
         """Raises LaunchError on a machine whose memory order is not known."""
         futex.require_x86_64()
-        self._layout = layout
         self._rank = rank
         self._ranks = range(layout.world_size)
         self._words = memoryview(memory).cast("B").cast("q")
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        # The rank's own flag is its next neighbour's last: nobody is always the last to hear.
-        others = [(rank + 1 + step) % layout.world_size for step in self._ranks]
-        self._inbox = [
-            [[layout.flag(rank, channel, phase, peer) // 8 for peer in self._ranks] for phase in range(NUM_PHASES)]
+        # Beginning with the next neighbour: nobody is always the last to hear.
+        self._hearers = [(rank + 1 + step) % layout.world_size for step in self._ranks]
+        self._epoch_words = [
+            [[self._flag_words(layout, other, channel, phase) for other in self._ranks] for phase in range(NUM_PHASES)]
             for channel in range(NUM_CHANNELS)
         ]
-        self._outbox = [
-            [[layout.flag(other, channel, phase, rank) // 8 for other in others] for phase in range(NUM_PHASES)]
-            for channel in range(NUM_CHANNELS)
-        ]
-        self._awaited = layout.awaited(rank) // 8
+        self._awaited = [layout.awaited(other) // 8 for other in self._ranks]
         self._poison = [layout.poison(other) // 8 for other in self._ranks]
         self._nap = futex.Nap(_NAP_S)
         self._life = 0
@@ -63,17 +58,23 @@ class Signals:
         self._bound_s = 0.0
         self._gave_up = False
 
+    @staticmethod
+    def _flag_words(layout: SlabLayout, rank: int, channel: int, phase: int) -> slice:
+        """The epochs that `rank` gets from each peer, among the words."""
+        first = layout.flag(rank, channel, phase, 0) // 8
+        return slice(first, first + layout.world_size * LINE // 8, LINE // 8)
+
     def meet(self, life: int, stopped: Callable[[], bool]) -> bool:
         """Begin a life and wait, as long as it takes, until every rank has begun it. False when `stopped()`."""
         self._life, self._gave_up = life, False
         self._epochs = [life << _LIFE_BITS] * NUM_CHANNELS
         epoch = self.next_epoch(0)
         self.raise_flags(0, DISPATCH, epoch, 0)
-        for line in self._inbox[0][DISPATCH]:
-            while self._words[line] < epoch:
-                if stopped():
-                    return False
-                self._sleep(line, epoch)
+        flags = self._epoch_words[0][DISPATCH][self._rank]
+        while not self._raised(flags, epoch):
+            if stopped():
+                return False
+            self._sleep(flags, epoch)
         return True
 
     def next_epoch(self, channel: int) -> int:
@@ -87,53 +88,64 @@ class Signals:
 
     def raise_flags(self, channel: int, phase: int, epoch: int, num_tokens: int) -> None:
         """Tell every rank, this one included, that all this rank wrote before is there."""
-        words, lines = self._words, self._outbox[channel][phase]
+        words, flags, mine = self._words, self._epoch_words[channel][phase], self._rank * LINE // 8
         futex.fence()
-        for line in lines:
+        for rank in self._hearers:
+            line = flags[rank].start + mine
             words[line + _TOKENS] = num_tokens
             words[line + _EPOCH] = epoch
         futex.fence()
-        for line in lines:
-            if words[line + _SLEEPS]:
-                futex.wake(self._address + 8 * line)
+        for rank in self._hearers:
+            if words[self._awaited[rank] + _SLEEPS] and self._raised(flags[rank], epoch):
+                self._wake(rank)
 
     def wait(self, channel: int, phase: int, epoch: int) -> None:
         """Until every rank has raised its flag, or, with this rank poisoned, not any longer."""
-        if self._gave_up:
+        flags = self._epoch_words[channel][phase][self._rank]
+        if self._gave_up or self._raised(flags, epoch):
             return
-        words = self._words
-        words[self._awaited], words[self._awaited + 1], words[self._awaited + 2] = channel, phase, epoch
-        started = 0.0
-        for line in self._inbox[channel][phase]:
-            while words[line] < epoch:
-                now = time.monotonic()
-                started = started or now
-                if now - started < _YIELD_S:
-                    os.sched_yield()
-                elif self._poisoned_by():
-                    self._spread(words[self._poison[self._rank]])
-                    return
-                elif now - started > self._bound_s and (silent := self._silent()):
-                    self._spread(self._life << _POISON_BITS | sum(1 << rank for rank in silent))
-                    return
-                else:
-                    self._sleep(line, epoch)
+        at = self._awaited[self._rank]
+        self._words[at + _CHANNEL], self._words[at + _PHASE], self._words[at + _AWAITED] = channel, phase, epoch
+        started = time.monotonic()
+        while not self._raised(flags, epoch):
+            waited = time.monotonic() - started
+            if waited < _YIELD_S:
+                os.sched_yield()
+            elif self._poisoned_by():
+                self._spread(self._words[self._poison[self._rank]])
+                return
+            elif waited > self._bound_s and (silent := self._silent()):
+                self._spread(self._life << _POISON_BITS | sum(1 << rank for rank in silent))
+                return
+            else:
+                self._sleep(flags, epoch)
 
     def tokens(self, channel: int) -> list[int]:
         """How many tokens each rank has in the exchange whose dispatch was waited for."""
-        return [self._words[line + _TOKENS] for line in self._inbox[channel][DISPATCH]]
+        flags = self._epoch_words[channel][DISPATCH][self._rank]
+        return self._words[flags.start + _TOKENS : flags.stop : flags.step].tolist()
 
     def check(self) -> None:
         """Raises PeerSilent when this rank is poisoned: what it computed in this life may be wrong."""
         if mask := self._poisoned_by():
             raise PeerSilent(self._rank, [rank for rank in self._ranks if mask >> rank & 1], self._bound_s)
 
-    def _sleep(self, line: int, epoch: int) -> None:
-        """Until the flag is raised, or for a nap."""
-        self._words[line + _SLEEPS] = 1
-        if (seen := self._words[line]) < epoch:
-            self._nap.sleep(self._address + 8 * line, seen)
-        self._words[line + _SLEEPS] = 0
+    def _raised(self, flags: slice, epoch: int) -> bool:
+        return min(self._words[flags]) >= epoch
+
+    def _sleep(self, flags: slice, epoch: int) -> None:
+        """Until the last flag is raised or poison comes, or for a nap."""
+        word = self._awaited[self._rank] + _SLEEPS
+        self._words[word] = 1
+        futex.fence()
+        if not self._raised(flags, epoch) and not self._poisoned_by():
+            self._nap.sleep(self._address + 8 * word, 1)
+        self._words[word] = 0
+
+    def _wake(self, rank: int) -> None:
+        word = self._awaited[rank] + _SLEEPS
+        self._words[word] = 0
+        futex.wake(self._address + 8 * word)
 
     def _poisoned_by(self) -> int:
         """The ranks, one bit each, whose silence poisoned this rank in this life."""
@@ -146,13 +158,13 @@ class Signals:
             self._words[word] = poison
         futex.fence()
         for rank in self._ranks:
-            for line in range(self._layout.flag(rank, 0, 0, 0), self._layout.awaited(rank), LINE):
-                futex.wake(self._address + line)
+            self._wake(rank)
         self._gave_up = True
 
     def _silent(self) -> set[int]:
         """Who is to blame: of the ranks that are waited for, and those they wait for in turn, the ones that wait for
-        nobody. A rank that is stuck behind a silent one is silent too. Empty if the last flag has just come."""
+        nobody; a rank that is stuck behind a silent one is silent too. Ranks that wait for each other, which only Steps
+        that differ between ranks can bring about, are all to blame. Empty if the last flag has just come."""
         silent, seen, found = set(), {self._rank}, [self._rank]
         while found:
             rank = found.pop()
@@ -161,11 +173,11 @@ class Signals:
                 silent.add(rank)
             found += missing - seen
             seen |= missing
-        return silent or self._missing(self._rank)
+        return silent - {self._rank} or self._missing(self._rank)
 
     def _missing(self, rank: int) -> set[int]:
         """The ranks whose flags `rank` waits for."""
-        at = self._layout.awaited(rank) // 8
-        channel, phase, epoch = self._words[at : at + 3]
-        flags = (self._words[self._layout.flag(rank, channel, phase, peer) // 8] for peer in self._ranks)
+        at = self._awaited[rank]
+        channel, phase, epoch = (self._words[at + field] for field in (_CHANNEL, _PHASE, _AWAITED))
+        flags = self._words[self._epoch_words[channel][phase][rank]]
         return {peer for peer, flag in enumerate(flags) if flag < epoch}
