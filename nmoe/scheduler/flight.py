@@ -19,7 +19,7 @@ class Flight(msgspec.Struct):
     """
 
     step_id: int
-    planned_at: float
+    started_at: float  # when it was sent, or when the step before it was complete
     num_tokens: int  # all ranks
     slots: Slots
     uids: npt.NDArray[np.int64]

@@ -20,14 +20,15 @@ from collections import OrderedDict
 import numpy as np
 
 from nmoe.scheduler.prefix import PrefixTree
+from nmoe.scheduler.stats import Stats
 
 
 class PagePool:
     """Page ownership; knows nothing of requests, ranks or steps."""
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, stats: Stats) -> None:
         self.num_pages = num_pages
-        self.evictions = 0
+        self._stats = stats
         self.tree = PrefixTree(num_pages)
         self._free = array("i", range(num_pages - 1, -1, -1))  # the last is taken first
         self._references = array("i", bytes(4 * num_pages))
@@ -78,7 +79,7 @@ class PagePool:
             page, _ = self._cached.popitem(last=False)
             self.tree.remove(page)
             self._free.append(page)
-            self.evictions += 1
+            self._stats.evictions += 1
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._references[page] = 1

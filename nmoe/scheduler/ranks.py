@@ -9,6 +9,7 @@ from nmoe.scheduler.pages import PagePool
 from nmoe.scheduler.prefix import extend_keys
 from nmoe.scheduler.request import Request, State
 from nmoe.scheduler.slots import SlotTable
+from nmoe.scheduler.stats import Stats
 
 
 class Ranks:
@@ -18,10 +19,10 @@ class Ranks:
     whenever a rank may have become roomier for someone: pages or batch room freed, pages entered into the tree.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, stats: Stats) -> None:
         self._limits = limits
         self.table = SlotTable(limits.world_size, limits.num_slots)
-        self.pools = [PagePool(limits.num_pages) for _ in range(limits.world_size)]
+        self.pools = [PagePool(limits.num_pages, stats) for _ in range(limits.world_size)]
         self.batches = {numerics: Batch(self.table) for numerics in Numerics}
         self.prefills: dict[Numerics, list[Request]] = {numerics: [] for numerics in Numerics}
         self.running = [0] * limits.world_size

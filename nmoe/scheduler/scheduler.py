@@ -20,6 +20,7 @@ What holds at all times:
 import math
 from collections import deque
 
+import msgspec
 import numpy as np
 
 from nmoe.messages import Abort, Ended, Finish, Reason, Rejected, Step, StepDone, Submit, Tokens, make_uid, uid_frontend
@@ -56,7 +57,7 @@ class Scheduler:
         self._clear()
 
     def _clear(self) -> None:
-        self._ranks = Ranks(self.limits)
+        self._ranks = Ranks(self.limits, self.stats)
         self._admission = Admission(self.limits, self._ranks)
         self._writer = StepWriter(self._generation, self._ranks.table)
         self._flights: deque[Flight] = deque()
@@ -195,7 +196,7 @@ class Scheduler:
             if not request.scheduled_at:
                 request.scheduled_at = now
                 request.cached_tokens = int(self._ranks.table.position[request.slot])
-                self.stats.admitted(request, self.limits.enable_prefix_cache)
+                self._count_admitted(request)
             self._chunk(request, draft)
 
     def _chunk(self, request: Request, draft: Draft) -> None:
@@ -257,7 +258,7 @@ class Scheduler:
         for slot, reason in results.ended:
             self._end(self._ranks.table.request(slot), reason, now)
         self._outbox.tokens(results.uids, results.tokens, results.counts)
-        self.stats.landed(flight, len(results.tokens), now)
+        self._count_landed(flight, len(results.tokens), now)
         drained = [request for step, request in self._draining if step <= flight.step_id]
         self._draining = [(step, request) for step, request in self._draining if step > flight.step_id]
         for request in drained:
@@ -298,7 +299,37 @@ class Scheduler:
             self._waiting_siblings -= 1
             self._lead(orphans)
 
-    # ------------------------------------------------------------------------------------------------------- gauges
+    # ------------------------------------------------------------------------------------------------------ numbers
+
+    def _count_admitted(self, request: Request) -> None:
+        self.stats.prompt_tokens += request.prompt_len
+        self.stats.prefix_queries += request.prompt_len * self.limits.enable_prefix_cache
+        self.stats.prefix_hits += request.cached_tokens
+        self.stats.queue_times.append(request.scheduled_at - request.arrived_at)
+
+    def _count_landed(self, flight: Flight, num_tokens: int, now: float) -> None:
+        self.stats.generation_tokens += num_tokens
+        self.stats.step_times.append(now - flight.started_at)
+        self.stats.step_tokens.append(flight.num_tokens)
+        if self._flights:
+            self._flights[0].started_at = now
+
+    def take_stats(self) -> Stats:
+        """What was counted since the last call."""
+        taken, empty = msgspec.structs.replace(self.stats), Stats()
+        for name in Stats.__struct_fields__:
+            setattr(self.stats, name, getattr(empty, name))
+        return taken
+
+    @property
+    def oldest(self) -> Flight | None:
+        """The first of the steps in flight."""
+        return self._flights[0] if self._flights else None
+
+    @property
+    def num_open(self) -> int:
+        """Requests that were accepted and have not ended."""
+        return len(self._requests)
 
     @property
     def idle(self) -> bool:
@@ -320,8 +351,3 @@ class Scheduler:
         """The share of all pages that requests hold, 0 to 1."""
         pools = self._ranks.pools
         return 1 - sum(pool.available for pool in pools) / (len(pools) * self.limits.num_pages)
-
-    @property
-    def evictions(self) -> int:
-        """Cached pages given up for new ones, since the start or the last reset."""
-        return sum(pool.evictions for pool in self._ranks.pools)

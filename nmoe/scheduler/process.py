@@ -1,0 +1,252 @@
+"""The scheduler process: sockets, clock and metrics around the policy.
+
+One thread and one loop: take what has arrived, plan while fewer than `steps_in_flight` steps are out, send the steps
+first and the tokens after them, sleep in poll when nothing has come. All waiting is in that one poll.
+
+    not serving --every worker has said Ready--> serving --a worker is gone--> not serving
+
+While not serving there is no policy, and requests are rejected with 503. A worker's death takes all workers along (the
+launcher restarts them as a group), so their messages count again from their next life on. A frontend's death, or the
+first message of its next life, ends the requests of its earlier life.
+"""
+
+import gc
+import logging
+import time
+
+import msgspec
+import zmq
+
+from nmoe import ipc
+from nmoe.architecture import read_architecture
+from nmoe.messages import (
+    Abort,
+    Finish,
+    FrontendToScheduler,
+    Hello,
+    Ready,
+    Rejected,
+    SchedulerToFrontend,
+    Serving,
+    Submit,
+    WorkerToScheduler,
+)
+from nmoe.metrics import row_index
+from nmoe.scheduler.limits import Limits
+from nmoe.scheduler.report import Report
+from nmoe.scheduler.scheduler import Scheduler
+
+_log = logging.getLogger("nmoe.scheduler")
+_HEARTBEAT_S = 1.0
+_BURST = 64  # requests taken at once, so that a flood of them does not keep results waiting
+
+
+def main(boot: ipc.Boot) -> None:
+    """Schedule until the launcher hangs up. Raises CheckpointError when the model's config.json cannot be read."""
+    with zmq.Context() as context:
+        process = Process(boot, context)
+        # The hot path makes no reference cycles, but enough objects to set the collector off, and one pass of it takes
+        # longer than planning a step. So it runs only when the engine is idle.
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        try:
+            boot.control.send(ipc.Up())
+            process.run()
+        finally:
+            gc.enable()
+            process.close()
+
+
+class Process:
+    """The loop, and who is at the other ends."""
+
+    def __init__(self, boot: ipc.Boot, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
+        config = boot.config
+        self._boot = boot
+        self._max_seq_len = config.model.max_seq_len or read_architecture(config.model.path).max_position_embeddings
+        self._policy: Scheduler | None = None  # only while serving
+        self._report = Report(boot.board.rows[row_index("scheduler", 0, config.parallel.world_size)])
+        self._beat_at = 0.0
+        self._frontends: dict[int, int] = {}  # number -> newest generation seen
+        self._greeted: set[int] = set()  # frontends that want to know when the engine serves
+        self._ready: dict[int, int] = {}  # rank -> its num_pages
+        self._workers = 0  # newest generation seen
+        self._dead_workers = 0  # newest generation known to be dead
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode_frontend = msgspec.msgpack.Decoder(FrontendToScheduler).decode
+        self._decode_worker = msgspec.msgpack.Decoder(WorkerToScheduler).decode
+        self._frontend_link = ipc.bind_router(context, ipc.frontend_address(boot.run_dir))
+        self._worker_link = ipc.bind_router(context, ipc.worker_address(boot.run_dir))
+        self._poller = zmq.Poller()
+        for source in (self._frontend_link, self._worker_link, boot.control.fileno()):
+            self._poller.register(source, zmq.POLLIN)
+
+    def run(self) -> None:
+        """The loop; returns when the launcher hangs up."""
+        while self._heed_launcher():
+            taken = self._take_results() + self._take_requests()
+            self._plan()
+            self._deliver()
+            self._beat()
+            if not taken:
+                self._rest()
+
+    def close(self) -> None:
+        """Drop the links and what is still queued on them."""
+        self._frontend_link.close()
+        self._worker_link.close()
+
+    def _heed_launcher(self) -> bool:
+        """False when the launcher has hung up."""
+        try:
+            message = self._boot.control.receive()
+        except EOFError:
+            return False
+        if isinstance(message, ipc.Gone):
+            if message.role == "worker":
+                self._lose_workers(f"worker {message.index} died")
+            elif message.role == "frontend":
+                self._lose_frontend(message.index)
+        return True
+
+    def _beat(self) -> None:
+        """Say that the process lives, if it is time."""
+        now = time.monotonic()
+        if now >= self._beat_at:
+            self._report.beat(now)
+            self._beat_at = now + _HEARTBEAT_S
+            if self._policy:
+                self._report.update(self._policy)
+            if self._policy is None or self._policy.idle:
+                gc.collect()
+
+    def _rest(self) -> None:
+        """Nothing has come: put the numbers on the board, and sleep until something comes or the heart must beat."""
+        if self._policy:
+            self._report.update(self._policy)
+        self._poller.poll(max(1, int((self._beat_at - time.monotonic()) * 1000)))
+
+    # ------------------------------------------------------------------------------------------------------ workers
+
+    def _take_results(self) -> int:
+        taken = 0
+        while (data := _receive(self._worker_link)) is not None:
+            taken += 1
+            message = self._decode_worker(data[1])
+            if message.generation <= self._dead_workers or message.generation < self._workers:
+                _log.info("dropped what life %d of worker %d sent", message.generation, message.rank)
+            elif isinstance(message, Ready):
+                self._welcome(message)
+            elif self._policy:
+                self._policy.complete(message, time.monotonic())
+        return taken
+
+    def _welcome(self, ready: Ready) -> None:
+        """A worker has loaded. With the last of them the engine serves."""
+        if ready.generation > self._workers:
+            self._lose_workers("the workers were restarted")
+            self._workers = ready.generation
+        self._ready[ready.rank] = ready.num_pages
+        if self._policy is None and len(self._ready) == self._boot.config.parallel.world_size:
+            limits = Limits.of(self._boot.config, min(self._ready.values()), self._max_seq_len)
+            self._policy = Scheduler(limits, self._boot.generation)
+            _log.info("serving with %d pages of %d tokens per rank", limits.num_pages, limits.page_size)
+            for frontend in sorted(self._greeted):
+                self._send(frontend, Serving(self._boot.generation, limits.max_seq_len))
+
+    def _lose_workers(self, why: str) -> None:
+        """All workers are gone, with the cache and every step in flight: nothing to do until their next life."""
+        self._dead_workers = self._workers
+        self._ready.clear()
+        if policy := self._policy:
+            _log.error("%s: %d open requests end with an error", why, policy.num_open)
+            policy.reset(f"{why} while the request ran", time.monotonic())
+            self._deliver()
+            self._report.update(policy)
+            self._policy = None
+
+    def _plan(self) -> None:
+        while self._policy and (steps := self._policy.plan(time.monotonic())):
+            for rank, step in enumerate(steps):
+                if not _send(self._worker_link, rank, self._encode(step)):
+                    self._lose_workers(f"worker {rank} is out of reach")
+                    break
+        self._report.set_deadline(self._policy)
+
+    # ---------------------------------------------------------------------------------------------------- frontends
+
+    def _take_requests(self) -> int:
+        for taken in range(_BURST):
+            data = _receive(self._frontend_link)
+            if data is None:
+                return taken
+            frontend, message = int(data[0]), self._decode_frontend(data[1])
+            newest = self._frontends.get(frontend, 0)
+            if message.generation < newest:
+                _log.info("dropped what life %d of frontend %d sent", message.generation, frontend)
+                continue
+            if message.generation > newest:
+                self._frontends[frontend] = message.generation
+                if self._policy:
+                    self._policy.forget(frontend, message.generation, time.monotonic())
+            self._handle(frontend, message)
+        return _BURST
+
+    def _handle(self, frontend: int, message: FrontendToScheduler) -> None:
+        policy, now = self._policy, time.monotonic()
+        match message:
+            case Hello():
+                self._greeted.add(frontend)
+                if policy:
+                    self._send(frontend, Serving(self._boot.generation, policy.limits.max_seq_len))
+            case Submit():
+                if policy is None:
+                    rejected: Rejected | None = Rejected(
+                        self._boot.generation, message.uid, 503, "the engine is starting"
+                    )
+                else:
+                    rejected = policy.submit(message, now)
+                if rejected:
+                    self._send(frontend, rejected)
+            case Finish():
+                if policy:
+                    policy.finish(message, now)
+            case Abort():
+                if policy:
+                    policy.abort(message, now)
+
+    def _lose_frontend(self, frontend: int) -> None:
+        """Nobody is there to read what its requests bring."""
+        self._greeted.discard(frontend)
+        if self._policy:
+            self._policy.forget(frontend, None, time.monotonic())
+
+    def _deliver(self) -> None:
+        if self._policy:
+            for frontend, message in self._policy.drain():
+                self._send(frontend, message)
+
+    def _send(self, frontend: int, message: SchedulerToFrontend) -> None:
+        if not _send(self._frontend_link, frontend, self._encode(message)):
+            _log.info("frontend %d is out of reach: its requests end", frontend)
+            self._lose_frontend(frontend)
+
+
+def _receive(link: "zmq.Socket[bytes]") -> list[bytes] | None:
+    """The next message with its sender's identity, if one is there."""
+    try:
+        return link.recv_multipart(zmq.NOBLOCK)
+    except zmq.Again:
+        return None
+
+
+def _send(link: "zmq.Socket[bytes]", index: int, data: bytes) -> bool:
+    """Send to one peer; False if it is not connected, or has long stopped to read."""
+    try:
+        link.send_multipart((ipc.identity(index), data), zmq.NOBLOCK)
+    except zmq.ZMQError as error:
+        if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+            return False
+        raise
+    return True

@@ -1,0 +1,357 @@
+"""A real scheduler process over real sockets; the test plays the launcher, the frontends and the workers."""
+
+import pathlib
+import select
+import time
+
+import msgspec
+import numpy as np
+import psutil
+import pytest
+import zmq
+
+import nmoe
+from nmoe import ipc
+from nmoe.config import Config, Engine, Model, Parallel, Server
+from nmoe.errors import NmoeError
+from nmoe.messages import (
+    Abort,
+    Finish,
+    Hello,
+    Ready,
+    Rejected,
+    Sampling,
+    SchedulerToFrontend,
+    Serving,
+    Step,
+    StepDone,
+    Submit,
+    Tokens,
+    make_uid,
+)
+from nmoe.metrics import Board, row_index
+from nmoe.scheduler import process
+from tests.forking import fork_call
+from tests.simulated_worker import SimulatedWorker, expected_output
+
+DEADLINE_S = 20
+QUIET_MS = 200
+LIFE = 4  # the scheduler's generation
+PROMPT = [1, 2, 3, 4, 5]
+CONFIG = Config(
+    model=Model(max_seq_len=500),
+    parallel=Parallel(world_size=2, device="cpu"),
+    engine=Engine(page_size=4, max_batch_size=4, max_prefill_tokens=64),
+    server=Server(processes=2, max_queue=8),
+)
+
+
+def _scheduler(config: Config, run_dir: pathlib.Path, control: ipc.Control, numbers: dict[str, float]) -> int:
+    """The child: what the launcher's child does, and then a look at the board."""
+    board = Board(5)
+    boot = ipc.Boot("scheduler", 0, LIFE, config, run_dir, control, board)
+    ipc.settle_in(boot)
+    try:
+        process.main(boot)
+    except NmoeError as error:
+        control.send(ipc.Failed(str(error)))
+        return 1
+    row = board.rows[row_index("scheduler", 0, config.parallel.world_size)]
+    assert time.monotonic() - row.get("nmoe:heartbeat_seconds") < 2
+    assert numbers == {name: row.get(name) for name in numbers}
+    return 0
+
+
+class Worker:
+    """A worker's end of its link, with a simulated device behind it."""
+
+    def __init__(self, rig, rank: int, num_pages: int, life: int = 1) -> None:
+        self.life = life
+        self.device = SimulatedWorker(rank, 2 * CONFIG.engine.max_batch_size, CONFIG.engine.page_size, 1, rig.lengths)
+        self.link = rig.connect(ipc.worker_address(rig.run_dir), rank)
+        self.send(Ready(life, rank, num_pages))
+
+    def send(self, message) -> None:
+        self.link.send(msgspec.msgpack.encode(message))
+
+    def receive(self) -> Step:
+        assert self.link.poll(DEADLINE_S * 1000), "no step came"
+        step = msgspec.msgpack.decode(self.link.recv(), type=Step)
+        assert step.generation == LIFE
+        return step
+
+    def quiet(self) -> bool:
+        return not self.link.poll(QUIET_MS)
+
+    def run(self, step: Step) -> None:
+        done = self.device.apply(step)
+        self.send(msgspec.structs.replace(done, generation=self.life))
+
+
+class Frontend:
+    """A frontend's end of its link."""
+
+    def __init__(self, rig, index: int, life: int = 1) -> None:
+        self.rig, self.index, self.life = rig, index, life
+        self.link = rig.connect(ipc.frontend_address(rig.run_dir), index)
+        self.tokens: dict[int, list[int]] = {}
+        self.ended: dict[int, str] = {}
+        self.counter = 0
+        self.send(Hello(life))
+
+    def send(self, message) -> None:
+        self.link.send(msgspec.msgpack.encode(message))
+
+    def receive(self) -> SchedulerToFrontend:
+        assert self.link.poll(DEADLINE_S * 1000), "no message came"
+        message = msgspec.msgpack.decode(self.link.recv(), type=SchedulerToFrontend)
+        assert message.generation == LIFE
+        if isinstance(message, Tokens):
+            assert message.counts is None
+            for uid, token in zip(
+                np.frombuffer(message.uids, np.int64).tolist(),
+                np.frombuffer(message.tokens, np.int32).tolist(),
+                strict=True,
+            ):
+                self.tokens.setdefault(uid, []).append(token)
+            for ended in message.ended:
+                assert ended.uid not in self.ended
+                self.ended[ended.uid] = ended.reason
+        return message
+
+    def submit(self, max_tokens: int = 4, prompt: list[int] = PROMPT) -> int:
+        uid = make_uid(self.index, self.life, self.counter)
+        self.counter += 1
+        seed = 100 + uid
+        self.rig.lengths[seed] = len(prompt) + max_tokens
+        self.send(Submit(self.life, uid, np.array(prompt, np.int32).tobytes(), max_tokens, Sampling(seed=seed)))
+        return uid
+
+
+class Rig:
+    """The scheduler and everybody around it."""
+
+    def __init__(self, run_dir: pathlib.Path, config: Config = CONFIG, numbers: dict[str, float] | None = None) -> None:
+        self.run_dir = run_dir
+        self.lengths: dict[int, int] = {}
+        self.context = zmq.Context()
+        self.control, theirs = ipc.Control.pair()
+        self.log = run_dir / "scheduler.log"
+        self.child = fork_call(_scheduler, config, run_dir, theirs, numbers or {}, output=self.log)
+        theirs.close()
+        self._links: list[zmq.Socket[bytes]] = []
+
+    def __enter__(self) -> "Rig":
+        assert self.said() == ipc.Up()
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self.control.close()
+        status = self.child.wait(DEADLINE_S)
+        for link in self._links:
+            link.close()
+        self.context.term()
+        if kind is None:
+            assert status == 0, self.log.read_text()
+
+    def connect(self, address: str, index: int) -> "zmq.Socket[bytes]":
+        self._links.append(ipc.connect_dealer(self.context, address, index))
+        return self._links[-1]
+
+    def said(self) -> ipc.ControlMessage:
+        assert select.select([self.control], [], [], DEADLINE_S)[0]
+        message = self.control.receive()
+        assert message is not None
+        return message
+
+    def workers(self, life: int = 1) -> list[Worker]:
+        return [Worker(self, rank, num_pages, life) for rank, num_pages in enumerate((40, 30))]
+
+    def serving(self, life: int = 1) -> tuple[Frontend, list[Worker]]:
+        """One frontend that was told that the engine serves, and the workers."""
+        frontend = Frontend(self, 0)
+        workers = self.workers(life)
+        assert isinstance(frontend.receive(), Serving)
+        return frontend, workers
+
+
+def run_until_ended(frontend: Frontend, workers: list[Worker], uid: int) -> None:
+    """Let the workers work until `uid` has its terminal entry."""
+    poller = zmq.Poller()
+    for end in (frontend, *workers):
+        poller.register(end.link, zmq.POLLIN)
+    while uid not in frontend.ended:
+        ready = dict(poller.poll(DEADLINE_S * 1000))
+        assert ready, "nothing happens"
+        for worker in workers:
+            if worker.link in ready:
+                worker.run(worker.receive())
+        if frontend.link in ready:
+            frontend.receive()
+
+
+def test_requests_of_two_frontends_run_on_two_ranks(tmp_path):
+    numbers = {
+        "nmoe:generation_tokens": 12.0,
+        "nmoe:prompt_tokens": 10.0,
+        "nmoe:num_requests_running": 0.0,
+        "nmoe:num_requests_waiting": 0.0,
+        "nmoe:kv_cache_usage_perc": 0.0,
+        "nmoe:step_deadline_seconds": 0.0,
+    }
+    with Rig(tmp_path, numbers=numbers) as rig:
+        early = Frontend(rig, 0)
+        workers = rig.workers()
+        assert early.receive() == Serving(LIFE, 30 * 4)  # what the smaller cache holds
+        late = Frontend(rig, 1)
+        assert late.receive() == Serving(LIFE, 30 * 4)
+        first = early.submit(max_tokens=4)
+        run_until_ended(early, workers, first)
+        second = late.submit(max_tokens=8)
+        run_until_ended(late, workers, second)
+        assert early.tokens[first] == expected_output(PROMPT, 100 + first, 4, ())
+        assert late.tokens[second] == expected_output(PROMPT, 100 + second, 8, ())
+        assert (early.ended[first], late.ended[second]) == ("length", "length")
+
+
+def test_the_models_length_is_the_default_limit(tmp_path):
+    demo = pathlib.Path(nmoe.__file__).parent / "demo"
+    length = msgspec.json.decode((demo / "config.json").read_bytes())["max_position_embeddings"]
+    with Rig(tmp_path, msgspec.structs.replace(CONFIG, model=Model(path=str(demo)))) as rig:
+        frontend = Frontend(rig, 0)
+        for rank in range(2):
+            Worker(rig, rank, num_pages=100_000)
+        assert frontend.receive() == Serving(LIFE, length)
+
+
+def test_requests_are_refused_before_the_workers_are_ready_and_when_they_cannot_fit(tmp_path):
+    with Rig(tmp_path) as rig:
+        frontend = Frontend(rig, 0)
+        uid = frontend.submit()
+        assert frontend.receive() == Rejected(LIFE, uid, 503, "the engine is starting")
+        rig.workers()
+        assert isinstance(frontend.receive(), Serving)
+        uid = frontend.submit(max_tokens=1000)
+        rejected = frontend.receive()
+        assert (rejected.uid, rejected.status) == (uid, 400)
+
+
+def test_two_steps_are_in_flight_and_a_finish_ends_a_request(tmp_path):
+    with Rig(tmp_path) as rig:
+        frontend, workers = rig.serving()
+        uid = frontend.submit(max_tokens=100)
+        steps = [[worker.receive() for _ in range(2)] for worker in workers]
+        assert all(worker.quiet() for worker in workers)
+        for worker, mine in zip(workers, steps, strict=True):
+            worker.run(mine[0])
+        frontend.receive()
+        assert [worker.receive().step_id for worker in workers] == [3, 3]
+        frontend.send(Finish(1, uid, 1))
+        frontend.receive()
+        assert frontend.ended == {uid: "stop"}
+        assert frontend.tokens[uid] == expected_output(PROMPT, 100 + uid, 1, ())
+        for worker, mine in zip(workers, steps, strict=True):
+            worker.run(mine[1])
+        assert all(worker.quiet() for worker in workers)
+
+
+def test_an_abort_frees_everything(tmp_path):
+    with Rig(tmp_path, numbers={"nmoe:kv_cache_usage_perc": 0.0}) as rig:
+        frontend, workers = rig.serving()
+        uid = frontend.submit(max_tokens=100)
+        workers[0].receive()
+        frontend.send(Abort(1, uid))
+        frontend.receive()
+        assert frontend.ended == {uid: "abort"}
+
+
+def steps_stop(workers: list[Worker]) -> bool:
+    """Answer what is asked; whether the asking ends soon, though no request has come to its length."""
+    for _ in range(20):
+        if all(worker.quiet() for worker in workers):
+            return True
+        for worker in workers:
+            worker.run(worker.receive())
+    return False
+
+
+def test_a_new_life_of_a_frontend_ends_the_requests_of_the_old(tmp_path):
+    with Rig(tmp_path) as rig:
+        frontend, workers = rig.serving()
+        frontend.submit(max_tokens=100)
+        frontend.life = 2
+        frontend.send(Hello(2))
+        while not isinstance(frontend.receive(), Serving):
+            pass
+        assert steps_stop(workers)
+        frontend.life = 1
+        frontend.submit()  # late news of its first life
+        frontend.life = 2
+        uid = frontend.submit()
+        run_until_ended(frontend, workers, uid)
+        assert list(frontend.ended) == [uid]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_frontend_that_dies_leaves_nothing_behind(tmp_path, told):
+    with Rig(tmp_path, numbers={"nmoe:kv_cache_usage_perc": 0.0}) as rig:
+        frontend, workers = rig.serving()
+        frontend.submit(max_tokens=100)
+        frontend.submit(max_tokens=100)
+        frontend.link.close()
+        if told:
+            rig.control.send(ipc.Gone("frontend", 0))
+        assert steps_stop(workers)
+
+
+def test_dead_workers_end_all_requests_and_new_ones_start_clean(tmp_path):
+    with Rig(tmp_path, numbers={"nmoe:kv_cache_usage_perc": 0.0, "nmoe:generation_tokens": 4.0}) as rig:
+        frontend, old = rig.serving()
+        lost = frontend.submit(max_tokens=100)
+        for worker in old:
+            worker.receive()
+        rig.control.send(ipc.Gone("worker", 1))
+        message = frontend.receive()
+        assert frontend.ended == {lost: "error"}
+        assert "worker 1 died" in message.ended[0].detail
+        refused = frontend.submit()
+        assert frontend.receive() == Rejected(LIFE, refused, 503, "the engine is starting")
+        old[0].send(StepDone(1, 0, 1, b""))  # what was still on its way
+        old[0].send(Ready(1, 0, 40))
+        for worker in old:
+            worker.link.close()
+        workers = rig.workers(life=2)
+        assert isinstance(frontend.receive(), Serving)
+        uid = frontend.submit()
+        run_until_ended(frontend, workers, uid)
+        assert frontend.tokens[uid] == expected_output(PROMPT, 100 + uid, 4, ())
+
+
+def test_a_worker_out_of_reach_is_noticed_without_being_told(tmp_path):
+    with Rig(tmp_path) as rig:
+        frontend, workers = rig.serving()
+        workers[1].link.close()
+        time.sleep(0.1)  # until ZeroMQ has seen the end of the connection
+        uid = frontend.submit()
+        frontend.receive()
+        assert frontend.ended == {uid: "error"}
+
+
+def test_an_idle_scheduler_sleeps(tmp_path):
+    with Rig(tmp_path) as rig:
+        frontend, workers = rig.serving()
+        run_until_ended(frontend, workers, frontend.submit())
+        before = sum(psutil.Process(rig.child.pid).cpu_times()[:2])
+        time.sleep(1.5)
+        assert sum(psutil.Process(rig.child.pid).cpu_times()[:2]) - before < 0.1
+
+
+def test_an_unreadable_model_is_reported(tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    config = msgspec.structs.replace(CONFIG, model=Model(path=str(tmp_path / "nothing")))
+    rig = Rig(run_dir, config)
+    assert isinstance(rig.said(), ipc.Failed)
+    assert rig.child.wait(DEADLINE_S) == 1
+    rig.control.close()
+    rig.context.term()
