@@ -260,6 +260,39 @@ def test_identical_prompts_in_one_step_leak_nothing():
     assert (pool.num_cached, pool.num_free) == (3, 29)
 
 
+def test_a_page_behind_a_duplicate_stays_private():
+    """Both compute the first page in one step; the second's next page must not hang on the first's node."""
+    engine = Engine(limits(num_pages=12, max_prefill_tokens=64))
+    first = engine.submit([1, 2, 3, 4], 1)
+    second = engine.submit([1, 2, 3, 4, 5, 6, 7, 8], 24)
+    engine.plan()
+    engine.answer_all()
+    assert engine.clients[first].ended
+    assert engine.scheduler._ranks.pools[0].num_cached == 1
+    for filler in range(10, 16):  # their pages push out the first's, which is the least recently used
+        engine.submit([filler] * 12, 1)
+        engine.plan()
+        engine.answer_all()
+    assert engine.scheduler.stats.evictions > 0
+    assert engine.request(second).state is State.DECODE
+    engine.run()
+
+
+def test_a_preempted_row_gets_no_page_in_that_step():
+    """Two rows reach the end of their pages together and one page is left: it is the older's, whoever comes first."""
+    engine = Engine(limits(num_pages=5, max_batch_size=2, max_prefill_tokens=32, steps_in_flight=1))
+    low = engine.submit([1] * 4, 12, priority=1)
+    engine.plan()
+    engine.answer_all()
+    high = engine.submit([2] * 5, 12, priority=0)
+    while not engine.scheduler.stats.preemptions:
+        steps = engine.plan()
+        engine.answer_all()
+    assert engine.request(low).state is State.WAITING
+    assert np.frombuffer(steps[0].pages, np.int32).tolist() == [1, engine.request(high).pages[-1]]
+    engine.run()
+
+
 def test_a_popular_prefix_spreads_when_its_rank_fills():
     engine = Engine(limits(world_size=4, num_pages=600, max_batch_size=4, max_prefill_tokens=4 * 2000))
     prefix = [i * i % VOCABULARY for i in range(440)]

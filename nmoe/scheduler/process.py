@@ -93,7 +93,9 @@ class Process:
                 self._rest()
 
     def close(self) -> None:
-        """Drop the links and what is still queued on them."""
+        """Put the last numbers on the board; drop the links and what is still queued on them."""
+        if self._policy:
+            self._report.update(self._policy)
         self._frontend_link.close()
         self._worker_link.close()
 
