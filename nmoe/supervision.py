@@ -7,11 +7,13 @@ scheduler and each frontend are groups of their own. A death is told to everybod
     scheduler    frontends end their streams with an error; workers keep their weights and connect anew
     any worker   the other workers are killed; the scheduler ends every request with an error and waits for new Readys
 
-A group that dies soon after its start is restarted with growing pauses, and after `MAX_TRIES` the server gives up.
+A group that dies again before it is up, or at once after, is restarted with growing pauses, and after `MAX_TRIES` the
+server gives up.
 A process that stops saying that it lives, or lets a step's deadline pass, is killed, which makes it a death.
 """
 
 import logging
+import math
 import os
 import signal
 import time
@@ -24,7 +26,7 @@ from nmoe.metrics import Board, row_index
 
 _log = logging.getLogger("nmoe.launch")
 MAX_TRIES = 5
-_SOON_S = 10.0  # a group that lives longer has recovered from what killed it before
+_AT_ONCE_S = 0.5  # a group that has been up for longer has recovered from what killed it before
 _FIRST_PAUSE_S = 0.2
 _MAX_SILENCE_S = 5.0  # heartbeats come every second
 _LOOK_S = 0.5  # how often heartbeats and deadlines are looked at
@@ -42,13 +44,13 @@ class _Group:
 
     def __init__(self, members: list[tuple[Role, int]]) -> None:
         self.members = members
-        self.started_at = time.monotonic()
-        self.failures = 0  # deaths in a row, each soon after the start
+        self.up_at = time.monotonic()  # when all its members were up; infinity before that
+        self.failures = 0  # deaths in a row
         self.restart_at: float | None = None  # None while it runs
 
     def died(self, why: str, now: float) -> float:
         """Count a death; returns the pause before the restart. Raises LaunchError when it is one too many."""
-        self.failures = self.failures + 1 if now - self.started_at < _SOON_S else 1
+        self.failures = self.failures + 1 if now - self.up_at < _AT_ONCE_S else 1
         if self.failures > MAX_TRIES:
             raise LaunchError(f"{why}; gave up after {MAX_TRIES} restarts in a row")
         pause = 0.0 if self.failures == 1 else _FIRST_PAUSE_S * 2 ** (self.failures - 2)
@@ -85,12 +87,21 @@ class Supervisor:
         """Take note of what a child said, or of its death."""
         match event:
             case Said(child, Up()):
-                self._loading.discard(child.title)
-                _log.info("%s is up again", child.title)
+                self._note_up(child)
             case Said(child, Failed(message)):
                 self._failures[child.pid] = message
             case Died(child, how):
                 self._lost(child, how)
+
+    def _note_up(self, child: Child) -> None:
+        self._loading.discard(child.title)
+        name = group_of(child.role, child.index)
+        if not any(group_of(other.role, other.index) == name for other in self._children if self._is_loading(other)):
+            self._groups[name].up_at = time.monotonic()
+            _log.info("%s: up again", name)
+
+    def _is_loading(self, child: Child) -> bool:
+        return child.title in self._loading
 
     def _timeout(self) -> float:
         due = [group.restart_at for group in self._groups.values() if group.restart_at is not None]
@@ -105,7 +116,7 @@ class Supervisor:
         if message := self._failures.pop(child.pid, ""):
             why += f": {message}"
         pause = group.died(why, time.monotonic())
-        _log.error("%s; %s restarts%s", why, name, f" in {pause:.1f} s" if pause else "")
+        _log.error("%s; restarting %s%s", why, name, f" in {pause:.1f} s" if pause else "")
         for other in list(self._children):
             if group_of(other.role, other.index) == name:
                 os.kill(other.pid, signal.SIGKILL)
@@ -116,7 +127,7 @@ class Supervisor:
         alive = {group_of(child.role, child.index) for child in self._children}
         for name, group in self._groups.items():
             if group.restart_at is not None and group.restart_at <= time.monotonic() and name not in alive:
-                group.restart_at, group.started_at = None, time.monotonic()
+                group.restart_at, group.up_at = None, math.inf
                 for role, index in group.members:
                     self._fork(role, index)
                 self._loading |= {child.title for child in self._children if group_of(child.role, child.index) == name}
@@ -128,8 +139,8 @@ class Supervisor:
         for child in list(self._children):
             row = self._board.rows[row_index(child.role, child.index, self._world_size)]
             silence = now - row.get("nmoe:heartbeat_seconds")
-            overdue = child.role == "worker" and 0 < due < now and child.title not in self._loading
-            if overdue or (silence > _MAX_SILENCE_S and child.title not in self._loading):
+            overdue = child.role == "worker" and 0 < due < now and not self._is_loading(child)
+            if overdue or (silence > _MAX_SILENCE_S and not self._is_loading(child)):
                 what = "has a step overdue" if overdue else f"has not answered for {silence:.0f} s"
                 _log.error("%s %s: killed", child.title, what)
                 os.kill(child.pid, signal.SIGKILL)

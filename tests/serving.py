@@ -8,6 +8,7 @@ import time
 import urllib.request
 from typing import Any
 
+import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from nmoe.__main__ import main
@@ -67,6 +68,29 @@ class Server:
         self.process.kill(signum)
         return self.process.wait(timeout)
 
+    def family(self) -> list[psutil.Process]:
+        """The launcher and its children."""
+        launcher = psutil.Process(self.process.pid)
+        return [launcher, *launcher.children(recursive=True)]
+
+    def find(self, name: str) -> psutil.Process:
+        """The child whose short name is `nmoe {name}`."""
+        (process,) = [process for process in self.family() if process.name() == f"nmoe {name}"]
+        return process
+
+    def healthy(self) -> bool:
+        """Whether /health says 200."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
+                return bool(response.status == 200)
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Kill what still runs and remove its files."""
+        self.process.end()
+        self._folder.cleanup()
+
     def metrics(self) -> dict[str, float]:
         """All samples of /metrics: 'name' or 'name{label="value"}' -> value."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as response:
@@ -85,5 +109,4 @@ class Server:
         try:
             assert self.stop() == 0, self.output
         finally:
-            self.process.end()
-            self._folder.cleanup()
+            self.close()

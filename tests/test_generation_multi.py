@@ -33,7 +33,7 @@ SHAPES = {
         "rope_parameters": {
             "rope_type": "yarn",
             "rope_theta": 10000.0,
-            "factor": 4.0,
+            "factor": 8.0,
             "original_max_position_embeddings": 128,
             "beta_fast": 32.0,
             "beta_slow": 1.0,
@@ -42,7 +42,7 @@ SHAPES = {
         },
     },
 }
-ENGINE = {"num_pages": 60, "page_size": 8, "max_batch_size": 16, "max_prefill_tokens": 48}
+ENGINE = {"num_pages": 48, "page_size": 8, "max_batch_size": 16, "max_prefill_tokens": 48}
 NUM_PROMPTS = 64
 
 
@@ -53,8 +53,8 @@ def _prompts(seed: int) -> list[tuple[list[int], int]]:
     prompts = []
     for _ in range(NUM_PROMPTS):
         prefix = rng.choice(prefixes) if rng.random() < 0.5 else []
-        tail = [rng.randrange(256) for _ in range(rng.randint(1, 120))]
-        prompts.append((prefix + tail, rng.randint(4, 40)))
+        tail = [rng.randrange(256) for _ in range(rng.randint(1, 80))]
+        prompts.append((prefix + tail, rng.randint(16, 80)))
     prompts[1] = prompts[0]  # identical prompts in flight
     return prompts
 
