@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test lint format clean
+.PHONY: serve test test-gpu lint format clean
 
 # CONFIG=configs/production.toml serves that instead of the embedded demo.
 serve: $(VENV)/.installed
@@ -13,6 +13,10 @@ serve: $(VENV)/.installed
 # TESTS="tests/test_config.py -k name" runs those alone.
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(TESTS)
+
+# Every CUDA path against its reference; collects nothing where there is no NVIDIA driver.
+test-gpu: $(VENV)/.installed-test
+	$(BIN)/python -m pytest tests/gpu
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -168,6 +168,8 @@ def _load(boot: ipc.Boot) -> tuple[Runner, int]:
     cache = make_cache(config, checkpoint, device)
     runner = Runner(model, cache, num_slots=config.num_slots, max_seq_len=checkpoint.max_seq_len)
     warm_up(runner, cache.page_size)
+    if device.type == "cuda" and config.engine.enable_cuda_graph:
+        runner.capture(config.engine.max_batch_size)
     _log.info(
         "worker %d: weights in %.1f s, %d pages of %d tokens and warm-up in %.1f s",
         boot.index,

@@ -17,6 +17,7 @@ import torch
 
 from nmoe.messages import ROW_HAS_IDS, ROW_SAMPLES, Step
 from nmoe.worker.batch import Batch, KVCache
+from nmoe.worker.graphs import DecodeGraphs
 from nmoe.worker.model import Model
 from nmoe.worker.philox import uniforms
 from nmoe.worker.sampler import Plan, greedy, make_plan, sample
@@ -82,7 +83,15 @@ class Runner:
         self._cache = cache
         self._device = model.device
         self._slots = SlotTable(num_slots, pages_per_slot, cache.page_size, cache.num_pages, model.device)
+        self._graphs: DecodeGraphs | None = None
         self.reset()
+
+    @torch.inference_mode()
+    def capture(self, max_batch_size: int) -> None:
+        """From here on, replay steps of up to `max_batch_size` decode rows from CUDA graphs."""
+        self._graphs = DecodeGraphs(
+            self._model, self._cache, self._slots.last_S, self._slots.pages.shape[1], max_batch_size
+        )
 
     def reset(self) -> None:
         """Forget every request; the weights and the cache's memory stay."""
@@ -94,10 +103,13 @@ class Runner:
     def launch(self, step: Step) -> Launched:
         """Start `step`; returns without waiting for the device. Raises MalformedStep, which nothing can follow."""
         try:
-            batch = self._prepare(step)
+            firsts, ids = self._prepare(step)
         except MalformedStep as error:
             raise MalformedStep(f"step {step.step_id}: {error}") from None
         rows = self._rows
+        if self._graphs is not None and self._graphs.covers(rows.num_continued) and not rows.num_ids:
+            return Launched(step.step_id, self._replay(self._graphs, firsts))
+        batch = self._batch(firsts, ids)
         # An idle rank goes through the layers too: there its experts serve the other ranks' tokens.
         hidden_TD = self._model.forward(batch, self._cache)
         if not len(rows.sampling):
@@ -105,6 +117,17 @@ class Runner:
         tokens_S = self._sample(self._model.logits(hidden_TD[rows.last_tokens]))
         self._slots.last_S.index_copy_(0, rows.sampling_slots, tokens_S)
         return Launched(step.step_id, tokens_S)
+
+    def _replay(self, graphs: DecodeGraphs, firsts: Array) -> torch.Tensor:
+        """The tokens of a step whose rows all go on from their last token, [S]."""
+        rows, table = self._rows, self._slots
+        places, pages = table.places_of(rows.slots, firsts), table.pages_of(rows.slots, self._ends)
+        logits_SV, tokens_S = graphs.launch(rows.slots, firsts, places, pages)
+        if not len(rows.drawing):
+            return tokens_S
+        tokens_S = self._sample(logits_SV.float())
+        table.last_S.index_copy_(0, rows.sampling_slots, tokens_S)
+        return tokens_S
 
     def _sample(self, logits_SV: torch.Tensor) -> torch.Tensor:
         """The step's tokens, int64 [S]; a drawn one is at the position where its row ends."""
@@ -114,8 +137,8 @@ class Runner:
         random_D = torch.from_numpy(uniforms(rows.drawing_seeds, self._ends[rows.drawing]))
         return sample(logits_SV, rows.plan, random_D.to(self._device))
 
-    def _prepare(self, step: Step) -> Batch:
-        """Bring the slot table up to `step` and make its Batch."""
+    def _prepare(self, step: Step) -> tuple[Array, Array]:
+        """Bring the slot table up to `step`; the first position of each row and the ids that came, int64."""
         if step.admits:
             self._slots.admit(step.admits)
         if step.pages:
@@ -133,7 +156,7 @@ class Runner:
                 f" {rows.num_tokens} tokens of at most {step.num_tokens}"
             )
         self._ends = self._slots.advance(rows.slots, firsts, rows.counts)
-        return self._batch(firsts, np.frombuffer(step.ids, np.int32).astype(np.int64))
+        return firsts, np.frombuffer(step.ids, np.int32).astype(np.int64)
 
     def _form(self, given: Array) -> _Rows:
         """What follows from the rows [R, 4] of a Step until it brings new ones."""
@@ -198,15 +221,26 @@ class Runner:
         else:
             positions = np.repeat(firsts, rows.counts) + rows.token_offsets
         continued_T = table.last_S[rows.continued_slots]
+        ids_T, positions_T, write_T, pages_RP = self._put_all(
+            ids, positions, table.places_of(rows.token_slots, positions), table.pages_of(rows.slots, self._ends)
+        )
         return Batch(
-            ids_T=torch.cat((continued_T, self._put(ids))) if len(ids) else continued_T,
-            positions_T=self._put(positions),
-            write_T=self._put(table.places_of(rows.token_slots, positions)),
+            ids_T=torch.cat((continued_T, ids_T)) if len(ids) else continued_T,
+            positions_T=positions_T,
+            write_T=write_T,
             starts=rows.starts,
             contexts=self._ends.tolist(),
-            pages_RP=self._put(table.pages_of(rows.slots, self._ends)),
+            pages_RP=pages_RP,
             num_decodes=rows.num_decodes,
         )
+
+    def _put_all(self, *arrays: Array) -> list[torch.Tensor]:
+        """The int64 arrays on the device, in one copy that the host does not wait for."""
+        if self._device.type == "cpu":
+            return [torch.from_numpy(array) for array in arrays]
+        host = torch.from_numpy(np.concatenate([array.ravel() for array in arrays])).pin_memory()
+        parts = torch.split(host.to(self._device, non_blocking=True), [array.size for array in arrays])
+        return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
     def _put(self, array: Array) -> torch.Tensor:
         """The array on the device, int64."""

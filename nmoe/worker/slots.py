@@ -47,7 +47,8 @@ class SlotTable:
         self.top_k = np.zeros(num_slots, np.int64)
         self.top_p = np.ones(num_slots, np.float64)
         self.seeds = np.zeros(num_slots, np.int64)
-        self.last_S = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        # One entry more, for rows of a captured step that belong to nobody.
+        self.last_S = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
 
     def reset(self) -> None:
         """Forget every request."""

@@ -1,1 +1,96 @@
-"""The operations of the model, each a plain-torch reference with documented shapes, which is what the CPU runs."""
+"""The operations of the model. Each has a plain-torch reference with documented shapes, which is what the CPU runs; on
+the GPU it is a Triton kernel in the file beside it, `*_triton.py`, which is tested against the reference.
+
+`ops_for` is the one place where a device gets its operations.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from nmoe.architecture import Architecture
+from nmoe.errors import LaunchError
+
+_Tensor = torch.Tensor
+_HOPPER, _BLACKWELL = (9, 0), (10, 0)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ops:
+    """What a layer is made of, besides plain matrix products; the docstrings are the reference functions'."""
+
+    rms_norm: Callable[[_Tensor, _Tensor, float], _Tensor]
+    add_rms_norm: Callable[[_Tensor, _Tensor | None, _Tensor, float], tuple[_Tensor, _Tensor]]
+    route: Callable[[_Tensor, _Tensor, _Tensor, Architecture], tuple[_Tensor, _Tensor]]
+    gated_mlp: Callable[[_Tensor, _Tensor, _Tensor], _Tensor]
+    grouped_mlp: Callable[..., _Tensor]
+    sum_experts: Callable[[_Tensor, _Tensor], _Tensor]
+
+
+def ops_for(device: torch.device) -> Ops:
+    """The operations of a device."""
+    if device.type == "cuda":
+        return _triton()
+    return _reference()
+
+
+def _reference() -> Ops:
+    from nmoe.worker.kernels import experts, norm, router
+
+    return Ops(
+        rms_norm=norm.rms_norm,
+        add_rms_norm=norm.add_rms_norm,
+        route=router.route,
+        gated_mlp=experts.gated_mlp,
+        grouped_mlp=experts.grouped_mlp,
+        sum_experts=experts.sum_experts,
+    )
+
+
+def _triton() -> Ops:
+    from nmoe.worker.kernels import experts_triton, norm_triton, router_triton
+
+    return Ops(
+        rms_norm=norm_triton.rms_norm,
+        add_rms_norm=norm_triton.add_rms_norm,
+        route=router_triton.route,
+        gated_mlp=experts_triton.gated_mlp,
+        grouped_mlp=experts_triton.grouped_mlp,
+        sum_experts=experts_triton.sum_experts,
+    )
+
+
+def check_gpu(architecture: Architecture, dtype: torch.dtype, page_size: int, device: torch.device) -> None:
+    """Raises LaunchError, naming every reason, when the kernels cannot run this model on this GPU.
+
+    Blackwell (sm_100) runs the same Triton sources, compiled for it. What it needs to be fast are tiles for its own
+    matrix unit (`_shape` in experts_triton.py, `absorbed_decode`); they would be chosen there, by capability.
+    """
+    a, capability = architecture, torch.cuda.get_device_capability(device)
+    problems = []
+    if not _HOPPER <= capability < (_BLACKWELL[0] + 1, 0):
+        problems.append(f"compute capability {capability[0]}.{capability[1]}: needs 9.0 (H100, H200) or 10.x")
+    if dtype != torch.bfloat16:
+        problems.append(f"{dtype}: computes in bfloat16; set [model] dtype = 'bfloat16'")
+    if page_size % 32 or page_size & (page_size - 1):
+        problems.append(f"pages of {page_size} tokens: set [engine] page_size to 32, 64, 128 or 256")
+    for name, power in (
+        ("kv_lora_rank", a.kv_lora_rank),
+        ("qk_rope_head_dim", a.qk_rope_head_dim),
+        ("qk_nope_head_dim", a.qk_nope_head_dim),
+        ("v_head_dim", a.v_head_dim),
+    ):
+        if power < 32 or power & (power - 1):
+            problems.append(f"{name} = {power}: must be a power of two of at least 32")
+    for name, value, multiple in (
+        ("hidden_size", a.hidden_size, 128),
+        ("moe_intermediate_size", a.moe_intermediate_size, 64),
+        ("num_attention_heads", a.num_heads, 16),
+    ):
+        if value % multiple:
+            problems.append(f"{name} = {value}: must be a multiple of {multiple}")
+    if a.n_group > 1 and (a.num_experts & (a.num_experts - 1) or a.n_group & (a.n_group - 1)):
+        problems.append(f"{a.num_experts} experts in {a.n_group} groups: both must be powers of two")
+    if problems:
+        raise LaunchError("the CUDA engine cannot serve this model here:\n" + "\n".join(f"  - {p}" for p in problems))

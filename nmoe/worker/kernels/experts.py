@@ -49,6 +49,11 @@ def grouped_mlp(
     return _weighted_sum(slots_PD.view(*ids_TK.shape, x_TD.shape[1]).float(), weights_TK)
 
 
+def sum_experts(routed_TD: torch.Tensor, shared_TD: torch.Tensor) -> torch.Tensor:
+    """The routed experts' float32 sum (overwritten) and the shared ones', added in float32, rounded once: [T, D]."""
+    return routed_TD.add_(shared_TD).to(shared_TD.dtype)
+
+
 def _weighted_sum(parts_TKD: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
     first_TD, *others = parts_TKD.unbind(1)
     first_T1, *weights = weights_TK[..., None].unbind(1)

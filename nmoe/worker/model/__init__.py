@@ -11,8 +11,10 @@ from nmoe.checkpoint import Checkpoint
 from nmoe.config import Config
 from nmoe.errors import LaunchError
 from nmoe.worker.batch import Batch, KVCache
+from nmoe.worker.kernels import check_gpu
 from nmoe.worker.model.deepseek_v3 import DeepseekV3
-from nmoe.worker.rdep import OneRank
+from nmoe.worker.rdep import Exchange, OneRank
+from nmoe.worker.rdep.one_gpu import OneGPU
 from nmoe.worker.weights import CheckpointSource, RandomSource, ReportProgress, rank_experts, rank_tensors
 
 _MODELS = {"deepseek_v3": DeepseekV3}
@@ -34,6 +36,10 @@ class Model(Protocol):
         """Next-token logits of chosen hidden states, float32 [S, V]."""
         ...
 
+    def logits_into(self, hidden_SD: torch.Tensor, out_SV: torch.Tensor) -> None:
+        """The same into memory of the model's dtype, which is reused from step to step."""
+        ...
+
 
 def load_model(
     checkpoint: Checkpoint, config: Config, rank: int, device: torch.device, report: ReportProgress
@@ -49,6 +55,8 @@ def load_model(
         )
     tensors = rank_tensors(architecture, rank, world_size)
     dtype = _DTYPES[checkpoint.dtype]
+    if device.type == "cuda":
+        check_gpu(architecture, dtype, config.engine.page_size, device)
     with contextlib.ExitStack() as stack:
         source: CheckpointSource | RandomSource
         if config.model.weights == "random":
@@ -59,8 +67,12 @@ def load_model(
             architecture,
             source,
             experts=rank_experts(architecture, rank, world_size),
-            exchange=OneRank(),
+            exchange=_exchange(device),
             max_seq_len=checkpoint.max_seq_len,
             dtype=dtype,
             device=device,
         )
+
+
+def _exchange(device: torch.device) -> Exchange:
+    return OneGPU(device) if device.type == "cuda" else OneRank()

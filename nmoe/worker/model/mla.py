@@ -4,12 +4,14 @@ Shape suffixes as in nmoe/worker/batch.py and nmoe/worker/kernels/mla.py; D hidd
 """
 
 import dataclasses
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from nmoe.architecture import Architecture
 from nmoe.worker.batch import Batch, KVCache
+from nmoe.worker.kernels import ops_for
 from nmoe.worker.kernels.mla import (
     Up,
     absorb_queries,
@@ -26,6 +28,34 @@ from nmoe.worker.weights import Source
 _LATENT_EPS = 1e-6  # of the two latent norms, whatever rms_norm_eps says; transformers' modeling_deepseek_v3.py
 
 
+class Plan(Protocol):
+    """What all layers of a step share about its rows, and how its device attends."""
+
+    def enter(
+        self, q_THQ: torch.Tensor, kv_TC: torch.Tensor, norm_L: torch.Tensor, rows_KC: torch.Tensor
+    ) -> torch.Tensor:
+        """Normalise and rope the latents and keys `kv_TC` and write them to the cache; the roped queries [T, H, Q].
+
+        The queries given may be overwritten.
+        """
+        ...
+
+    def attend(self, q_THQ: torch.Tensor, rows_KC: torch.Tensor, up: Up) -> torch.Tensor:
+        """Each row in its form, over its cache rows: attended values [T, H, V]."""
+        ...
+
+
+def plan_attention(
+    batch: Batch, cache: KVCache, rope_M2P: torch.Tensor, architecture: Architecture, dtype: torch.dtype
+) -> Plan:
+    """The plan of the device that holds the cache."""
+    if cache.rows_LNSC.is_cuda:
+        from nmoe.worker.model.mla_gpu import GPUPlan
+
+        return GPUPlan.of(batch, cache, rope_M2P, architecture)
+    return AttentionPlan.of(batch, cache, rope_M2P, architecture, dtype)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Chunk:
     """A prefill row: its tokens are [start, stop) of the step; `context_J` indexes its cache rows."""
@@ -38,7 +68,7 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """What all layers of a step share: rope rows, where cache rows are written, and which ones each query reads."""
+    """The reference: rope rows, where cache rows are written, and which ones each query reads. See Plan."""
 
     cos_TP: torch.Tensor
     sin_TP: torch.Tensor
@@ -74,6 +104,40 @@ class AttentionPlan:
         cos_TP, sin_TP = rope_M2P[batch.positions_T].unbind(1)
         return cls(cos_TP, sin_TP, batch.write_T, decodes, decode_RJ, hidden_RJ[:, None], chunks)
 
+    def enter(
+        self, q_THQ: torch.Tensor, kv_TC: torch.Tensor, norm_L: torch.Tensor, rows_KC: torch.Tensor
+    ) -> torch.Tensor:
+        """See Plan."""
+        latent, rope = len(norm_L), self.cos_TP.shape[1]
+        q_nope_THN, q_rope_THP = q_THQ[..., :-rope], q_THQ[..., -rope:]
+        q_rope_THP = apply_rope(q_rope_THP, self.cos_TP[:, None], self.sin_TP[:, None])
+        latent_TL = rms_norm(kv_TC[:, :latent], norm_L, _LATENT_EPS)
+        k_rope_TP = apply_rope(kv_TC[:, latent:], self.cos_TP, self.sin_TP)
+        rows_KC.index_copy_(0, self.write_T, torch.cat((latent_TL, k_rope_TP), dim=-1))
+        return torch.cat((q_nope_THN, q_rope_THP), dim=-1)
+
+    def attend(self, q_THQ: torch.Tensor, rows_KC: torch.Tensor, up: Up) -> torch.Tensor:
+        """See Plan."""
+        nope = up.w_uk_HNL.shape[1]
+        q_nope_THN, q_rope_THP = q_THQ[..., :nope], q_THQ[..., nope:]
+        parts = []
+        if decodes := self.num_decodes:
+            q_RHC = absorb_queries(q_nope_THN[:decodes], q_rope_THP[:decodes], up)
+            context_RJC = F.embedding(self.decode_RJ, rows_KC)
+            latent_RHL = absorbed_decode(q_RHC, context_RJC, self.hidden_R1J, up)
+            parts.append(values_of_latents(latent_RHL, up))
+        for chunk in self.chunks:
+            q_nope, q_rope = q_nope_THN[chunk.start : chunk.stop], q_rope_THP[chunk.start : chunk.stop]
+            context_JC = F.embedding(chunk.context_J, rows_KC)
+            if chunk.absorbed:
+                latent_THL = absorbed_chunk(absorb_queries(q_nope, q_rope, up), context_JC, up)
+                parts.append(values_of_latents(latent_THL, up))
+            else:
+                parts.append(expanded_chunk(q_nope, q_rope, context_JC, up))
+        if not parts:
+            return q_nope_THN.new_empty(0, up.w_uv_HVL.shape[0], up.w_uv_HVL.shape[1])
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
 
 class Attention:
     """Weights and forward of one layer's attention."""
@@ -82,9 +146,10 @@ class Attention:
         """Load from `source`; `like` gives dtype and device."""
         a = self._architecture = architecture
         queries = a.num_heads * a.qk_head_dim
-        self._split = [a.q_lora_rank or queries, a.kv_lora_rank, a.qk_rope_head_dim]
+        self._ops = ops_for(like.device)
+        self._split = [a.q_lora_rank or queries, a.cache_dim]
         self._w_in_ID = like.new_empty(sum(self._split), a.hidden_size)
-        w_q_ID, w_kv_CD = torch.split(self._w_in_ID, [self._split[0], a.cache_dim])
+        w_q_ID, w_kv_CD = torch.split(self._w_in_ID, self._split)
         self._w_q_b: torch.Tensor | None = None
         if a.q_lora_rank is None:
             source.fill(w_q_ID, f"{prefix}.q_proj.weight")
@@ -108,38 +173,11 @@ class Attention:
         self._w_o = like.new_empty(a.hidden_size, a.num_heads * a.v_head_dim)
         source.fill(self._w_o, f"{prefix}.o_proj.weight")
 
-    def forward(self, x_TD: torch.Tensor, plan: AttentionPlan, rows_KC: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, plan: Plan, rows_KC: torch.Tensor) -> torch.Tensor:
         """Attention of normalised inputs, [T, D]. `rows_KC`: this layer's cache; the step's rows are written."""
         a = self._architecture
-        q_TA, latent_TL, k_rope_TP = torch.split(F.linear(x_TD, self._w_in_ID), self._split, dim=-1)
+        q_TA, kv_TC = torch.split(F.linear(x_TD, self._w_in_ID), self._split, dim=-1)
         if self._w_q_b is not None:
-            q_TA = F.linear(rms_norm(q_TA, self._q_norm_A, _LATENT_EPS), self._w_q_b)
-        q_THQ = q_TA.reshape(len(q_TA), a.num_heads, a.qk_head_dim)
-        q_nope_THN, q_rope_THP = q_THQ[..., : a.qk_nope_head_dim], q_THQ[..., a.qk_nope_head_dim :]
-        q_rope_THP = apply_rope(q_rope_THP, plan.cos_TP[:, None], plan.sin_TP[:, None])
-        latent_TL = rms_norm(latent_TL, self._kv_norm_L, _LATENT_EPS)
-        k_rope_TP = apply_rope(k_rope_TP, plan.cos_TP, plan.sin_TP)
-        rows_KC.index_copy_(0, plan.write_T, torch.cat((latent_TL, k_rope_TP), dim=-1))
-        return F.linear(self._attend(q_nope_THN, q_rope_THP, plan, rows_KC).flatten(1), self._w_o)
-
-    def _attend(
-        self, q_nope_THN: torch.Tensor, q_rope_THP: torch.Tensor, plan: AttentionPlan, rows_KC: torch.Tensor
-    ) -> torch.Tensor:
-        """Each row in its form; [T, H, V]."""
-        parts = []
-        if decodes := plan.num_decodes:
-            q_RHC = absorb_queries(q_nope_THN[:decodes], q_rope_THP[:decodes], self._up)
-            context_RJC = F.embedding(plan.decode_RJ, rows_KC)
-            latent_RHL = absorbed_decode(q_RHC, context_RJC, plan.hidden_R1J, self._up)
-            parts.append(values_of_latents(latent_RHL, self._up))
-        for chunk in plan.chunks:
-            q_nope, q_rope = q_nope_THN[chunk.start : chunk.stop], q_rope_THP[chunk.start : chunk.stop]
-            context_JC = F.embedding(chunk.context_J, rows_KC)
-            if chunk.absorbed:
-                latent_THL = absorbed_chunk(absorb_queries(q_nope, q_rope, self._up), context_JC, self._up)
-                parts.append(values_of_latents(latent_THL, self._up))
-            else:
-                parts.append(expanded_chunk(q_nope, q_rope, context_JC, self._up))
-        if not parts:
-            return q_nope_THN.new_empty(0, self._architecture.num_heads, self._architecture.v_head_dim)
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+            q_TA = F.linear(self._ops.rms_norm(q_TA, self._q_norm_A, _LATENT_EPS), self._w_q_b)
+        q_THQ = plan.enter(q_TA.view(len(q_TA), a.num_heads, a.qk_head_dim), kv_TC, self._kv_norm_L, rows_KC)
+        return F.linear(plan.attend(q_THQ, rows_KC, self._up).flatten(1), self._w_o)

@@ -8,8 +8,7 @@ import functools
 import torch
 
 from nmoe.architecture import Architecture
-from nmoe.worker.kernels.experts import gated_mlp, grouped_mlp
-from nmoe.worker.kernels.router import route
+from nmoe.worker.kernels import ops_for
 from nmoe.worker.rdep import Exchange
 from nmoe.worker.weights import Source
 
@@ -20,13 +19,14 @@ class DenseMLP:
     def __init__(self, source: Source, prefix: str, intermediate: int, like: torch.Tensor) -> None:
         """Load from `source`; `like` [D] gives dtype, device and the hidden size."""
         hidden = len(like)
+        self._ops = ops_for(like.device)
         self._w_gate_up_GD = like.new_empty(2 * intermediate, hidden)
         self._w_down_DF = like.new_empty(hidden, intermediate)
         _fill_mlp(source, prefix, self._w_gate_up_GD, self._w_down_DF)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """[T, D]."""
-        return gated_mlp(x_TD, self._w_gate_up_GD, self._w_down_DF)
+        return self._ops.gated_mlp(x_TD, self._w_gate_up_GD, self._w_down_DF)
 
 
 class MoE:
@@ -44,6 +44,7 @@ class MoE:
         """Load from `source`; `experts` are the ids that live here; `like` [D] gives dtype and device."""
         a = self._architecture = architecture
         self._exchange = exchange
+        self._ops = ops_for(like.device)
         # The router is exact in float32 whatever the model computes in.
         self._gate_ED = like.new_empty(a.num_experts, a.hidden_size, dtype=torch.float32)
         self._bias_E = like.new_empty(a.num_experts, dtype=torch.float32)
@@ -53,16 +54,16 @@ class MoE:
         w_down_EDF = like.new_empty(len(experts), a.hidden_size, a.moe_intermediate_size)
         for slot, expert in enumerate(experts):
             _fill_mlp(source, f"{prefix}.experts.{expert}", w_gate_up_EGD[slot], w_down_EDF[slot])
-        self._experts = functools.partial(grouped_mlp, w_gate_up_EGD=w_gate_up_EGD, w_down_EDF=w_down_EDF)
+        self._experts = functools.partial(self._ops.grouped_mlp, w_gate_up_EGD=w_gate_up_EGD, w_down_EDF=w_down_EDF)
         shared = a.num_shared_experts * a.moe_intermediate_size
         self._shared = DenseMLP(source, f"{prefix}.shared_experts", shared, like)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """[T, D]; the routed and the shared experts are added in float32."""
-        ids_TK, weights_TK = route(x_TD, self._gate_ED, self._bias_E, self._architecture)
+        ids_TK, weights_TK = self._ops.route(x_TD, self._gate_ED, self._bias_E, self._architecture)
         combine = self._exchange.dispatch(self._experts, x_TD, ids_TK, weights_TK)
         shared_TD = self._shared.forward(x_TD)
-        return combine().add_(shared_TD).to(x_TD.dtype)
+        return self._ops.sum_experts(combine(), shared_TD)
 
 
 def _fill_mlp(source: Source, prefix: str, w_gate_up_GD: torch.Tensor, w_down_DF: torch.Tensor) -> None:

@@ -1,0 +1,294 @@
+"""The experts on the GPU; `experts.py` is the reference.
+
+Pairs of (token, slot) are sorted by expert, each expert's padded to whole tiles of rows, on the device: nothing is read
+back. For few rows per expert the product is taken transposed (weights times tokens), so that the tile of weights is
+what the matrix unit streams and the rows are its narrow side; then every expert's weights are read once, at the speed
+of memory. A token's results lie side by side until they are added in the order of its slots.
+
+Shape suffixes: T tokens, K experts per token, D hidden, F intermediate, E experts, G = 2F.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+_SORT_BLOCK = 1024
+
+
+class _Tile(NamedTuple):
+    columns: int  # of the weights' rows
+    depth: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """How the two products are tiled for some number of rows per expert."""
+
+    rows: int
+    up: _Tile
+    down: _Tile
+    transposed: bool
+
+
+# Measured on an H200 at 64 experts of 1408 x 2048; benchmarks/LOG.md has the table.
+_FEW = _Shape(16, _Tile(64, 128, 4, 3), _Tile(128, 64, 4, 5), True)
+_SOME = _Shape(32, _Tile(64, 64, 4, 5), _Tile(128, 64, 4, 5), True)
+_MORE = _Shape(64, _Tile(64, 64, 4, 4), _Tile(128, 64, 4, 4), True)
+_MANY = _Shape(128, _Tile(128, 64, 8, 3), _Tile(256, 64, 8, 4), False)
+
+
+def _shape(rows_per_expert: float) -> _Shape:
+    if rows_per_expert <= 16:
+        return _FEW
+    if rows_per_expert <= 32:
+        return _SOME
+    return _MORE if rows_per_expert <= 96 else _MANY
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def _sort_kernel(
+    ids_ptr,
+    sorted_ptr,
+    tile_expert_ptr,
+    num_tiles_ptr,
+    num_pairs,
+    EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One program per expert: where its tiles begin follows from all counts, which every program takes for itself."""
+    expert = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    lane = tl.arange(0, BLOCK)
+    counts = tl.zeros([BINS], tl.int32)
+    for start in range(0, num_pairs, BLOCK):
+        ids = tl.load(ids_ptr + start + lane, mask=start + lane < num_pairs, other=EXPERTS)
+        counts += tl.histogram(ids, BINS, mask=ids < EXPERTS)
+    tiles = (counts + ROWS - 1) // ROWS
+    first = tl.sum(tl.where(bins < expert, tiles, 0), 0)
+    mine = tl.sum(tl.where(bins == expert, tiles, 0), 0)
+    count = tl.sum(tl.where(bins == expert, counts, 0), 0)
+    if expert == 0:
+        tl.store(num_tiles_ptr, tl.sum(tiles, 0))
+    out = sorted_ptr + first * ROWS
+    seen = 0
+    for start in range(0, num_pairs, BLOCK):
+        ids = tl.load(ids_ptr + start + lane, mask=start + lane < num_pairs, other=EXPERTS)
+        hit = (ids == expert).to(tl.int32)
+        tl.store(out + seen + tl.cumsum(hit, 0) - 1, start + lane, mask=hit != 0)
+        seen += tl.sum(hit, 0)
+    padding = count + tl.arange(0, ROWS)
+    tl.store(out + padding, -1, mask=padding < mine * ROWS)
+    for start in range(0, mine, 64):
+        tile = start + tl.arange(0, 64)
+        tl.store(tile_expert_ptr + first + tile, expert, mask=tile < mine)
+
+
+@triton.jit
+def _gate_up_kernel(
+    x_ptr,
+    weight_desc,
+    sorted_ptr,
+    tile_expert_ptr,
+    num_tiles_ptr,
+    out_ptr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Rows of the sorted order: silu(x @ gate) * (x @ up)."""
+    PER_TILE: tl.constexpr = F // COLUMNS
+    tile = tl.program_id(0) // PER_TILE
+    column = (tl.program_id(0) % PER_TILE) * COLUMNS
+    if tile < tl.load(num_tiles_ptr):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        pair = tl.load(sorted_ptr + row)
+        x_row = x_ptr + (pair // K).to(tl.int64)[:, None] * D + tl.arange(0, DEPTH)[None, :]
+        exists = (pair >= 0)[:, None]
+        gate_at = tl.load(tile_expert_ptr + tile) * (2 * F) + column
+        if TRANSPOSED:
+            gate = tl.zeros([COLUMNS, ROWS], tl.float32)
+            up = tl.zeros([COLUMNS, ROWS], tl.float32)
+        else:
+            gate = tl.zeros([ROWS, COLUMNS], tl.float32)
+            up = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for k in tl.range(0, D, DEPTH, num_stages=STAGES):
+            x = tl.load(x_row + k, mask=exists, other=0.0)
+            w_gate = weight_desc.load([gate_at, k])
+            w_up = weight_desc.load([gate_at + F, k])
+            if TRANSPOSED:
+                gate = tl.dot(w_gate, tl.trans(x), gate)
+                up = tl.dot(w_up, tl.trans(x), up)
+            else:
+                gate = tl.dot(x, tl.trans(w_gate), gate)
+                up = tl.dot(x, tl.trans(w_up), up)
+        hidden = (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty)
+        if TRANSPOSED:
+            hidden = tl.trans(hidden)
+        tl.store(out_ptr + row.to(tl.int64)[:, None] * F + column + tl.arange(0, COLUMNS)[None, :], hidden)
+
+
+@triton.jit
+def _down_kernel(
+    hidden_desc,
+    weight_desc,
+    weights_ptr,
+    sorted_ptr,
+    tile_expert_ptr,
+    num_tiles_ptr,
+    out_ptr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """hidden @ down times the router's weight, back in the order of the pairs."""
+    PER_TILE: tl.constexpr = D // COLUMNS
+    tile = tl.program_id(0) // PER_TILE
+    column = (tl.program_id(0) % PER_TILE) * COLUMNS
+    if tile < tl.load(num_tiles_ptr):
+        pair = tl.load(sorted_ptr + tile * ROWS + tl.arange(0, ROWS))
+        exists = pair >= 0
+        weight_at = tl.load(tile_expert_ptr + tile) * D + column
+        if TRANSPOSED:
+            acc = tl.zeros([COLUMNS, ROWS], tl.float32)
+        else:
+            acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for k in tl.range(0, F, DEPTH, num_stages=STAGES):
+            hidden = hidden_desc.load([tile * ROWS, k])
+            w_down = weight_desc.load([weight_at, k])
+            if TRANSPOSED:
+                acc = tl.dot(w_down, tl.trans(hidden), acc)
+            else:
+                acc = tl.dot(hidden, tl.trans(w_down), acc)
+        factor = tl.load(weights_ptr + pair, mask=exists, other=0.0)
+        if TRANSPOSED:
+            value = tl.trans((acc * factor[None, :]).to(out_ptr.dtype.element_ty))
+        else:
+            value = (acc * factor[:, None]).to(out_ptr.dtype.element_ty)
+        out = out_ptr + pair.to(tl.int64)[:, None] * D + column + tl.arange(0, COLUMNS)[None, :]
+        tl.store(out, value, mask=exists[:, None])
+
+
+@triton.jit
+def _sum_kernel(parts_ptr, shared_ptr, out_ptr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = lane < D
+    acc = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(K):
+        acc += tl.load(parts_ptr + (token * K + k) * D + lane, mask=inside, other=0.0).to(tl.float32)
+    acc += tl.load(shared_ptr + token * D + lane, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * D + lane, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _silu_mul_kernel(x_ptr, out_ptr, F: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = lane < F
+    gate = tl.load(x_ptr + token * (2 * F) + lane, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + token * (2 * F) + F + lane, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * F + lane, (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def gated_mlp(x_TD: torch.Tensor, w_gate_up_GD: torch.Tensor, w_down_DF: torch.Tensor) -> torch.Tensor:
+    """See experts.py."""
+    gate_up_TG = F.linear(x_TD, w_gate_up_GD)
+    tokens, intermediate = len(x_TD), w_down_DF.shape[1]
+    hidden_TF = x_TD.new_empty(tokens, intermediate)
+    if tokens:
+        _silu_mul_kernel[(tokens, triton.cdiv(intermediate, 1024))](gate_up_TG, hidden_TF, F=intermediate, BLOCK=1024)
+    return F.linear(hidden_TF, w_down_DF)
+
+
+def grouped_mlp(
+    x_TD: torch.Tensor,
+    ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    w_gate_up_EGD: torch.Tensor,
+    w_down_EDF: torch.Tensor,
+) -> torch.Tensor:
+    """Each token's weighted expert results, in the model's dtype, [T, K, D]: the terms of experts.py's sum.
+
+    `ids_TK` int32, all below E. D is a multiple of 128 and F of 64.
+    """
+    (tokens, slots), (num_experts, hidden, inter) = ids_TK.shape, w_down_EDF.shape
+    parts_TKD = x_TD.new_empty(tokens, slots, hidden)
+    pairs = tokens * slots
+    if not pairs:
+        return parts_TKD
+    shape = _shape(pairs / num_experts)
+    rows, up, down = shape.rows, shape.up, shape.down
+    up = up._replace(columns=up.columns if inter % up.columns == 0 else 64)
+    down = down._replace(columns=down.columns if hidden % down.columns == 0 else 128)
+    most = (pairs + min(num_experts, pairs) * (rows - 1)) // rows
+    order = torch.empty(most * rows, dtype=torch.int32, device=x_TD.device)
+    tile_expert = torch.empty(most, dtype=torch.int32, device=x_TD.device)
+    num_tiles = torch.empty(1, dtype=torch.int32, device=x_TD.device)
+    bins = triton.next_power_of_2(num_experts)
+    _sort_kernel[(num_experts,)](
+        ids_TK, order, tile_expert, num_tiles, pairs, EXPERTS=num_experts, BINS=bins, BLOCK=_SORT_BLOCK, ROWS=rows
+    )
+    hidden_NF = x_TD.new_empty(most * rows, inter)
+    _gate_up_kernel[(most * (inter // up.columns),)](
+        x_TD,
+        TensorDescriptor.from_tensor(w_gate_up_EGD.flatten(0, 1), [up.columns, up.depth]),
+        order,
+        tile_expert,
+        num_tiles,
+        hidden_NF,
+        D=hidden,
+        F=inter,
+        K=slots,
+        ROWS=rows,
+        COLUMNS=up.columns,
+        DEPTH=up.depth,
+        STAGES=up.stages,
+        TRANSPOSED=shape.transposed,
+        num_warps=up.warps,
+    )
+    _down_kernel[(most * (hidden // down.columns),)](
+        TensorDescriptor.from_tensor(hidden_NF, [rows, down.depth]),
+        TensorDescriptor.from_tensor(w_down_EDF.flatten(0, 1), [down.columns, down.depth]),
+        weights_TK,
+        order,
+        tile_expert,
+        num_tiles,
+        parts_TKD,
+        D=hidden,
+        F=inter,
+        ROWS=rows,
+        COLUMNS=down.columns,
+        DEPTH=down.depth,
+        STAGES=down.stages,
+        TRANSPOSED=shape.transposed,
+        num_warps=down.warps,
+    )
+    return parts_TKD
+
+
+def sum_experts(parts_TKD: torch.Tensor, shared_TD: torch.Tensor) -> torch.Tensor:
+    """A token's expert results and its shared experts' added in float32 in their order, rounded once: [T, D]."""
+    tokens, slots, hidden = parts_TKD.shape
+    out_TD = torch.empty_like(shared_TD)
+    if tokens:
+        grid = (tokens, triton.cdiv(hidden, 1024))
+        _sum_kernel[grid](parts_TKD, shared_TD, out_TD, D=hidden, K=slots, BLOCK=1024)
+    return out_TD

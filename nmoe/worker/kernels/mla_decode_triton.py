@@ -1,0 +1,193 @@
+"""Absorbed latent attention of one query per row over pages, on the GPU; `mla.py`'s `absorbed_decode` is the reference.
+
+The rows' contexts, laid end to end in pages, are cut into as many equal parts as there are programs, wherever a row
+ends (so every program reads the same number of pages, whatever the lengths), and a second kernel puts each row's parts
+together in their order. Everything is derived on the device from the contexts, so the launch is the same for any
+lengths and can be replayed from a graph. The piece of row r in part p has the workspace slot r + p: along the cut, each
+piece advances the row, the part or both.
+
+Shape suffixes: R rows, H heads, L latent, P rope dimensions, C = L + P, K rows of the cache, B pages of a row (padded).
+"""
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+_TILE = 32  # positions that a program holds at a time; two programs share a multiprocessor
+_STAGES = 5
+_PLAN_ROWS = 256  # the smallest block for per-row vectors: one compiled kernel for all usual batches
+
+
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["positions_ptr"])
+def _contexts_kernel(positions_ptr, contexts_ptr, prefix_ptr, num_rows, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """contexts = positions + 1; prefix[r] = pages of all rows before r."""
+    row = tl.arange(0, BLOCK)
+    inside = row < num_rows
+    context = tl.load(positions_ptr + row, mask=inside, other=-1).to(tl.int32) + 1
+    tl.store(contexts_ptr + row, context, mask=inside)
+    tl.store(prefix_ptr + 1 + row, tl.cumsum((context + PAGE - 1) // PAGE, 0), mask=inside)
+    tl.store(prefix_ptr + row, 0, mask=row == 0)
+
+
+@triton.jit(do_not_specialize=["num_rows", "max_pages"], do_not_specialize_on_alignment=["pages_ptr"])
+def _decode_kernel(
+    q_latent_ptr,
+    q_ptr,
+    rows_ptr,
+    pages_ptr,
+    contexts_ptr,
+    prefix_ptr,
+    partial_ptr,
+    lse_ptr,
+    num_rows,
+    max_pages,
+    scale_log2,
+    Q_STRIDE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    NOPE: tl.constexpr,
+    ROPE: tl.constexpr,
+    LATENT: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    latent = tl.arange(0, LATENT)
+    rope = tl.arange(0, ROPE)
+    token = tl.arange(0, TILE)
+    total = tl.load(prefix_ptr + num_rows)
+    chunk = tl.cdiv(total, tl.num_programs(0))
+    part = tl.program_id(0)
+    at = part * chunk
+    stop = tl.minimum(at + chunk, total)
+    index = tl.arange(0, BLOCK_R)
+    ends = tl.load(prefix_ptr + 1 + index, mask=index < num_rows, other=2147483647)
+    row = tl.sum((ends <= at).to(tl.int32), 0)
+    while at < stop:
+        first = tl.load(prefix_ptr + row)
+        last = tl.minimum(tl.load(prefix_ptr + row + 1), stop)
+        begin = (at - first) * PAGE
+        end = tl.minimum((last - first) * PAGE, tl.load(contexts_ptr + row))
+        q_latent = tl.load(q_latent_ptr + (head[:, None] * num_rows + row).to(tl.int64) * LATENT + latent[None, :])
+        q_rope = tl.load(q_ptr + row.to(tl.int64) * Q_STRIDE + head[:, None] * (NOPE + ROPE) + NOPE + rope[None, :])
+        peak = tl.full([BLOCK_H], float("-inf"), tl.float32)
+        weight = tl.zeros([BLOCK_H], tl.float32)
+        acc = tl.zeros([BLOCK_H, LATENT], tl.float32)
+        for position in tl.range(begin, end, TILE, num_stages=STAGES):
+            page = tl.load(pages_ptr + row * max_pages + position // PAGE).to(tl.int64)
+            base = rows_ptr + (page * PAGE + position % PAGE) * (LATENT + ROPE)
+            k_latent = tl.load(base + token[:, None] * (LATENT + ROPE) + latent[None, :])
+            k_rope = tl.load(base + token[:, None] * (LATENT + ROPE) + LATENT + rope[None, :])
+            s = tl.dot(q_latent, tl.trans(k_latent))
+            s = tl.dot(q_rope, tl.trans(k_rope), s)
+            s = tl.where((position + token < end)[None, :], s * scale_log2, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(s, 1))
+            alpha = tl.exp2(peak - new_peak)
+            p = tl.exp2(s - new_peak[:, None])
+            weight = weight * alpha + tl.sum(p, 1)
+            acc = tl.dot(p.to(k_latent.dtype), k_latent, acc * alpha[:, None])
+            peak = new_peak
+        slot = (row + part).to(tl.int64) * HEADS + head
+        tl.store(lse_ptr + slot, peak + tl.log2(weight))
+        tl.store(partial_ptr + slot[:, None] * LATENT + latent[None, :], acc / weight[:, None])
+        at = last
+        row += 1
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_parts"])
+def _combine_kernel(
+    partial_ptr, lse_ptr, prefix_ptr, out_ptr, num_rows, num_parts, HEADS: tl.constexpr, LATENT: tl.constexpr
+):
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    latent = tl.arange(0, LATENT)
+    chunk = tl.cdiv(tl.load(prefix_ptr + num_rows), num_parts)
+    first = tl.load(prefix_ptr + row) // chunk
+    last = tl.cdiv(tl.load(prefix_ptr + row + 1), chunk)
+    peak = float("-inf")
+    weight = 0.0
+    acc = tl.zeros([LATENT], tl.float32)
+    for part in range(first, last):
+        slot = (row + part).to(tl.int64) * HEADS + head
+        lse = tl.load(lse_ptr + slot)
+        value = tl.load(partial_ptr + slot * LATENT + latent)
+        new_peak = tl.maximum(peak, lse)
+        alpha = tl.exp2(peak - new_peak)
+        beta = tl.exp2(lse - new_peak)
+        acc = acc * alpha + value * beta
+        weight = weight * alpha + beta
+        peak = new_peak
+    out = out_ptr + (head * num_rows + row).to(tl.int64) * LATENT + latent
+    tl.store(out, (acc / weight).to(out_ptr.dtype.element_ty))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def page_prefix(positions_R: torch.Tensor, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the rows' last positions: their contexts, int32 [R], and the running sum of their pages, int32 [R + 1]."""
+    rows = len(positions_R)
+    contexts_R = positions_R.new_empty(rows, dtype=torch.int32)
+    prefix = positions_R.new_empty(rows + 1, dtype=torch.int32)
+    block = max(_PLAN_ROWS, triton.next_power_of_2(rows))
+    _contexts_kernel[(1,)](positions_R, contexts_R, prefix, rows, PAGE=page_size, BLOCK=block)
+    return contexts_R, prefix
+
+
+def absorbed_decode(
+    q_latent_HRL: torch.Tensor,
+    q_RHQ: torch.Tensor,
+    rows_KC: torch.Tensor,
+    pages_RB: torch.Tensor,
+    contexts_R: torch.Tensor,
+    prefix: torch.Tensor,
+    page_size: int,
+    scale: float,
+) -> torch.Tensor:
+    """Attended latents [H, R, L] of one query per row; every row has a context of at least one position.
+
+    `q_latent_HRL`: W_UK^T q_nope; the last P dimensions of `q_RHQ` are the roped queries. `pages_RB` int64.
+    `contexts_R` and `prefix` are `page_prefix`'s.
+    """
+    heads, rows, latent = q_latent_HRL.shape
+    rope = rows_KC.shape[1] - latent
+    few = heads <= 16
+    block_h = 16 if few else 64
+    blocks = triton.cdiv(heads, block_h)
+    parts = max(1, (2 if few else 1) * _multiprocessors(rows_KC.device) // blocks)
+    partial = torch.empty(rows + parts, heads, latent, dtype=torch.float32, device=rows_KC.device)
+    lse = torch.empty(rows + parts, heads, dtype=torch.float32, device=rows_KC.device)
+    _decode_kernel[(parts, blocks)](
+        q_latent_HRL,
+        q_RHQ,
+        rows_KC,
+        pages_RB,
+        contexts_R,
+        prefix,
+        partial,
+        lse,
+        rows,
+        pages_RB.stride(0),
+        scale * math.log2(math.e),
+        Q_STRIDE=q_RHQ.stride(0),
+        BLOCK_R=max(_PLAN_ROWS, triton.next_power_of_2(rows)),
+        HEADS=heads,
+        BLOCK_H=block_h,
+        NOPE=q_RHQ.shape[2] - rope,
+        ROPE=rope,
+        LATENT=latent,
+        PAGE=page_size,
+        TILE=_TILE if few else min(64, page_size),
+        STAGES=_STAGES if few else 4,
+        num_warps=4 if few else 8,
+    )
+    out_HRL = torch.empty_like(q_latent_HRL)
+    _combine_kernel[(rows, heads)](partial, lse, prefix, out_HRL, rows, parts, HEADS=heads, LATENT=latent)
+    return out_HRL

@@ -1,0 +1,182 @@
+"""Every Triton kernel against its plain-torch reference in float64 or float32, on fresh random inputs.
+
+bfloat16 results of float32 sums lie within 4e-3 of the reference (relative, over the whole tensor); twice that fails.
+"""
+
+import msgspec
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nmoe.architecture import read_architecture
+from nmoe.worker.kernels import experts, experts_triton, norm, norm_triton, router, router_triton
+from nmoe.worker.kernels.mla import Up, absorbed_decode
+from nmoe.worker.kernels.mla_decode_triton import absorbed_decode as absorbed_decode_gpu
+from nmoe.worker.kernels.mla_decode_triton import page_prefix
+from nmoe.worker.kernels.mla_inputs_triton import rope_and_cache
+from nmoe.worker.kernels.mla_prefill_triton import BLOCK_M, Tiles, expanded_chunks
+from nmoe.worker.kernels.rope import apply_rope, rope_table
+
+GPU = torch.device("cuda")
+BF16 = torch.bfloat16
+MOONLIGHT = read_architecture("configs/models/moonlight.json")
+V3 = read_architecture("configs/models/deepseek-v3.json")
+
+
+def random(*shape, std=1.0, dtype=BF16):
+    return (torch.randn(*shape, device=GPU) * std).to(dtype)
+
+
+def close(actual, expected, tolerance=8e-3):
+    actual, expected = actual.double(), expected.double()
+    error = float((actual - expected).norm() / expected.norm())
+    assert error < tolerance, f"relative error {error:.2e}"  # a NaN is not below anything
+
+
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 2048), (33, 7168), (300, 512)])
+def test_norms(tokens, hidden):
+    x, delta, weight = random(tokens, hidden), random(tokens, hidden), random(hidden)
+    total, normed = norm_triton.add_rms_norm(x, delta, weight, 1e-5)
+    assert torch.equal(total, x + delta)
+    close(normed, norm.rms_norm(total.double(), weight.double(), 1e-5))
+    wide = random(tokens, hidden + 64)
+    close(
+        norm_triton.rms_norm(wide[:, :hidden], weight, 1e-6),
+        norm.rms_norm(wide[:, :hidden].double(), weight.double(), 1e-6),
+    )
+
+
+@pytest.mark.parametrize("architecture", [MOONLIGHT, V3], ids=["moonlight", "v3"])
+@pytest.mark.parametrize("tokens", [1, 17, 256, 3000])
+def test_router(architecture, tokens):
+    a = architecture
+    x, weight = random(tokens, a.hidden_size), random(a.num_experts, a.hidden_size, std=0.02, dtype=torch.float32)
+    bias = random(a.num_experts, std=0.05, dtype=torch.float32)
+    ids, weights = router_triton.route(x, weight, bias, a)
+    expected_ids, expected = router.route(x, weight, bias, a)
+    same = (ids == expected_ids).all(1)
+    assert same.double().mean() > 0.99  # float32 cannot order what differs in the eighth digit
+    close(weights[same], expected[same], 1e-5)
+
+
+def routing(tokens, num_experts, slots, skew=0.0):
+    """Ids and weights as a router gives them; with `skew`, all tokens prefer the low experts."""
+    scores = torch.rand(tokens, num_experts, device=GPU) - skew * torch.arange(num_experts, device=GPU)
+    ids = scores.topk(slots).indices
+    return ids.to(torch.int32), torch.rand(tokens, slots, device=GPU)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_experts", "hidden", "inter", "slots", "skew"),
+    [
+        (1, 64, 2048, 1408, 6, 0),
+        (40, 64, 2048, 1408, 6, 0),
+        (256, 64, 2048, 1408, 6, 0),
+        (700, 64, 2048, 1408, 6, 0),
+        (5000, 64, 2048, 1408, 6, 0),
+        (256, 64, 2048, 1408, 6, 1.0),  # everybody wants the same experts
+        (3000, 8, 256, 128, 2, 0),
+        (65, 8, 128, 64, 3, 0),
+    ],
+)
+def test_experts(tokens, num_experts, hidden, inter, slots, skew):
+    x, shared = random(tokens, hidden), random(tokens, hidden)
+    gate_up, down = random(num_experts, 2 * inter, hidden, std=0.05), random(num_experts, hidden, inter, std=0.05)
+    ids, weights = routing(tokens, num_experts, slots, skew)
+    parts = experts_triton.grouped_mlp(x, ids, weights, w_gate_up_EGD=gate_up, w_down_EDF=down)
+    actual = experts_triton.sum_experts(parts, shared)
+    routed = experts.grouped_mlp(x.float(), ids.long(), weights, gate_up.float(), down.float())
+    close(actual, experts.sum_experts(routed, shared.float()))
+
+
+def test_gated_mlp():
+    x, gate_up, down = random(70, 512), random(2 * 384, 512, std=0.05), random(512, 384, std=0.05)
+    close(experts_triton.gated_mlp(x, gate_up, down), experts.gated_mlp(x.double(), gate_up.double(), down.double()))
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("page", [32, 64, 128])
+@pytest.mark.parametrize("contexts", [[1], [2000], [3, 700, 64, 65, 1, 129, 2048] * 5, [9000] + [100] * 40])
+def test_absorbed_decode(heads, page, contexts):
+    latent, rope = 512, 64
+    rows, needed = len(contexts), [-(-context // page) for context in contexts]
+    pages = torch.randperm(sum(needed), device=GPU)
+    table = torch.full((rows, max(needed) + 1), sum(needed), device=GPU)
+    for row, own in enumerate(torch.split(pages, needed)):
+        table[row, : len(own)] = own
+    cache = random((sum(needed) + 1) * page, latent + rope)
+    q_latent, q = random(heads, rows, latent), random(rows, heads, 128 + rope)
+    prefix = page_prefix(torch.tensor(contexts, device=GPU) - 1, page)
+    out = absorbed_decode_gpu(q_latent, q, cache, table, *prefix, page, 0.07)
+    up = Up(q_latent.new_empty(heads, 256, latent).double(), *(q_latent.new_empty(0).double(),) * 2, 0.07)
+    for row, context in enumerate(contexts):
+        held = cache.view(-1, page, latent + rope)[table[row]].flatten(0, 1)[None, :context].double()
+        query = torch.cat((q_latent[:, row], q[row, :, 128:]), -1)[None].double()
+        close(
+            out[:, row],
+            absorbed_decode(query, held, torch.zeros(1, 1, context, device=GPU, dtype=torch.float64), up)[0],
+        )
+
+
+def test_absorbed_decode_gives_the_same_bits_twice():
+    cache, table = random(40 * 64, 576), torch.arange(40, device=GPU)[None]
+    q_latent, q = random(16, 1, 512), random(1, 16, 192)
+    prefix = page_prefix(torch.tensor([2500], device=GPU), 64)
+    first, second = (absorbed_decode_gpu(q_latent, q, cache, table, *prefix, 64, 0.07) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+def test_expanded_chunks(heads):
+    """Full prefills and chunks on prefixes of every alignment, behind other rows of the step."""
+    rows = [(200, 200), (1, 77), (130, 400), (64, 64), (129, 1000), (2, 2)]
+    queries, contexts = [3], [0]
+    for count, context in rows:
+        queries.append(queries[-1] + count)
+        contexts.append(contexts[-1] + context)
+    q, kv = random(queries[-1], heads, 192), random(contexts[-1], heads, 256)
+    k_rope = random(contexts[-1], 576)[:, 512:]
+    tiles = [(row, start) for row, (count, _) in enumerate(rows) for start in range(0, count, BLOCK_M)]
+    device_ints = [
+        torch.tensor(ints, dtype=torch.int32, device=GPU) for ints in (*zip(*tiles, strict=True), queries, contexts)
+    ]
+    out = torch.full((queries[-1], heads, 128), torch.nan, dtype=BF16, device=GPU)
+    expanded_chunks(q, kv, k_rope, Tiles(*device_ints), 0.07, out)
+    for row, (count, context) in enumerate(rows):
+        own_q, own = slice(queries[row], queries[row] + count), slice(contexts[row], contexts[row] + context)
+        keys = torch.cat((kv[own, :, :128], k_rope[own, None].expand(-1, heads, -1)), -1).double()
+        scores = torch.einsum("qhd,khd->hqk", q[own_q].double(), keys) * 0.07
+        hidden = torch.arange(context, device=GPU) > torch.arange(context - count, context, device=GPU)[:, None]
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        close(out[own_q], torch.einsum("hqk,khd->qhd", weights, kv[own, :, 128:].double()))
+
+
+@pytest.mark.parametrize("heads", [16, 48])
+def test_rope_and_cache(heads):
+    tokens = 75
+    buffer, weight = random(tokens, heads * 192 + 576), random(512)
+    q_TA, kv = buffer.split([heads * 192, 576], -1)
+    q, before = q_TA.view(tokens, heads, 192), q_TA.clone().view(tokens, heads, 192).double()
+    table = rope_table(V3, 4096, BF16, GPU)
+    positions, places = torch.randint(0, 4096, (tokens,), device=GPU), torch.randperm(2 * tokens, device=GPU)[:tokens]
+    rows = torch.full((2 * tokens, 576), torch.nan, dtype=BF16, device=GPU)
+    rope_and_cache(q, kv, positions, places, table, weight, rows, 1e-6)
+    cos, sin = table[positions].double().unbind(1)
+    close(q[..., 128:], apply_rope(before[..., 128:], cos[:, None], sin[:, None]))
+    assert torch.equal(q[..., :128].double(), before[..., :128])
+    close(rows[places, :512], F.rms_norm(kv[:, :512].double(), (512,), weight.double(), 1e-6))
+    close(rows[places, 512:], apply_rope(kv[:, 512:].double(), cos, sin))
+    assert rows.isnan().any(1).sum() == tokens  # nothing else was written
+
+
+def test_a_rank_with_no_tokens():
+    """An idle rank goes through the layers too."""
+    nothing = random(0, 512)
+    assert norm_triton.add_rms_norm(nothing, nothing, random(512), 1e-6)[1].shape == (0, 512)
+    a = msgspec.structs.replace(MOONLIGHT, hidden_size=512)
+    ids, weights = router_triton.route(
+        nothing, random(64, 512, dtype=torch.float32), random(64, dtype=torch.float32), a
+    )
+    parts = experts_triton.grouped_mlp(nothing, ids, weights, random(64, 256, 512), random(64, 512, 128))
+    assert experts_triton.sum_experts(parts, nothing).shape == (0, 512)
+    assert experts_triton.gated_mlp(nothing, random(256, 512), random(512, 128)).shape == (0, 512)
