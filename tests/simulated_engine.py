@@ -107,14 +107,14 @@ class Engine:
         """The client goes away."""
         if self.clients[uid].ended is None:
             self.clients[uid].stopped = "abort"
-        self.scheduler.abort(Abort(1, uid), self.now)
+        self.scheduler.abort(Abort(1, uid))
         self.after()
 
     def finish(self, uid: int, count: int) -> None:
         """The client has seen enough."""
         if self.clients[uid].ended is None:
             self.clients[uid].stopped = "finish"
-        self.scheduler.finish(Finish(1, uid, count), self.now)
+        self.scheduler.finish(Finish(1, uid, count))
         self.after()
 
     def plan(self) -> list[Step] | None:
@@ -148,7 +148,7 @@ class Engine:
 
     def reset(self) -> None:
         """The workers die and come back."""
-        self.scheduler.reset("the workers restarted", self.now)
+        self.scheduler.reset("the workers restarted")
         self.boot_workers()
         self.after()
 

@@ -467,9 +467,9 @@ def test_a_frontend_that_is_gone_is_forgotten_silently():
     engine = Engine(limits())
     mine, other = engine.submit([1, 2, 3], 5, frontend=1), engine.submit([1, 2, 3], 5, frontend=0)
     engine.plan()
-    engine.scheduler.forget(1, 1, engine.now)
+    engine.scheduler.forget(1, 1)
     assert mine in engine.scheduler._requests  # its life 1 is still there
-    engine.scheduler.forget(1, 2, engine.now)
+    engine.scheduler.forget(1, 2)
     assert list(engine.scheduler._requests) == [other]
     assert engine.scheduler.drain() == []
 

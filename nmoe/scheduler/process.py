@@ -163,7 +163,7 @@ class Process:
         self._ready.clear()
         if policy := self._policy:
             _log.error("%s: %d open requests end with an error", why, policy.num_open)
-            policy.reset(f"{why} while the request ran", time.monotonic())
+            policy.reset(f"{why} while the request ran")
             self._deliver()
             self._report.update(policy)
             self._policy = None
@@ -191,12 +191,12 @@ class Process:
             if message.generation > newest:
                 self._frontends[frontend] = message.generation
                 if self._policy:
-                    self._policy.forget(frontend, message.generation, time.monotonic())
+                    self._policy.forget(frontend, message.generation)
             self._handle(frontend, message)
         return _BURST
 
     def _handle(self, frontend: int, message: FrontendToScheduler) -> None:
-        policy, now = self._policy, time.monotonic()
+        policy = self._policy
         match message:
             case Hello():
                 self._greeted.add(frontend)
@@ -208,21 +208,21 @@ class Process:
                         self._boot.generation, message.uid, 503, "the engine is starting"
                     )
                 else:
-                    rejected = policy.submit(message, now)
+                    rejected = policy.submit(message, time.monotonic())
                 if rejected:
                     self._send(frontend, rejected)
             case Finish():
                 if policy:
-                    policy.finish(message, now)
+                    policy.finish(message)
             case Abort():
                 if policy:
-                    policy.abort(message, now)
+                    policy.abort(message)
 
     def _lose_frontend(self, frontend: int) -> None:
         """Nobody is there to read what its requests bring."""
         self._greeted.discard(frontend)
         if self._policy:
-            self._policy.forget(frontend, None, time.monotonic())
+            self._policy.forget(frontend, None)
 
     def _deliver(self) -> None:
         if self._policy:

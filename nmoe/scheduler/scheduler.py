@@ -96,27 +96,27 @@ class Scheduler:
         first.siblings = others
         self._admission.push(first)
 
-    def finish(self, finish: Finish, now: float) -> None:
+    def finish(self, finish: Finish) -> None:
         """The frontend has all it wants of a request. Ignored when the request has ended meanwhile."""
         if request := self._requests.get(finish.uid):
-            self._end(request, "stop", now, keep=finish.count)
+            self._end(request, "stop", keep=finish.count)
 
-    def abort(self, abort: Abort, now: float) -> None:
+    def abort(self, abort: Abort) -> None:
         """Nobody waits for a request any more. Ignored when it has ended meanwhile."""
         if request := self._requests.get(abort.uid):
-            self._end(request, "abort", now)
+            self._end(request, "abort")
 
-    def forget(self, frontend: int, generation: int | None, now: float) -> None:
+    def forget(self, frontend: int, generation: int | None) -> None:
         """End, without a word, the requests of a frontend that is gone, but for those of its life `generation`."""
         living = None if generation is None else make_uid(frontend, generation, 0) // _LIFE
         for request in list(self._requests.values()):
             if uid_frontend(request.uid) == frontend and request.uid // _LIFE != living:
-                self._end(request, "abort", now, tell=False)
+                self._end(request, "abort", tell=False)
 
-    def reset(self, detail: str, now: float) -> None:
+    def reset(self, detail: str) -> None:
         """The workers have lost everything: end every request with an error, and begin anew with empty caches."""
         for request in list(self._requests.values()):
-            self._end(request, "error", now, detail=detail)
+            self._end(request, "error", detail=detail)
         self._clear()
 
     def drain(self) -> list[tuple[int, Tokens]]:
@@ -256,7 +256,7 @@ class Scheduler:
                 self.stats.prefill_times.append(now - request.scheduled_at)
         results = append_results(flight, self._ranks)
         for slot, reason in results.ended:
-            self._end(self._ranks.table.request(slot), reason, now)
+            self._end(self._ranks.table.request(slot), reason)
         self._outbox.tokens(results.uids, results.tokens, results.counts)
         self._count_landed(flight, len(results.tokens), now)
         drained = [request for step, request in self._draining if step <= flight.step_id]
@@ -269,7 +269,6 @@ class Scheduler:
         self,
         request: Request,
         reason: Reason,
-        now: float,
         *,
         keep: int | None = None,
         detail: str = "",
