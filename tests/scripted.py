@@ -99,8 +99,10 @@ class Rig:
         self.url = f"http://127.0.0.1:{http.getsockname()[1]}"
         self.launcher, control = ipc.Control.pair()
         self._stack.callback(control.close)
-        context = enter(zmq.asyncio.Context())
-        self.router = enter(ipc.bind_router(context, ipc.frontend_address(run_dir)))
+        self._context = enter(zmq.asyncio.Context())
+        self._address = ipc.frontend_address(run_dir)
+        self.router = ipc.bind_router(self._context, self._address)
+        self._stack.callback(lambda: self.router.close())
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(FrontendToScheduler).decode
         boot = ipc.Boot("frontend", 0, 1, self.config, run_dir, control, self.board, http)
@@ -121,6 +123,13 @@ class Rig:
         """The launcher ends; the frontend leaves."""
         self.launcher.close()
         await asyncio.wait_for(self.frontend, TIMEOUT)
+
+    def restart_scheduler(self):
+        """The scheduler's end dies with all that it knows, the launcher says so, and its next life listens."""
+        self.router.close()
+        self.launcher.send(ipc.Gone("scheduler", 0))
+        self.generation += 1
+        self.router = ipc.bind_router(self._context, self._address)
 
     async def next(self, kind):
         """The frontend's next message, which must be of this kind."""

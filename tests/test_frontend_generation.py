@@ -6,7 +6,6 @@ import asyncio
 import pytest
 import pytest_asyncio
 
-from nmoe import ipc
 from nmoe.messages import Abort, Ended, Finish, Hello, Rejected, Serving, Submit, Tokens
 from tests.scripted import BOS, EOS, MAX_SEQ_LEN, Rig, events, ids_of, ints, run, write_model
 
@@ -311,13 +310,12 @@ async def test_the_death_of_the_scheduler(tmp_path):
     async with Rig(write_model(tmp_path)) as rig:
         asked = run(rig.ask(COMPLETIONS, prompt="a"))
         old = await rig.next(Submit)
-        rig.launcher.send(ipc.Gone("scheduler", 0))
+        rig.restart_scheduler()
         status, _, document = await asked
         assert status == 503 and "restarted" in document["error"]["message"]
         assert (await rig.ask(COMPLETIONS, prompt="a"))[0] == 503
         await rig.next(Hello)
-        await rig.send(Serving(2, MAX_SEQ_LEN))
-        rig.generation = 2
+        await rig.send(Serving(rig.generation, MAX_SEQ_LEN))
         await rig.tokens(old, "x")  # means nothing to anyone
         document, _ = await answer(rig, COMPLETIONS, "b", prompt="a")
         assert document["choices"][0]["text"] == "b"
