@@ -7,6 +7,7 @@ parent's death, and it leaves the launcher free of ZeroMQ threads, so that it ca
 """
 
 import ctypes
+import mmap
 import os
 import pathlib
 import select
@@ -123,6 +124,7 @@ class Boot(msgspec.Struct, frozen=True):
     control: Any  # Control
     board: Board
     http_socket: socket.socket | None = None  # bound and listening; frontends only
+    slabs: mmap.mmap | None = None  # RDEP memory of all ranks (nmoe/slab.py); CPU workers of a world larger than 1
 
     @property
     def title(self) -> str:

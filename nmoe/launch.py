@@ -8,6 +8,7 @@ A process that fails before the ready line ends the start with its message; what
 """
 
 import logging
+import mmap
 import pathlib
 import socket
 import sys
@@ -19,10 +20,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from nmoe import doctor, envs, ipc
+from nmoe.checkpoint import open_checkpoint
 from nmoe.children import Child, Children, Died, Said, Signalled
 from nmoe.config import Config
 from nmoe.errors import LaunchError
 from nmoe.metrics import Board, row_index
+from nmoe.slab import SlabLayout, make_slabs
 from nmoe.supervision import Supervisor
 
 _log = logging.getLogger("nmoe.launch")
@@ -55,6 +58,14 @@ def _bind(host: str, port: int) -> socket.socket:
         ) from None
 
 
+def _slabs(config: Config) -> mmap.mmap | None:
+    """The memory through which CPU workers exchange tokens; GPUs map each other's instead."""
+    if config.parallel.device != "cpu" or config.parallel.world_size == 1:
+        return None
+    checkpoint = open_checkpoint(config)
+    return make_slabs(SlabLayout.of(checkpoint.architecture, checkpoint.dtype, config))
+
+
 class _Server:
     """One server's processes, from the first fork to the last reap."""
 
@@ -64,6 +75,7 @@ class _Server:
         self._http_socket = http_socket
         self._run_dir = run_dir
         self._board = Board(1 + config.parallel.world_size + config.server.processes)
+        self._slabs = _slabs(config)
         self._lives: Counter[tuple[ipc.Role, int]] = Counter()
 
     def run(self) -> None:
@@ -95,6 +107,7 @@ class _Server:
             control=theirs,
             board=self._board,
             http_socket=self._http_socket if role == "frontend" else None,
+            slabs=self._slabs if role == "worker" else None,
         )
         # Its silence counts from now on, not from its predecessor's last word.
         row = self._board.rows[row_index(role, index, self._config.parallel.world_size)]
