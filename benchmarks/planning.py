@@ -57,7 +57,7 @@ class Load:
             page_size=_PAGE,
             max_batch_size=rows,
             num_slots=2 * rows,
-            max_prefill_tokens=16384,
+            max_prefill_tokens=1 << 20,  # everything begins in the first step
             max_seq_len=4096,
             max_queue=1 << 20,
         )

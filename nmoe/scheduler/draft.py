@@ -43,7 +43,10 @@ class Draft:
     def give(self, request: Request, pages: list[int]) -> None:
         """Note that `pages` follow the pages that the request's slot has."""
         slot = request.slot % self._num_slots
-        self.pages[request.rank].extend(item for page in pages for item in (slot, page))
+        rows = self.pages[request.rank]
+        for page in pages:
+            rows.append(slot)
+            rows.append(page)
 
     def has_chunks(self) -> bool:
         """Whether any rank has a row with ids."""

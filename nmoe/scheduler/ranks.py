@@ -54,9 +54,18 @@ class Ranks:
         draft.admits[rank].append(Admit(request.slot % self._limits.num_slots, covered, request.sampling))
         draft.give(request, request.pages)
 
-    def grow(self, request: Request, count: int, draft: Draft) -> None:
-        """Give a running request `count` more pages."""
-        pages = self.pools[request.rank].take(count)
+    def grow_all(self, needs: list[tuple[Request, int]], demand: list[int], draft: Draft) -> None:
+        """Give running requests, sorted by rank, so many more pages each; `demand` is the sum of each rank."""
+        pages = [page for pool, count in zip(self.pools, demand, strict=True) for page in pool.take(count)]
+        at = 0
+        for request, count in needs:
+            self.grow(request, pages[at : at + count], draft)
+            at += count
+
+    def grow(self, request: Request, pages: list[int], draft: Draft) -> None:
+        """Give a running request `pages` more; so many of its tokens are known by now that some may enter the tree."""
+        if request.caches_outputs and self._limits.enable_prefix_cache:
+            self.publish_output(request, request.limit)
         request.pages += pages
         self.table.capacity[request.slot] = len(request.pages) * self._limits.page_size
         draft.give(request, pages)

@@ -152,18 +152,21 @@ class Scheduler:
             return
         slots = slots[short]
         counts = (last[short] + 1 - table.capacity[slots] + self.limits.page_size - 1) // self.limits.page_size
-        demand = np.bincount(slots // self.limits.num_slots, counts, self.limits.world_size).tolist()
+        demand = np.bincount(slots // self.limits.num_slots, counts, self.limits.world_size).astype(int).tolist()
         needs = [(table.request(slot), count) for slot, count in zip(slots.tolist(), counts.tolist(), strict=True)]
-        if any(need > pool.available for need, pool in zip(demand, ranks.pools, strict=True)):
-            # Oldest first: whoever is preempted is younger, so it was given no page in this step.
-            needs.sort(key=lambda need: need[0].order)
-        for request, count in needs:
+        if all(need <= pool.available for need, pool in zip(demand, ranks.pools, strict=True)):
+            ranks.grow_all(needs, demand, draft)
+        else:
+            self._grow_by_age(needs, draft)
+
+    def _grow_by_age(self, needs: list[tuple[Request, int]], draft: Draft) -> None:
+        """Oldest first: whoever is preempted is younger than who needs the page, so it was given none in this step."""
+        ranks = self._ranks
+        for request, count in sorted(needs, key=lambda need: need[0].order):
             while request.state is State.DECODE and ranks.pools[request.rank].available < count:
                 self._preempt(ranks.youngest(request.rank))
             if request.state is State.DECODE:
-                if request.caches_outputs and self.limits.enable_prefix_cache:
-                    ranks.publish_output(request, request.limit)
-                ranks.grow(request, count, draft)
+                ranks.grow(request, ranks.pools[request.rank].take(count), draft)
 
     def _preempt(self, request: Request) -> None:
         """Take a request's pages; it requeues at its old place when its rows in flight have returned."""
