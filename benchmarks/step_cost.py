@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 import aiohttp
 import numpy as np
@@ -86,7 +88,7 @@ def _cpu(launcher: psutil.Process) -> dict[str, float]:
 
 
 def measure_worker(path: str | None, rows: int, steps: int = 200) -> dict[str, float]:
-    """Microseconds of a decode step of `rows` unchanged greedy rows: all of it, the model's part, the rest (medians)."""
+    """Microseconds of a decode step of `rows` unchanged greedy rows: all, the model's part, the rest (medians)."""
     torch.set_num_threads(1)
     config = configuration(path)
     checkpoint = open_checkpoint(config)
@@ -113,8 +115,8 @@ def measure_worker(path: str | None, rows: int, steps: int = 200) -> dict[str, f
     return {f"worker step, {name} us": float(np.median(values)) * 1e6 for name, values in medians.items()}
 
 
-def _timed(function, spans):
-    def timed(*arguments):
+def _timed(function: Callable[..., Any], spans: list[float]) -> Callable[..., Any]:
+    def timed(*arguments: Any) -> Any:
         begin = time.perf_counter()
         result = function(*arguments)
         spans.append(time.perf_counter() - begin)
