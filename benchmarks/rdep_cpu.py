@@ -2,11 +2,11 @@
 
     python -m benchmarks.rdep_cpu [--hidden 2048] [--tokens 0 1 8 64] [--world-sizes 2 4 8] [--exchanges 300]
 
-Every rank pushes its tokens, hands the arrived rows back as they are (in place of experts), and adds up what returns, as
-a MoE layer does on a decode step. Uniform routing, top-8 of 64 experts, float32. Reported per world size and tokens
-per rank: the median time of an exchange over all ranks, its 99th percentile, and the CPU time per rank and exchange.
-With more ranks than cores an exchange cannot be faster than the ranks' CPU time divided by the cores. JSON on the last
-line.
+Every rank pushes its tokens, hands the arrived rows back as they are (in place of experts), and adds up what returns,
+as a MoE layer does on a decode step. Uniform routing, top-8 of 64 experts, float32. Reported per world size and
+tokens per rank: the median time of an exchange over all ranks, its 99th percentile, and the CPU time per rank and
+exchange. With more ranks than cores an exchange cannot be faster than the ranks' CPU time divided by the cores. JSON
+on the last line.
 """
 
 import argparse
