@@ -340,13 +340,6 @@ def _one_worker(facts: Facts) -> Row | None:
     return Row("workers", "fail", detail, "set [parallel] world_size = 1")
 
 
-def _cpu_only(facts: Facts) -> Row | None:
-    if facts.config.parallel.device == "cpu":
-        return None
-    detail = 'device = "cuda": the CUDA engine is not part of this release'
-    return Row("device", "fail", detail, 'set [parallel] device = "cpu"')
-
-
 CHECKS: tuple[Check, ...] = (
     _model,
     _tokenizer,
@@ -362,5 +355,4 @@ CHECKS: tuple[Check, ...] = (
     _open_files,
     _port,
     _one_worker,
-    _cpu_only,
 )

@@ -1,0 +1,45 @@
+"""What the GPU can do at most, measured beside every result, and the fewest bytes that a decode step must read."""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from nmoe.architecture import DTYPE_BYTES, Architecture, expected_tensors
+
+
+def measure() -> dict[str, float]:
+    """Read bandwidth in GB/s (a sum over 4 GB) and the rate of an 8192^3 bfloat16 product in TFLOP/s, random data."""
+    data = torch.randn(8192, 1 << 17, device="cuda")
+    read = data.nbytes / median_ms(lambda: torch.sum(data, 1)) / 1e6
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product_ms = median_ms(lambda: a @ b)
+    return {"read_gb_s": read, "product_tflop_s": 2 * 8192**3 / product_ms / 1e9}
+
+
+def median_ms(function: Callable[[], object], repeats: int = 20) -> float:
+    """Median time of one call on the device."""
+    times = []
+    for _ in range(repeats + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[3:])
+
+
+def step_bytes(architecture: Architecture, dtype: str, batch: int, context: int) -> float:
+    """Bytes one rank must read for a decode step: every weight but the embedding, of the routed experts those that a
+    batch of random tokens is expected to choose, and the rows' KV."""
+    a = architecture
+    weights = 0.0
+    for name, shape in expected_tensors(a):
+        size = DTYPE_BYTES[dtype] * float(torch.Size(shape).numel())
+        if name == "model.embed_tokens.weight":
+            size *= a.tie_word_embeddings
+        elif ".experts." in name:
+            size *= 1 - (1 - a.num_experts_per_tok / a.num_experts) ** batch
+        weights += size
+    return weights + batch * context * a.kv_bytes_per_token(dtype)
