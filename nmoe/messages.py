@@ -45,14 +45,27 @@ class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class Sampling(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How a request's tokens are drawn.
 
-    temperature 0 is greedy and makes the other fields irrelevant; top_k 0 means no top-k; top_p 1 means no top-p.
-    `seed` with the token's position determines the draw: a counter-based generator, never a stateful stream.
+    First the logits change: bias, minimum length, penalties. Then temperature 0 takes the largest, and otherwise the
+    draw goes by temperature, min_p, top_k (0: off), top_p (1: off). `seed` with the token's position determines the
+    draw: a counter-based generator, never a stateful stream.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0  # 0 <= seed < 2**63
+    min_p: float = 0.0  # the least probability, as a share of the likeliest token's
+    presence_penalty: float = 0.0  # subtracted for every token that is in the output
+    frequency_penalty: float = 0.0  # subtracted for every time that it is
+    repetition_penalty: float = 1.0  # scales down every token that is in the prompt or the output
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), each id once
+    min_tokens: int = 0  # until the output has so many tokens, none of `barred_ids` is sampled
+    barred_ids: tuple[int, ...] = ()
+
+    @property
+    def needs_past(self) -> bool:
+        """Whether the draw depends on which tokens came before."""
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1
 
 
 # ---------------------------------------------------------------------------------------------- frontend -> scheduler
@@ -73,7 +86,7 @@ class Submit(Message, frozen=True, tag="submit"):
     prompt: bytes  # int32 [prompt_len], at least one token
     max_tokens: int  # at least 1; prompt_len + max_tokens <= Serving.max_seq_len
     sampling: Sampling
-    eos_ids: tuple[int, ...] = ()  # any of them ends the request with reason "stop"; empty when EOS is ignored
+    eos_ids: tuple[int, ...] = ()  # any of them ends the request with reason "stop": EOS unless ignored, and stop ids
     n: int = 1
     priority: int = 0  # lower runs first
     profile: str = "production_generate"
@@ -155,13 +168,14 @@ class Admit(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     Positions below `cached` are already in shared pages, which the worker never writes, not even when it recomputes the
     last cached token to sample from it. `past` (int32) is the whole of the known tokens, sent only when the sampling
-    needs them (penalties); empty otherwise.
+    needs them (penalties); empty otherwise. The first `prompt_len` known tokens are the prompt.
     """
 
     slot: int
     cached: int
     sampling: Sampling
     past: bytes = b""
+    prompt_len: int = 0
 
 
 class Step(Message, frozen=True, tag="step"):

@@ -19,13 +19,13 @@ def _logits(rows, vocab=VOCAB, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).normal(0, 2, (rows, vocab)).astype(np.float32))
 
 
-def _sample(logits, temperature=1.0, top_k=0, top_p=1.0, seeds=0, positions=0):
+def _sample(logits, temperature=1.0, top_k=0, top_p=1.0, seeds=0, positions=0, min_p=0.0):
     """Tokens of all rows; each parameter is a number for all rows or one per row."""
     rows = len(logits)
-    temperature, top_k, top_p, seeds, positions = (
-        np.broadcast_to(np.asarray(value), rows) for value in (temperature, top_k, top_p, seeds, positions)
+    temperature, top_k, top_p, seeds, positions, min_p = (
+        np.broadcast_to(np.asarray(value), rows) for value in (temperature, top_k, top_p, seeds, positions, min_p)
     )
-    plan = make_plan(temperature.astype(np.float32), top_k, top_p, logits.shape[1], CPU)
+    plan = make_plan(temperature.astype(np.float32), top_k, top_p, min_p, logits.shape[1], CPU)
     if not len(plan.drawn):
         return greedy(logits).numpy()
     random = uniforms(seeds[plan.drawn].astype(np.int64), positions[plan.drawn])
@@ -149,7 +149,7 @@ def test_a_masked_token_is_never_drawn():
 
 def test_the_ends_of_the_unit_interval_are_tokens():
     logits = _logits(1)
-    plan = make_plan(np.ones(1, np.float32), np.zeros(1, int), np.ones(1), VOCAB, CPU)
+    plan = make_plan(np.ones(1, np.float32), np.zeros(1, int), np.ones(1), np.zeros(1), VOCAB, CPU)
     tokens = [sample(logits, plan, torch.tensor([u], dtype=torch.float64)).item() for u in (0.0, 1 - 2**-53)]
     assert tokens == [0, VOCAB - 1]
 
@@ -161,6 +161,7 @@ _rows = st.lists(
         st.sampled_from([0.2, 0.9, 1.0]),
         st.integers(0, 2**63 - 1),
         st.integers(0, 10**6),
+        st.sampled_from([0.0, 0.05, 0.6, 1.0]),
     ),
     min_size=1,
     max_size=12,

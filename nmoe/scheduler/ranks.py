@@ -51,7 +51,9 @@ class Ranks:
         self.prefills[request.numerics].append(request)
         self.running[rank] += 1
         self._residents[rank] += 1
-        draft.admits[rank].append(Admit(request.slot % self._limits.num_slots, covered, request.sampling))
+        past = request.known if request.sampling.needs_past else b""
+        slot = request.slot % self._limits.num_slots
+        draft.admits[rank].append(Admit(slot, covered, request.sampling, past, request.prompt_len))
         draft.give(request, request.pages)
 
     def grow_all(self, needs: list[tuple[Request, int]], demand: list[int], draft: Draft) -> None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from nmoe.messages import ROW_HAS_IDS, ROW_SAMPLES, Step
+from nmoe.worker.adjustments import Adjustment, Adjustments
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.graphs import DecodeGraphs
 from nmoe.worker.model import Model
@@ -72,6 +73,7 @@ class _Rows:
     sampling_slots: torch.Tensor  # int64 [S], on the device
     last_tokens: torch.Tensor  # int64 [S], on the device: the sampling rows' last tokens, in T
     plan: Plan
+    adjustment: Adjustment | None  # of the sampling rows' logits
 
 
 class Runner:
@@ -83,6 +85,7 @@ class Runner:
         self._cache = cache
         self._device = model.device
         self._slots = SlotTable(num_slots, pages_per_slot, cache.page_size, cache.num_pages, model.device)
+        self._adjustments = Adjustments(num_slots, model.architecture.vocab_size, model.device)
         self._graphs: DecodeGraphs | None = None
         self.reset()
 
@@ -96,6 +99,7 @@ class Runner:
     def reset(self) -> None:
         """Forget every request; the weights and the cache's memory stay."""
         self._slots.reset()
+        self._adjustments.reset()
         self._rows = self._form(np.empty((0, 4), np.int32))
         self._ends = np.empty(0, np.int64)
 
@@ -123,7 +127,7 @@ class Runner:
         rows, table = self._rows, self._slots
         places, pages = table.places_of(rows.slots, firsts), table.pages_of(rows.slots, self._ends)
         logits_SV, tokens_S = graphs.launch(rows.slots, firsts, places, pages)
-        if not len(rows.drawing):
+        if not len(rows.drawing) and rows.adjustment is None:
             return tokens_S
         tokens_S = self._sample(logits_SV.float())
         table.last_S.index_copy_(0, rows.sampling_slots, tokens_S)
@@ -132,15 +136,22 @@ class Runner:
     def _sample(self, logits_SV: torch.Tensor) -> torch.Tensor:
         """The step's tokens, int64 [S]; a drawn one is at the position where its row ends."""
         rows = self._rows
-        if not len(rows.drawing):
-            return greedy(logits_SV)
-        random_D = torch.from_numpy(uniforms(rows.drawing_seeds, self._ends[rows.drawing]))
-        return sample(logits_SV, rows.plan, random_D.to(self._device))
+        if rows.adjustment is not None:
+            self._adjustments.apply(rows.adjustment, logits_SV, self._ends[rows.sampling])
+        if len(rows.drawing):
+            random_D = torch.from_numpy(uniforms(rows.drawing_seeds, self._ends[rows.drawing]))
+            tokens_S = sample(logits_SV, rows.plan, random_D.to(self._device))
+        else:
+            tokens_S = greedy(logits_SV)
+        if rows.adjustment is not None:
+            self._adjustments.count(rows.adjustment, tokens_S)
+        return tokens_S
 
     def _prepare(self, step: Step) -> tuple[Array, Array]:
         """Bring the slot table up to `step`; the first position of each row and the ids that came, int64."""
         if step.admits:
             self._slots.admit(step.admits)
+            self._adjustments.admit(step.admits)
         if step.pages:
             self._slots.append_pages(np.frombuffer(step.pages, np.int32).reshape(-1, 2))
         if step.rows is None:
@@ -171,6 +182,7 @@ class Runner:
             table.temperature[sampling_slots],
             table.top_k[sampling_slots],
             table.top_p[sampling_slots],
+            table.min_p[sampling_slots],
             self._model.architecture.vocab_size,
             self._device,
         )
@@ -193,6 +205,7 @@ class Runner:
             sampling_slots=self._put(sampling_slots),
             last_tokens=self._put(starts[1:][sampling] - 1),
             plan=plan,
+            adjustment=self._adjustments.plan(sampling_slots),
         )
 
     def _check(self, slots: Array, counts: Array, flags: Array, num_continued: int) -> None:

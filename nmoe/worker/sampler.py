@@ -8,9 +8,9 @@ per row picks a token by the inverse of their running sum. Integer sums are exac
 device, in every batch and with every block size. What the rounding down takes from a token is below 2**-40 of the
 likeliest one's probability; the logits' own float32 rounding is coarser.
 
-Filters come in the order of transformers' logits warpers and of vLLM: temperature, then top-k, then top-p over what
-top-k left. top-k keeps exactly k tokens; among equals the lower ids. top-p keeps the shortest list of likeliest tokens
-whose probability reaches p, hence always at least one.
+Filters come in vLLM's order: temperature, min-p, then top-k, then top-p over what they left. min-p keeps the tokens
+with at least that share of the likeliest one's probability. top-k keeps exactly k tokens; among equals the lower ids.
+top-p keeps the shortest list of likeliest tokens whose probability reaches p, hence always at least one.
 """
 
 import dataclasses
@@ -35,6 +35,7 @@ class Plan:
     drawn_D: torch.Tensor  # int64 [D]
     has_greedy: bool  # whether D < S
     temperature_D1: torch.Tensor  # float32 [D, 1]
+    least_D1: torch.Tensor | None  # int64 [D, 1]: by min-p, the least weight that counts; None when no row has min-p
     filtered_F: torch.Tensor  # int64 [F], positions in D
     unfiltered_U: torch.Tensor  # int64 [D - F], the other positions in D
     num_candidates: int  # K: the largest top-k of the F rows, V when one of them has none
@@ -42,7 +43,9 @@ class Plan:
     top_p_F1: torch.Tensor  # float64 [F, 1]
 
 
-def make_plan(temperature: Array, top_k: Array, top_p: Array, vocab_size: int, device: torch.device) -> Plan:
+def make_plan(
+    temperature: Array, top_k: Array, top_p: Array, min_p: Array, vocab_size: int, device: torch.device
+) -> Plan:
     """The plan for rows with these parameters (host arrays [S]; meanings as in `nmoe.messages.Sampling`)."""
     if vocab_size > 1 << _ID_BITS:
         raise ValueError(f"a vocabulary of {vocab_size} does not fit in {_ID_BITS} bits")
@@ -51,7 +54,7 @@ def make_plan(temperature: Array, top_k: Array, top_p: Array, vocab_size: int, d
         return torch.from_numpy(array).to(device, dtype)
 
     drawn = np.flatnonzero(temperature > 0)
-    top_k, top_p = top_k[drawn], top_p[drawn]
+    top_k, top_p, min_p = top_k[drawn], top_p[drawn], min_p[drawn]
     top_k = np.where((top_k <= 0) | (top_k > vocab_size), vocab_size, top_k)
     is_filtered = (top_k < vocab_size) | (top_p < 1)
     filtered = np.flatnonzero(is_filtered)
@@ -61,6 +64,7 @@ def make_plan(temperature: Array, top_k: Array, top_p: Array, vocab_size: int, d
         drawn_D=put(drawn, torch.int64),
         has_greedy=len(drawn) < len(temperature),
         temperature_D1=put(np.maximum(temperature[drawn], _COLDEST), torch.float32)[:, None],
+        least_D1=put(np.ceil(min_p * _ONE), torch.int64)[:, None] if (min_p > 0).any() else None,
         filtered_F=put(filtered, torch.int64),
         unfiltered_U=put(np.flatnonzero(~is_filtered), torch.int64),
         num_candidates=int(top_k.max(initial=0)),
@@ -88,6 +92,8 @@ def sample(logits_SV: torch.Tensor, plan: Plan, uniforms_D: torch.Tensor) -> tor
 def _draw(logits_DV: torch.Tensor, plan: Plan, uniforms_D: torch.Tensor) -> torch.Tensor:
     """The drawn tokens, int64 [D]."""
     weights_DV = _weights(logits_DV, plan.temperature_D1)
+    if plan.least_D1 is not None:
+        weights_DV.masked_fill_(weights_DV < plan.least_D1, 0)
     uniforms_D1 = uniforms_D[:, None]
     if not len(plan.filtered_F):
         return _pick(weights_DV, uniforms_D1)[:, 0]

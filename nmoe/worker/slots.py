@@ -46,6 +46,7 @@ class SlotTable:
         self.temperature = np.zeros(num_slots, np.float32)
         self.top_k = np.zeros(num_slots, np.int64)
         self.top_p = np.ones(num_slots, np.float64)
+        self.min_p = np.zeros(num_slots, np.float64)
         self.seeds = np.zeros(num_slots, np.int64)
         # One entry more, for rows of a captured step that belong to nobody.
         self.last_S = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
@@ -70,6 +71,7 @@ class SlotTable:
             self.temperature[slot] = sampling.temperature
             self.top_k[slot] = sampling.top_k
             self.top_p[slot] = sampling.top_p
+            self.min_p[slot] = sampling.min_p
             self.seeds[slot] = sampling.seed
 
     def append_pages(self, assigned: Array) -> None:

@@ -1,0 +1,152 @@
+"""What requests ask to be done to their logits before a token is chosen: bias, minimum length, penalties.
+
+Shape suffixes: S rows that sample, P those of them with penalties, V the vocabulary, N places in the table of past
+tokens.
+
+The order is vLLM's: `logit_bias` and the bar on stop ids before `min_tokens`, then `repetition_penalty` (Keskar et al.,
+"CTRL", 2019: positive logits are divided by it, others multiplied), `frequency_penalty` and `presence_penalty`
+(OpenAI's API reference). Repetition looks at prompt and output, the others at the output alone.
+
+Invariants: only slots with penalties have a place, and there are as many places as such slots at most. A token is
+counted on the device as it is sampled, in device order, so the next step's penalties know it before the host does; a
+return after a preemption counts the whole output anew. No row's logits depend on another row's.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nmoe.messages import Admit, Sampling
+
+Array = npt.NDArray[Any]
+_FEWEST = 8  # places that are made at once
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Adjustment:
+    """What changes in the logits of a step's S sampling rows; made once per set of rows. Tensors are on the device."""
+
+    biased: tuple[torch.Tensor, torch.Tensor] | None  # rows and ids, int64, each pair once
+    bias: torch.Tensor  # float32, as long
+    barred: tuple[torch.Tensor, torch.Tensor] | None  # rows and ids, int64
+    barred_rows: Array  # the rows again, on the host
+    barred_until: Array  # int64: the first position at which each pair is free
+    penalised_P: torch.Tensor | None  # int64: rows
+    places_P: torch.Tensor  # int64
+    repetition_P1: torch.Tensor  # float32
+    frequency_P1: torch.Tensor  # float32
+    presence_P1: torch.Tensor  # float32
+
+
+class Adjustments:
+    """The state of all slots. `active[slot]` says whether a slot's logits change at all."""
+
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self.active = np.zeros(num_slots, np.bool_)
+        self._places = np.zeros(num_slots, np.int64)
+        self._samplings: dict[int, tuple[Sampling, int]] = {}  # of the active slots, with the prompt's length
+        self._forget()
+
+    def reset(self) -> None:
+        """Forget every request."""
+        self.active.fill(False)
+        self._samplings.clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        # Twice the times that a token was generated, plus one if the prompt has it.
+        self._past_NV = torch.zeros(0, self._vocab_size, dtype=torch.int32, device=self._device)
+        self._free: list[int] = []
+
+    def admit(self, admits: Sequence[Admit]) -> None:
+        """Start new requests in their slots, with the tokens that are known of them."""
+        for admit in admits:
+            before, _ = self._samplings.pop(admit.slot, (None, 0))
+            if before is not None and before.needs_past:
+                self._free.append(int(self._places[admit.slot]))
+            sampling = admit.sampling
+            self.active[admit.slot] = sampling.needs_past or bool(sampling.logit_bias or sampling.min_tokens)
+            if self.active[admit.slot]:
+                self._samplings[admit.slot] = sampling, admit.prompt_len
+            if sampling.needs_past:
+                self._places[admit.slot] = self._take_place()
+                self._remember(self._places[admit.slot], np.frombuffer(admit.past, np.int32), admit.prompt_len)
+
+    def _take_place(self) -> int:
+        if not self._free:
+            count = len(self._past_NV)
+            more = max(count, _FEWEST)
+            self._past_NV = torch.cat((self._past_NV, self._past_NV.new_zeros(more, self._vocab_size)))
+            self._free = list(range(count + more - 1, count - 1, -1))
+        return self._free.pop()
+
+    def _remember(self, place: int, past: Array, prompt_len: int) -> None:
+        counts_V = 2 * np.bincount(past[prompt_len:], minlength=self._vocab_size).astype(np.int32)
+        counts_V[past[:prompt_len]] += 1  # once, however often the prompt has it
+        self._past_NV[place] = torch.from_numpy(counts_V).to(self._device)
+
+    def plan(self, slots_S: Array) -> Adjustment | None:
+        """For rows of these slots, in this order; None when none of them asks for anything."""
+        active = np.flatnonzero(self.active[slots_S])
+        if not len(active):
+            return None
+        biases: list[tuple[int, int, float]] = []
+        bars: list[tuple[int, int, int]] = []
+        penalties: list[tuple[int, int, float, float, float]] = []
+        for row in active.tolist():
+            slot = int(slots_S[row])
+            sampling, prompt_len = self._samplings[slot]
+            biases += [(row, token, value) for token, value in sampling.logit_bias]
+            bars += [(row, token, prompt_len + sampling.min_tokens) for token in sampling.barred_ids]
+            if sampling.needs_past:
+                powers = sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty
+                penalties.append((row, int(self._places[slot]), *powers))
+        bias, bar = np.array(biases, np.float64).reshape(-1, 3), np.array(bars, np.int64).reshape(-1, 3)
+        penalty = np.array(penalties, np.float64).reshape(-1, 5)
+        return Adjustment(
+            biased=(self._put(bias[:, 0]), self._put(bias[:, 1])) if biases else None,
+            bias=self._put(bias[:, 2], torch.float32),
+            barred=(self._put(bar[:, 0]), self._put(bar[:, 1])) if bars else None,
+            barred_rows=bar[:, 0],
+            barred_until=bar[:, 2],
+            penalised_P=self._put(penalty[:, 0]) if penalties else None,
+            places_P=self._put(penalty[:, 1]),
+            repetition_P1=self._put(penalty[:, 2:3], torch.float32),
+            frequency_P1=self._put(penalty[:, 3:4], torch.float32),
+            presence_P1=self._put(penalty[:, 4:5], torch.float32),
+        )
+
+    def _put(self, array: Array, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, dtype, non_blocking=True)
+
+    def apply(self, plan: Adjustment, logits_SV: torch.Tensor, positions_S: Array) -> None:
+        """Change the float32 logits in place; `positions_S` (on the host) are those of the tokens to be sampled."""
+        if plan.biased is not None:
+            logits_SV.index_put_(plan.biased, plan.bias, accumulate=True)
+        if plan.barred is not None:
+            bars = positions_S[plan.barred_rows] < plan.barred_until
+            if bars.any():
+                bar = self._put(np.where(bars, -np.inf, 0.0), torch.float32)
+                logits_SV.index_put_(plan.barred, bar, accumulate=True)
+        if plan.penalised_P is not None:
+            past_PV = self._past_NV[plan.places_P]
+            logits_SV[plan.penalised_P] = _penalise(logits_SV[plan.penalised_P], past_PV, plan)
+
+    def count(self, plan: Adjustment, tokens_S: torch.Tensor) -> None:
+        """The sampled tokens are part of the output from now on."""
+        if plan.penalised_P is not None:
+            places = plan.places_P, tokens_S[plan.penalised_P].long()
+            self._past_NV[places] += 2
+
+
+def _penalise(logits_PV: torch.Tensor, past_PV: torch.Tensor, plan: Adjustment) -> torch.Tensor:
+    scaled_PV = torch.where(logits_PV > 0, logits_PV / plan.repetition_P1, logits_PV * plan.repetition_P1)
+    logits_PV = torch.where(past_PV > 0, scaled_PV, logits_PV)
+    times_PV = past_PV >> 1
+    return logits_PV - plan.frequency_P1 * times_PV - plan.presence_P1 * (times_PV > 0)
