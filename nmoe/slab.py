@@ -79,7 +79,7 @@ class SlabLayout(msgspec.Struct, frozen=True):
         return self.flag(rank, NUM_CHANNELS, 0, 0)
 
     def poison(self, rank: int) -> int:
-        """The line with `rank`'s poison word: int64."""
+        """The line with `rank`'s poison words: int64, one for each rank that may write it."""
         return self.awaited(rank) + LINE
 
 
@@ -87,12 +87,10 @@ def _aligned(size: int) -> int:
     return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def make_slabs(layout: SlabLayout) -> mmap.mmap | None:
-    """Anonymous memory for all ranks, zeroed, inherited by fork; None for one rank, which needs none.
+def make_slabs(layout: SlabLayout) -> mmap.mmap:
+    """Anonymous memory for all ranks, zeroed, inherited by fork.
 
     It may serve any number of generations of workers: what an earlier one left has lower epochs.
     """
-    if layout.world_size == 1:
-        return None
     # Not reserved: the limits of a large model ask for more than the traffic will ever touch.
     return mmap.mmap(-1, layout.total_bytes, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)

@@ -84,7 +84,7 @@ class Layers:
         combine = link.dispatch(self.experts[rank], *ranks[rank])
         pause()
         assert torch.equal(combine(), sums[rank]), f"exchange {number}, rank {rank}"
-        link.check()
+        assert link.check()
 
 
 def never():
@@ -106,7 +106,7 @@ def run_node(world_size, dtype, prepare, rank_main, *args):
         with contextlib.suppress(BaseException):
             try:
                 link = SharedMemory(layout, memory, rank, DTYPES[dtype], bound_s=args[0] if args else 20.0)
-                assert link.meet(1, never)
+                assert link.meet(1, never, bounded=False)
                 rank_main(rank, link, prepared, *args)
                 status = 0
             except BaseException:
@@ -153,8 +153,7 @@ def test_nothing_overlaps_in_a_slab_and_slabs_are_apart(world_size):
     assert layout.total_bytes == world_size * layout.slab_bytes
 
 
-def test_one_rank_needs_no_memory_and_untouched_memory_costs_nothing():
-    assert make_slabs(make_layout(1)) is None
+def test_untouched_memory_costs_nothing():
     layout = make_layout(8)
     huge = msgspec.structs.replace(layout, slab_bytes=1 << 36)
     with make_slabs(huge) as memory:
@@ -200,10 +199,11 @@ def test_one_rank_gives_the_bits_of_an_exchange_with_oneself(dtype):
     pushing = SharedMemory(layout, mmap.mmap(-1, layout.total_bytes), 0, DTYPES[dtype])
     results = []
     for link in (OneRank(), pushing):
-        assert link.meet(1, never)
+        assert link.meet(1, never, bounded=False) and link.check()
         link.begin(CHANNEL_PREFILL, DECODES + PREFILL)
         results.append(link.dispatch(experts, *tokens)())
-        link.check()
+        assert link.check()
+        link.leave()
     assert torch.equal(*results)
     assert torch.equal(results[0], exchange([experts], EXPERTS, [tokens])[0])
 
@@ -353,21 +353,42 @@ def come_late(rank, link, layers, bound_s):
     with pytest.raises(PeerSilent) as caught:
         link.check()
     assert caught.value.silent == [1]
-    assert link.meet(2, never)
+    assert link.meet(2, never, bounded=False)
     link.begin(CHANNEL_DECODE, 0)
     for _ in range(10):
         layers.check(0, rank, link)
 
 
 def test_a_late_rank_is_poisoned_too_and_a_new_life_starts_clean(tmp_path):
-    run(tmp_path, 4, "float32", prepare_uniform, come_late, 0.3)
+    run(tmp_path, 4, "float32", prepare_uniform, come_late, 0.6)
+
+
+def leave(rank, link, layers, bound_s):
+    """Rank 0 never enters the exchange that the others wait in; it ends their life. Its own silence is not to blame."""
+    link.begin(CHANNEL_DECODE, 0)
+    layers.check(0, rank, link)
+    started = time.monotonic()
+    if rank == 0:
+        time.sleep(0.2)
+        link.leave()
+    else:
+        go_through(rank, link, layers)
+    assert not link.check()
+    assert time.monotonic() - started < bound_s / 2
+    assert link.meet(2, never, bounded=True) and link.check()
+    link.begin(CHANNEL_PREFILL, 0)
+    layers.check(0, rank, link)
+
+
+def test_a_life_can_be_ended_for_all(tmp_path):
+    run(tmp_path, 4, "float32", prepare_uniform, leave, 20.0)
 
 
 def test_meeting_ends_when_told_to_stop():
     layout = make_layout(2)
     link = SharedMemory(layout, mmap.mmap(-1, layout.total_bytes), 0, torch.float32)
     asked = []
-    assert not link.meet(1, lambda: asked.append(True) or len(asked) == 3)
+    assert not link.meet(1, lambda: asked.append(True) or len(asked) == 3, bounded=False)
     assert len(asked) == 3
 
 

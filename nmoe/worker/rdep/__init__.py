@@ -23,10 +23,10 @@ class Exchange(Protocol):
     in float32 in the order of the ranks.
     """
 
-    def meet(self, life: int, stopped: Callable[[], bool]) -> bool:
+    def meet(self, life: int, stopped: Callable[[], bool], *, bounded: bool) -> bool:
         """Begin a new life, greater than any before and the same on every rank, and wait until every rank has.
 
-        As long as it takes, since loading does; `stopped` is asked now and then, and False is returned when it says so.
+        As long as it takes, or `bounded` as other waits are. `stopped` is asked now and then; False when it says so.
         """
         ...
 
@@ -45,11 +45,15 @@ class Exchange(Protocol):
         """
         ...
 
-    def check(self) -> None:
-        """Raises PeerSilent when a rank did not take part: what this rank computed in this life may be wrong.
+    def leave(self) -> None:
+        """End this life on every rank: whoever waits in it goes on at once, and what it computes is void."""
+        ...
 
-        A step's results may leave the rank only after this. Waits are bounded, and after the first that was in vain
-        the others are not waited for at all.
+    def check(self) -> bool:
+        """Whether a step's results are right and may leave the rank; False when a rank has ended this life.
+
+        Raises PeerSilent when a rank did not take part. Waits are bounded, and after the first that was in vain the
+        others are not waited for at all.
         """
         ...
 
@@ -57,7 +61,7 @@ class Exchange(Protocol):
 class OneRank:
     """World size 1: every expert is here, and no memory is shared. The same bits as an exchange with oneself."""
 
-    def meet(self, life: int, stopped: Callable[[], bool]) -> bool:
+    def meet(self, life: int, stopped: Callable[[], bool], *, bounded: bool) -> bool:
         """There is nobody else."""
         return True
 
@@ -76,5 +80,9 @@ class OneRank:
 
         return combine
 
-    def check(self) -> None:
+    def leave(self) -> None:
+        """Nobody else waits."""
+
+    def check(self) -> bool:
         """Nobody else can be silent."""
+        return True

@@ -6,6 +6,7 @@ other, so one strided assignment writes the rows of every owner.
 Shape suffixes: N ranks, T tokens of this rank, C slots per rank, K experts per token, D hidden, S rows on their way.
 """
 
+import math
 import mmap
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -51,8 +52,9 @@ class SharedMemory:
         self._bound_s, self._bound_s_per_token = bound_s, bound_s_per_token
         self._channel = CHANNEL_DECODE
 
-    def meet(self, life: int, stopped: Callable[[], bool]) -> bool:
+    def meet(self, life: int, stopped: Callable[[], bool], *, bounded: bool) -> bool:
         """See Exchange."""
+        self._signals.set_bound(self._bound_s if bounded else math.inf)
         return self._signals.meet(life, stopped)
 
     def begin(self, channel: int, num_tokens: int) -> None:
@@ -62,9 +64,13 @@ class SharedMemory:
         self._channel = channel
         self._signals.set_bound(self._bound_s + self._bound_s_per_token * num_tokens)
 
-    def check(self) -> None:
+    def leave(self) -> None:
         """See Exchange."""
-        self._signals.check()
+        self._signals.leave()
+
+    def check(self) -> bool:
+        """See Exchange."""
+        return self._signals.check()
 
     def dispatch(
         self, experts: LocalExperts, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor

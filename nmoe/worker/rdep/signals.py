@@ -1,12 +1,12 @@
 """Flags between ranks: raising them, waiting for them, and giving up on a rank that stays silent.
 
 Invariants
-- An epoch is (life << 40) + n. Each rank counts the exchanges of a life, per channel, all ranks alike; so a flag never
+- An epoch is (life << 36) + n. Each rank counts the exchanges of a life, per channel, all ranks alike; so a flag never
   goes down, and what an earlier life left behind is never enough. A flag line is written by one rank only.
 - A rank raises its flag at every rank in both phases of every exchange, with or without rows.
 - Nobody goes past an unmet wait before it has poisoned every rank. Whatever is computed from then on may be wrong, but
-  it follows the poison: a rank that read any of it, directly or through others, finds its own poison word set when it
-  looks afterwards. So a step that ends unpoisoned is right.
+  it follows the poison: a rank that read any of it, directly or through others, finds itself poisoned when it looks
+  afterwards. So a step that ends unpoisoned is right. A poison word has one writer too, and names the life it is for.
 
 A wait first yields the core, as on a busy machine the flags are often one time slice away, then sleeps on the rank's
 `sleeps` word until the last flag is raised. A sleeper sets its word, then looks at its flags once more; who raises a
@@ -27,7 +27,7 @@ from nmoe.worker.rdep import futex
 
 _YIELD_S = 50e-6
 _NAP_S = 0.05  # between looks at the clock and at the poison word
-_LIFE_BITS = 40
+_COUNT_BITS = 36  # of an epoch; the life has the others
 _POISON_BITS = 8  # one per rank
 # Words of a flag's line, and of the line with what a rank waits for, in units of 8 bytes.
 _EPOCH, _TOKENS = 0, 1
@@ -51,7 +51,9 @@ class Signals:
             for channel in range(NUM_CHANNELS)
         ]
         self._awaited = [layout.awaited(other) // 8 for other in self._ranks]
-        self._poison = [layout.poison(other) // 8 for other in self._ranks]
+        poison = [layout.poison(other) // 8 for other in self._ranks]
+        self._poisons = slice(poison[rank], poison[rank] + layout.world_size)
+        self._poison_by_me = [word + rank for word in poison]
         self._nap = futex.Nap(_NAP_S)
         self._life = 0
         self._epochs = [0] * NUM_CHANNELS
@@ -65,17 +67,16 @@ class Signals:
         return slice(first, first + layout.world_size * LINE // 8, LINE // 8)
 
     def meet(self, life: int, stopped: Callable[[], bool]) -> bool:
-        """Begin a life and wait, as long as it takes, until every rank has begun it. False when `stopped()`."""
+        """Begin a life and wait until every rank has begun it. False when `stopped()`.
+
+        It ends the life before on every rank: its flags are greater than those of the other's exchanges.
+        """
+        self.leave()
         self._life, self._gave_up = life, False
-        self._epochs = [life << _LIFE_BITS] * NUM_CHANNELS
+        self._epochs = [life << _COUNT_BITS] * NUM_CHANNELS
         epoch = self.next_epoch(0)
         self.raise_flags(0, DISPATCH, epoch, 0)
-        flags = self._epoch_words[0][DISPATCH][self._rank]
-        while not self._raised(flags, epoch):
-            if stopped():
-                return False
-            self._sleep(flags, epoch)
-        return True
+        return self._wait(0, DISPATCH, epoch, stopped)
 
     def next_epoch(self, channel: int) -> int:
         """Number one more exchange on `channel`."""
@@ -83,7 +84,7 @@ class Signals:
         return self._epochs[channel]
 
     def set_bound(self, seconds: float) -> None:
-        """How long each wait may take from now on."""
+        """How long each wait may take from now on; may be infinite."""
         self._bound_s = seconds
 
     def raise_flags(self, channel: int, phase: int, epoch: int, num_tokens: int) -> None:
@@ -101,9 +102,31 @@ class Signals:
 
     def wait(self, channel: int, phase: int, epoch: int) -> None:
         """Until every rank has raised its flag, or, with this rank poisoned, not any longer."""
+        if not self._gave_up:
+            self._wait(channel, phase, epoch, lambda: False)
+
+    def tokens(self, channel: int) -> list[int]:
+        """How many tokens each rank has in the exchange whose dispatch was waited for."""
+        flags = self._epoch_words[channel][DISPATCH][self._rank]
+        return self._words[flags.start + _TOKENS : flags.stop : flags.step].tolist()
+
+    def leave(self) -> None:
+        """End this life on every rank."""
+        self._spread(self._blamed())
+
+    def check(self) -> bool:
+        """False when a rank has ended this life. Raises PeerSilent when one was silent in it."""
+        if not self._poisoned():
+            return True
+        if blamed := self._blamed():
+            raise PeerSilent(self._rank, sorted(blamed), self._bound_s)
+        return False
+
+    def _wait(self, channel: int, phase: int, epoch: int, stopped: Callable[[], bool]) -> bool:
+        """Until every rank has raised its flag or this rank is poisoned. False when `stopped()`."""
         flags = self._epoch_words[channel][phase][self._rank]
-        if self._gave_up or self._raised(flags, epoch):
-            return
+        if self._raised(flags, epoch):
+            return True
         at = self._awaited[self._rank]
         self._words[at + _CHANNEL], self._words[at + _PHASE], self._words[at + _AWAITED] = channel, phase, epoch
         started = time.monotonic()
@@ -111,24 +134,17 @@ class Signals:
             waited = time.monotonic() - started
             if waited < _YIELD_S:
                 os.sched_yield()
-            elif self._poisoned_by():
-                self._spread(self._words[self._poison[self._rank]])
-                return
+            elif stopped():
+                return False
+            elif self._poisoned():
+                self._spread(self._blamed())
+                return True
             elif waited > self._bound_s and (silent := self._silent()):
-                self._spread(self._life << _POISON_BITS | sum(1 << rank for rank in silent))
-                return
+                self._spread(silent)
+                return True
             else:
                 self._sleep(flags, epoch)
-
-    def tokens(self, channel: int) -> list[int]:
-        """How many tokens each rank has in the exchange whose dispatch was waited for."""
-        flags = self._epoch_words[channel][DISPATCH][self._rank]
-        return self._words[flags.start + _TOKENS : flags.stop : flags.step].tolist()
-
-    def check(self) -> None:
-        """Raises PeerSilent when this rank is poisoned: what it computed in this life may be wrong."""
-        if mask := self._poisoned_by():
-            raise PeerSilent(self._rank, [rank for rank in self._ranks if mask >> rank & 1], self._bound_s)
+        return True
 
     def _raised(self, flags: slice, epoch: int) -> bool:
         return min(self._words[flags]) >= epoch
@@ -138,7 +154,7 @@ class Signals:
         word = self._awaited[self._rank] + _SLEEPS
         self._words[word] = 1
         futex.fence()
-        if not self._raised(flags, epoch) and not self._poisoned_by():
+        if not self._raised(flags, epoch) and not self._poisoned():
             self._nap.sleep(self._address + 8 * word, 1)
         self._words[word] = 0
 
@@ -147,15 +163,19 @@ class Signals:
         self._words[word] = 0
         futex.wake(self._address + 8 * word)
 
-    def _poisoned_by(self) -> int:
-        """The ranks, one bit each, whose silence poisoned this rank in this life."""
-        word = self._words[self._poison[self._rank]]
-        return word & (1 << _POISON_BITS) - 1 if word >> _POISON_BITS == self._life else 0
+    def _poisoned(self) -> bool:
+        """Whether what this rank computes in this life may be wrong."""
+        return any(word >> _POISON_BITS == self._life for word in self._words[self._poisons])
 
-    def _spread(self, poison: int) -> None:
+    def _blamed(self) -> set[int]:
+        """Whose silence poisoned this rank; nobody's if its life was ended."""
+        words = [word for word in self._words[self._poisons] if word >> _POISON_BITS == self._life]
+        return {rank for rank in self._ranks if any(word >> rank & 1 for word in words)}
+
+    def _spread(self, blamed: set[int]) -> None:
         """Poison every rank and wake it, then go past this wait and all that follow."""
-        for word in self._poison:
-            self._words[word] = poison
+        for word in self._poison_by_me:
+            self._words[word] = self._life << _POISON_BITS | sum(1 << rank for rank in blamed)
         futex.fence()
         for rank in self._ranks:
             self._wake(rank)
