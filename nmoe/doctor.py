@@ -332,11 +332,11 @@ def _port(facts: Facts) -> Row:
 # ------------------------------------------------------------------------------------------ what this release has not
 
 
-def _one_worker(facts: Facts) -> Row | None:
+def _one_gpu(facts: Facts) -> Row | None:
     world_size = facts.config.parallel.world_size
-    if world_size == 1:
+    if world_size == 1 or facts.config.parallel.device == "cpu":
         return None
-    detail = f"world_size = {world_size}: expert parallelism (RDEP) is not part of this release"
+    detail = f"world_size = {world_size}: expert parallelism (RDEP) between GPUs is not part of this release"
     return Row("workers", "fail", detail, "set [parallel] world_size = 1")
 
 
@@ -354,5 +354,5 @@ CHECKS: tuple[Check, ...] = (
     _shared_memory,
     _open_files,
     _port,
-    _one_worker,
+    _one_gpu,
 )

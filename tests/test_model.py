@@ -182,7 +182,7 @@ def test_random_weights_need_only_a_config(tmp_path):
     assert reports[0] == ("making random weights", 0, total) and reports[-1] == ("making random weights", total, total)
 
 
-def test_more_than_one_rank_is_refused(tmp_path):
+def test_more_than_one_rank_needs_memory_between_them(tmp_path):
     config = Config(model=Model(path=str(make_checkpoint(tmp_path))), parallel=Parallel(world_size=2, device="cpu"))
     with pytest.raises(LaunchError, match="world_size = 2"):
         load_model(open_checkpoint(config), config, 0, torch.device("cpu"), lambda *_: None)

@@ -20,6 +20,7 @@ from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.cache import make_cache
 from nmoe.worker.model import load_model
 from nmoe.worker.process import warm_up
+from nmoe.worker.rdep import OneRank
 from nmoe.worker.runner import Runner
 from nmoe.worker.slots import MalformedStep
 from tests.checkpoints import make_checkpoint
@@ -37,6 +38,7 @@ class Toy:
     """Next-token logits are a function of all earlier ids, which it can only know from the cache."""
 
     def __init__(self):
+        self.exchange = OneRank()
         self.architecture = types.SimpleNamespace(vocab_size=VOCAB)
         self.device = CPU
         self.batches = []

@@ -2,8 +2,9 @@
 
 The loop keeps two steps in flight: while one runs, the next is received and launched, then the first one's result is
 sent. When the scheduler dies, its steps are forgotten, the slots are reset, and the weights stay: the worker connects
-to the next life of it and says that it is ready. The launcher's end-of-file ends the process; errors end it too, and
-the launcher deals with its death.
+to the next life of it and says that it is ready. A step that only some ranks got when it died has these wait for the
+others, who end the exchange's life when they hear of the death; the next one begins with the next scheduler's first
+step. The launcher's end-of-file ends the process; errors end it too, and the launcher deals with its death.
 """
 
 import collections
@@ -50,9 +51,10 @@ def main(boot: ipc.Boot) -> None:
     beat.start()
     try:
         _set_threads(boot.config.parallel.world_size)
-        runner, num_pages = _load(boot)
+        if (loaded := _load(boot)) is None:
+            return
         with zmq.Context() as context:
-            worker = Worker(boot, runner, num_pages, context)
+            worker = Worker(boot, *loaded, context)
             boot.control.send(ipc.Up())
             worker.run()
     finally:
@@ -73,6 +75,8 @@ class Worker:
         self._max_in_flight = boot.config.steps_in_flight
         self._in_flight: collections.deque[Launched] = collections.deque()
         self._scheduler = 0  # the newest generation of the scheduler seen
+        self._scheduler_gone = False
+        self._launcher_gone = False
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(SchedulerToWorker)
         self._connect()
@@ -102,19 +106,29 @@ class Worker:
 
     def _heed_launcher(self) -> bool:
         """False when the launcher has hung up."""
-        try:
-            message = self._boot.control.receive()
-        except EOFError:
-            return False
-        if isinstance(message, ipc.Gone) and message.role == "scheduler":
+        if self._left_alone() and self._scheduler_gone:
+            self._scheduler_gone = False
+            self._runner.exchange.leave()
             self._in_flight.clear()
             self._runner.reset()
             self._link.close()  # with what the dead scheduler has sent
             self._connect()
-        return True
+        return not self._launcher_gone
+
+    def _left_alone(self) -> bool:
+        """Whether the launcher or the scheduler is gone, so that other ranks need not be waited for."""
+        try:
+            message = self._boot.control.receive()
+        except EOFError:
+            self._launcher_gone = True
+        else:
+            self._scheduler_gone |= isinstance(message, ipc.Gone) and message.role == "scheduler"
+        return self._launcher_gone or self._scheduler_gone
 
     def _report(self, launched: Launched) -> None:
-        self._send(StepDone(self._boot.generation, self._boot.index, launched.step_id, launched.tokens()))
+        tokens = launched.tokens()
+        if self._runner.exchange.check():
+            self._send(StepDone(self._boot.generation, self._boot.index, launched.step_id, tokens))
 
     def _receive(self) -> Step | None:
         """The next step if one is there that is not of an earlier scheduler's life."""
@@ -125,7 +139,11 @@ class Worker:
         if step.generation < self._scheduler:
             _log.info("dropped step %d of scheduler life %d", step.step_id, step.generation)
             return None
-        self._scheduler = step.generation
+        if step.generation > self._scheduler:
+            self._scheduler = step.generation
+            life = _life(self._boot.generation, step.generation)
+            if not self._runner.exchange.meet(life, self._left_alone, bounded=True):
+                return None
         return step
 
     def _wait(self) -> None:
@@ -158,16 +176,26 @@ def _device(kind: str, rank: int) -> torch.device:
     return torch.device("cuda", rank)
 
 
-def _load(boot: ipc.Boot) -> tuple[Runner, int]:
-    """The runner with its weights and its cache of so many pages, warmed up."""
+def _life(worker: int, scheduler: int) -> int:
+    """The exchange's life under these generations of the workers, which restart together, and of the scheduler (0: not
+    connected yet). Each is greater than any before, for the first 4096 schedulers."""
+    return (worker << 12) + scheduler
+
+
+def _load(boot: ipc.Boot) -> tuple[Runner, int] | None:
+    """The runner with its weights and its cache of so many pages, warmed up; None when the launcher has hung up."""
     config, started = boot.config, time.monotonic()
     device = _device(config.parallel.device, boot.index)
     checkpoint = open_checkpoint(config)
-    model = load_model(checkpoint, config, boot.index, device, _progress(boot.control))
+    model = load_model(checkpoint, config, boot.index, device, _progress(boot.control), boot.slabs)
     loaded = time.monotonic()
     cache = make_cache(config, checkpoint, device)
     runner = Runner(model, cache, num_slots=config.num_slots, max_seq_len=checkpoint.max_seq_len)
+    # The warm-up needs all ranks, and they take different times to load.
+    if not runner.exchange.meet(_life(boot.generation, 0), lambda: _hung_up(boot.control), bounded=False):
+        return None
     warm_up(runner, cache.page_size)
+    runner.exchange.check()
     if device.type == "cuda" and config.engine.enable_cuda_graph:
         runner.capture(config.engine.max_batch_size)
     _log.info(
@@ -179,6 +207,15 @@ def _load(boot: ipc.Boot) -> tuple[Runner, int]:
         time.monotonic() - loaded,
     )
     return runner, cache.num_pages
+
+
+def _hung_up(control: ipc.Control) -> bool:
+    """Whether the launcher has; nothing else that it says concerns a worker that is not connected yet."""
+    try:
+        control.receive()
+    except EOFError:
+        return True
+    return False
 
 
 def _progress(control: ipc.Control) -> ReportProgress:

@@ -82,6 +82,7 @@ class Runner:
     def __init__(self, model: Model, cache: KVCache, *, num_slots: int, max_seq_len: int) -> None:
         pages_per_slot = -(-max_seq_len // cache.page_size)
         self._model = model
+        self.exchange = model.exchange
         self._cache = cache
         self._device = model.device
         self._slots = SlotTable(num_slots, pages_per_slot, cache.page_size, cache.num_pages, model.device)
@@ -111,6 +112,7 @@ class Runner:
         except MalformedStep as error:
             raise MalformedStep(f"step {step.step_id}: {error}") from None
         rows = self._rows
+        self.exchange.begin(step.channel, step.num_tokens)
         if self._graphs is not None and self._graphs.covers(rows.num_continued) and not rows.num_ids:
             return Launched(step.step_id, self._replay(self._graphs, firsts))
         batch = self._batch(firsts, ids)

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import mmap
 from typing import Protocol
 
 import torch
@@ -10,11 +11,13 @@ from nmoe.architecture import Architecture
 from nmoe.checkpoint import Checkpoint
 from nmoe.config import Config
 from nmoe.errors import LaunchError
+from nmoe.slab import SlabLayout
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.kernels import check_gpu
 from nmoe.worker.model.deepseek_v3 import DeepseekV3
 from nmoe.worker.rdep import Exchange, OneRank
 from nmoe.worker.rdep.one_gpu import OneGPU
+from nmoe.worker.rdep.shared_memory import SharedMemory
 from nmoe.worker.weights import CheckpointSource, RandomSource, ReportProgress, rank_experts, rank_tensors
 
 _MODELS = {"deepseek_v3": DeepseekV3}
@@ -27,6 +30,7 @@ class Model(Protocol):
     architecture: Architecture
     dtype: torch.dtype
     device: torch.device
+    exchange: Exchange
 
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Compute the step's tokens and write their cache rows; hidden states after the final norm, [T, D]."""
@@ -42,21 +46,24 @@ class Model(Protocol):
 
 
 def load_model(
-    checkpoint: Checkpoint, config: Config, rank: int, device: torch.device, report: ReportProgress
+    checkpoint: Checkpoint,
+    config: Config,
+    rank: int,
+    device: torch.device,
+    report: ReportProgress,
+    slabs: mmap.mmap | None = None,
 ) -> Model:
     """This rank's part of the checkpoint's model on `device`. Raises NmoeError.
 
-    `report(what, done, total)` is called about a hundred times, with bytes.
+    `report(what, done, total)` is called about a hundred times, with bytes. `slabs` are what all ranks exchange tokens
+    through, if there are several on the CPU.
     """
     architecture, world_size = checkpoint.architecture, config.parallel.world_size
-    if world_size != 1:
-        raise LaunchError(
-            f"[parallel] world_size = {world_size}: the exchange of tokens between workers does not exist yet; set 1"
-        )
     tensors = rank_tensors(architecture, rank, world_size)
     dtype = _DTYPES[checkpoint.dtype]
     if device.type == "cuda":
         check_gpu(architecture, dtype, config.engine.page_size, device)
+    exchange = _exchange(checkpoint, config, rank, device, slabs)
     with contextlib.ExitStack() as stack:
         source: CheckpointSource | RandomSource
         if config.model.weights == "random":
@@ -67,12 +74,22 @@ def load_model(
             architecture,
             source,
             experts=rank_experts(architecture, rank, world_size),
-            exchange=_exchange(device),
+            exchange=exchange,
             max_seq_len=checkpoint.max_seq_len,
             dtype=dtype,
             device=device,
         )
 
 
-def _exchange(device: torch.device) -> Exchange:
-    return OneGPU(device) if device.type == "cuda" else OneRank()
+def _exchange(
+    checkpoint: Checkpoint, config: Config, rank: int, device: torch.device, slabs: mmap.mmap | None
+) -> Exchange:
+    world_size = config.parallel.world_size
+    if world_size == 1:
+        return OneGPU(device) if device.type == "cuda" else OneRank()
+    if slabs is None:
+        raise LaunchError(
+            f"[parallel] world_size = {world_size}: workers exchange tokens on the CPU only; set device = 'cpu', or 1"
+        )
+    layout = SlabLayout.of(checkpoint.architecture, checkpoint.dtype, config)
+    return SharedMemory(layout, slabs, rank, _DTYPES[checkpoint.dtype])

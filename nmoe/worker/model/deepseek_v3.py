@@ -42,7 +42,7 @@ class DeepseekV3:
     ) -> None:
         """Load from `source`, layer by layer; `experts` are the ids that live on this rank."""
         a = self.architecture = architecture
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.exchange = dtype, device, exchange
         self._ops = ops_for(device)
         like_D = torch.empty(a.hidden_size, dtype=dtype, device=device)
         self._embed_VD = like_D.new_empty(a.vocab_size, a.hidden_size)
