@@ -31,6 +31,7 @@ from nmoe.messages import (
 )
 from nmoe.metrics import Board, row_index
 from nmoe.scheduler import process
+from nmoe.scheduler.report import Report
 from tests.forking import fork_call
 from tests.simulated_worker import SimulatedWorker, expected_output
 
@@ -335,6 +336,16 @@ def test_a_worker_out_of_reach_is_noticed_without_being_told(tmp_path):
         uid = frontend.submit()
         frontend.receive()
         assert frontend.ended == {uid: "error"}
+
+
+def test_a_new_life_takes_back_what_the_earlier_one_said_of_its_steps():
+    row = Board(1).rows[0]
+    for name in ("nmoe:step_deadline_seconds", "nmoe:num_requests_running", "nmoe:kv_cache_usage_perc", "nmoe:steps"):
+        row.set(name, 0.5)
+    Report(row).set_deadline(None)
+    assert row.get("nmoe:step_deadline_seconds") == 0.0
+    assert row.get("nmoe:num_requests_running") == row.get("nmoe:kv_cache_usage_perc") == 0.0
+    assert row.get("nmoe:steps") == 0.5
 
 
 def test_an_idle_scheduler_sleeps(tmp_path):

@@ -8,11 +8,22 @@ _TOKEN_S = 0.005  # and this much more for each of its tokens
 
 
 class Report:
-    """Copies what the policy has counted."""
+    """Copies what the policy has counted.
+
+    Counters go on from where an earlier life left them. What it said of its requests and of its step in flight is void:
+    a deadline that nobody meets any more would have the workers killed.
+    """
 
     def __init__(self, row: Row) -> None:
         self._row = row
         self._deadline = 0.0
+        for name in (
+            "nmoe:step_deadline_seconds",
+            "nmoe:num_requests_running",
+            "nmoe:num_requests_waiting",
+            "nmoe:kv_cache_usage_perc",
+        ):
+            row.set(name, 0.0)
 
     def beat(self, now: float) -> None:
         """Say that the process lives."""
