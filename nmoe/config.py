@@ -16,7 +16,7 @@ from nmoe.errors import ConfigError
 AtLeast0 = Annotated[int, msgspec.Meta(ge=0)]
 AtLeast1 = Annotated[int, msgspec.Meta(ge=1)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # what timers take; infinity is not a time to wait
 
 
 class Model(msgspec.Struct, frozen=True):
@@ -151,6 +151,11 @@ def _contradictions(config: Config) -> list[str]:
         )
     if config.model.max_seq_len and engine.num_pages and engine.num_pages * engine.page_size < 2:
         problems.append("[engine] num_pages: the cache holds fewer than two tokens; raise num_pages or page_size")
+    if any(not key or key != key.strip() for key in config.server.api_keys):
+        problems.append(
+            "[server] api_keys: a key is empty or has spaces around it, which no client can send; remove it, or set"
+            " api_keys = [] to serve without authentication"
+        )
     return problems
 
 
@@ -176,19 +181,26 @@ def load_config(path: str | pathlib.Path) -> Config:
     problems += _contradictions(config) if not problems else []
     if problems:
         raise ConfigError(str(path), problems)
-    return _anchor(config, path.parent)
+    config = _anchor(config, path.parent, problems)
+    if problems:
+        raise ConfigError(str(path), problems)
+    return config
 
 
-def _anchor(config: Config, folder: pathlib.Path) -> Config:
-    """Make the paths of the configuration absolute."""
+def _anchor(config: Config, folder: pathlib.Path, problems: list[str]) -> Config:
+    """Make the paths of the configuration absolute; what is not a path is appended to `problems`."""
 
-    def absolute(name: str) -> str:
-        return str((folder / pathlib.Path(name).expanduser()).resolve()) if name else ""
+    def absolute(key: str, name: str) -> str:
+        try:
+            return str((folder / pathlib.Path(name).expanduser()).resolve()) if name else ""
+        except (RuntimeError, ValueError, OSError) as error:  # no such user's home; a null byte; a loop of links
+            problems.append(f"{key} = {name!r}: is not a usable path ({error}); write it out from /")
+            return ""
 
     replace = msgspec.structs.replace
     return replace(
         config,
-        model=replace(config.model, path=absolute(config.model.path)),
-        engine=replace(config.engine, cache_dir=absolute(config.engine.cache_dir)),
-        trace=replace(config.trace, record=absolute(config.trace.record)),
+        model=replace(config.model, path=absolute("[model] path", config.model.path)),
+        engine=replace(config.engine, cache_dir=absolute("[engine] cache_dir", config.engine.cache_dir)),
+        trace=replace(config.trace, record=absolute("[trace] record", config.trace.record)),
     )

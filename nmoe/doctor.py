@@ -137,9 +137,11 @@ def _model(facts: Facts) -> Row:
 
 
 def _tokenizer(facts: Facts) -> Row | None:
-    model = facts.config.model
-    if not pathlib.Path(model.path).is_dir():
+    model, folder = facts.config.model, pathlib.Path(facts.config.model.path)
+    if not folder.is_dir():
         return None  # absent, which is the model row's to say, or a benchmark's config.json: prompts come as token ids
+    if model.weights == "random" and not (folder / "tokenizer.json").exists():
+        return None  # as for a config.json
     try:
         return Row("tokenizer", "ok", tokenizer_file(model.path).name)
     except CheckpointError as error:

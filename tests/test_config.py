@@ -151,6 +151,8 @@ def test_all_problems_are_reported_at_once(tmp_path):
         ("server", "processes = 0", ">= 1"),
         ("server", 'api_keys = "secret"', "array"),
         ("server", "drain_timeout_s = -1.0", ">= 0"),
+        ("server", "drain_timeout_s = inf", "<= 1000000000"),
+        ("server", "request_timeout_s = nan", ">= 0"),
         ("benchmark", 'mode = "both"', "'decode', 'prefill'"),
     ],
 )
@@ -166,6 +168,17 @@ def test_a_wrong_value_is_shown_with_what_is_allowed(tmp_path, section, line, sa
 
 def test_a_whole_number_is_a_number_of_seconds(tmp_path):
     assert load(tmp_path, '[model]\npath = "m"\n[server]\ndrain_timeout_s = 5').server.drain_timeout_s == 5.0
+
+
+@pytest.mark.parametrize("keys", ['[""]', '["secret", " padded"]'])
+def test_a_key_that_no_client_can_send_is_refused(tmp_path, keys):
+    (problem,) = problems(tmp_path, f'[model]\npath = "m"\n[server]\napi_keys = {keys}')
+    assert problem.startswith("[server] api_keys") and "api_keys = []" in problem
+
+
+def test_what_is_no_path_is_named(tmp_path):
+    found = problems(tmp_path, '[model]\npath = "~no-such-user/m"\n[trace]\nrecord = "a\\u0000b"')
+    assert [problem.split(" = ")[0] for problem in found] == ["[model] path", "[trace] record"]
 
 
 def test_a_section_must_be_a_table(tmp_path):

@@ -106,8 +106,10 @@ def test_tokenizer(tmp_path):
     assert found.status == "fail" and "tiktoken" in found.detail and "save_pretrained" in found.remedy
 
 
-def test_random_weights_need_no_tokenizer():
-    config = vary(CPU, model={"path": f"{DEMO}/config.json", "weights": "random"})
+@pytest.mark.parametrize("path", ["", "config.json"])
+def test_random_weights_need_no_tokenizer(tmp_path, path):
+    (tmp_path / "config.json").symlink_to(pathlib.Path(DEMO) / "config.json")
+    config = vary(CPU, model={"path": str(tmp_path / path), "weights": "random"})
     rows = doctor.checks(config)
     assert row(rows, "model").detail.endswith("random weights")
     assert "tokenizer" not in [row.name for row in rows]
