@@ -57,10 +57,11 @@ class Drained(msgspec.Struct, frozen=True, tag="drained"):
 
 
 class Gone(msgspec.Struct, frozen=True, tag="gone"):
-    """Launcher -> child: that process died, and what it held is lost; a new life of it may come."""
+    """Launcher -> child: that life of that process ended, and what it held is lost; a new life of it may come."""
 
     role: Role
     index: int
+    generation: int
 
 
 ControlMessage = Progress | Up | Failed | Drain | Drained | Gone

@@ -72,14 +72,16 @@ class Supervisor:
             group.members.append((child.role, child.index))
         self._loading: set[str] = set()  # titles of restarted processes that are not up yet
         self._failures: dict[int, str] = {}  # pid -> what it said before it died
+        self._killed: set[int] = set()  # pids that are on their way out
 
     def run(self) -> None:
         """Supervise until a signal comes. Raises LaunchError when a group keeps dying."""
         while True:
-            for event in self._children.events(self._timeout()):
-                if isinstance(event, Signalled):
-                    return
-                self.handle(event)
+            events = self._children.events(self._timeout())
+            for event in events:
+                self.handle(event)  # also what came together with a signal: a death must be told
+            if any(isinstance(event, Signalled) for event in events):
+                return
             self._restart_due()
             self._kill_silent()
 
@@ -110,18 +112,18 @@ class Supervisor:
     def _lost(self, child: Child, how: str) -> None:
         name = group_of(child.role, child.index)
         group = self._groups[name]
+        self._killed.discard(child.pid)
+        message = self._failures.pop(child.pid, "")
         if group.restart_at is not None:
             return  # went down with the rest of its group
-        why = f"{child.title} {how}"
-        if message := self._failures.pop(child.pid, ""):
-            why += f": {message}"
+        why = f"{child.title} {how}" + (f": {message}" if message else "")
         pause = group.died(why, time.monotonic())
         _log.error("%s; restarting %s%s", why, name, f" in {pause:.1f} s" if pause else "")
         for other in list(self._children):
             if group_of(other.role, other.index) == name:
                 os.kill(other.pid, signal.SIGKILL)
             else:
-                other.control.send(Gone(child.role, child.index))
+                other.control.send(Gone(child.role, child.index, child.generation))
 
     def _restart_due(self) -> None:
         alive = {group_of(child.role, child.index) for child in self._children}
@@ -136,7 +138,9 @@ class Supervisor:
         """A process that hangs is as good as dead, and its death is something that everybody knows how to handle."""
         now = time.monotonic()
         due = self._board.rows[row_index("scheduler", 0, self._world_size)].get("nmoe:step_deadline_seconds")
-        for child in list(self._children):
+        for child in self._children:
+            if child.pid in self._killed:
+                continue  # dying takes a while with much memory
             row = self._board.rows[row_index(child.role, child.index, self._world_size)]
             silence = now - row.get("nmoe:heartbeat_seconds")
             overdue = child.role == "worker" and 0 < due < now and not self._is_loading(child)
@@ -144,3 +148,4 @@ class Supervisor:
                 what = "has a step overdue" if overdue else f"has not answered for {silence:.0f} s"
                 _log.error("%s %s: killed", child.title, what)
                 os.kill(child.pid, signal.SIGKILL)
+                self._killed.add(child.pid)

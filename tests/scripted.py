@@ -127,7 +127,7 @@ class Rig:
     def restart_scheduler(self):
         """The scheduler's end dies with all that it knows, the launcher says so, and its next life listens."""
         self.router.close()
-        self.launcher.send(ipc.Gone("scheduler", 0))
+        self.launcher.send(ipc.Gone("scheduler", 0, 1))
         self.generation += 1
         self.router = ipc.bind_router(self._context, self._address)
 

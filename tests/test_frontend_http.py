@@ -217,7 +217,7 @@ async def test_health_is_every_process(rig):
 async def test_health_after_a_death_and_in_an_overdue_step(rig):
     scheduler, worker = (rig.board.rows[row_index(role, 0, 1)] for role in ("scheduler", "worker"))
     beat(rig)
-    rig.launcher.send(ipc.Gone("worker", 0))
+    rig.launcher.send(ipc.Gone("worker", 0, 1))
     async with asyncio.timeout(5):
         while (await get(rig, "/health"))[0] != 503:
             pass

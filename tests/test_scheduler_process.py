@@ -301,7 +301,7 @@ def test_a_frontend_that_dies_leaves_nothing_behind(tmp_path, told):
         frontend.submit(max_tokens=100)
         frontend.link.close()
         if told:
-            rig.control.send(ipc.Gone("frontend", 0))
+            rig.control.send(ipc.Gone("frontend", 0, 1))
         assert steps_stop(workers)
 
 
@@ -311,7 +311,7 @@ def test_dead_workers_end_all_requests_and_new_ones_start_clean(tmp_path):
         lost = frontend.submit(max_tokens=100)
         for worker in old:
             worker.receive()
-        rig.control.send(ipc.Gone("worker", 1))
+        rig.control.send(ipc.Gone("worker", 1, 1))
         message = frontend.receive()
         assert frontend.ended == {lost: "error"}
         assert "worker 1 died" in message.ended[0].detail
@@ -326,6 +326,30 @@ def test_dead_workers_end_all_requests_and_new_ones_start_clean(tmp_path):
         uid = frontend.submit()
         run_until_ended(frontend, workers, uid)
         assert frontend.tokens[uid] == expected_output(PROMPT, 100 + uid, 4, ())
+
+
+def test_news_of_an_old_death_does_not_touch_the_life_after_it(tmp_path):
+    with Rig(tmp_path) as rig:
+        frontend, old = rig.serving()
+        for worker in old:
+            worker.link.close()
+        frontend.link.close()
+        workers = rig.workers(life=2)
+        frontend = Frontend(rig, 0, life=2)
+        assert isinstance(frontend.receive(), Serving)
+        uid = frontend.submit(max_tokens=4)
+        for role, index in (("worker", 0), ("frontend", 0)):
+            rig.control.send(ipc.Gone(role, index, 1))
+        run_until_ended(frontend, workers, uid)
+        assert frontend.ended == {uid: "length"}
+
+
+def test_who_says_hello_again_has_given_up_what_it_asked_for(tmp_path):
+    with Rig(tmp_path, numbers={"nmoe:kv_cache_usage_perc": 0.0}) as rig:
+        frontend, workers = rig.serving()
+        frontend.submit(max_tokens=100)
+        frontend.send(Hello(1))
+        assert steps_stop(workers)
 
 
 def test_a_worker_out_of_reach_is_noticed_without_being_told(tmp_path):

@@ -170,7 +170,7 @@ def test_an_idle_step_is_answered(worker):
 def test_a_new_scheduler_is_told_ready_again_and_finds_empty_slots(worker):
     worker.send(_prefill(0, [5, 6, 7], generation=1))
     first = _tokens(worker.receive())
-    worker.control.send(ipc.Gone("scheduler", 0))
+    worker.control.send(ipc.Gone("scheduler", 0, 1))
     assert worker.receive() == Ready(LIFE, 0, PAGES)
     worker.send(_prefill(0, [5, 6, 7], generation=2), _decode(1, 3, generation=1), _decode(2, 3, generation=2))
     done = [worker.receive(), worker.receive()]

@@ -106,9 +106,10 @@ class Process:
         except EOFError:
             return False
         if isinstance(message, ipc.Gone):
-            if message.role == "worker":
+            if message.role == "worker" and message.generation >= self._workers:
+                self._workers = message.generation
                 self._lose_workers(f"worker {message.index} died")
-            elif message.role == "frontend":
+            elif message.role == "frontend" and message.generation >= self._frontends.get(message.index, 0):
                 self._lose_frontend(message.index)
         return True
 
@@ -201,6 +202,7 @@ class Process:
             case Hello():
                 self._greeted.add(frontend)
                 if policy:
+                    policy.forget(frontend, None)  # what it asked for before, it has given up
                     self._send(frontend, Serving(self._boot.generation, policy.limits.max_seq_len))
             case Submit():
                 if policy is None:
