@@ -1,5 +1,6 @@
 """What the GPU can do at most, measured beside every result, and the fewest bytes that a decode step must read."""
 
+import math
 import statistics
 from collections.abc import Callable
 
@@ -34,9 +35,10 @@ def step_bytes(architecture: Architecture, dtype: str, batch: int, context: int)
     """Bytes one rank must read for a decode step: every weight but the embedding, of the routed experts those that a
     batch of random tokens is expected to choose, and the rows' KV."""
     a = architecture
-    weights = 0.0
+    weights = 0.0  # quantised ones are a byte each; their scales are 1/4096 of them
     for name, shape in expected_tensors(a):
-        size = DTYPE_BYTES[dtype] * float(torch.Size(shape).numel())
+        fp8 = a.quant_block is not None and ("_proj.weight" in name or "kv_a_proj" in name) and "kv_b_proj" not in name
+        size = math.prod(shape) * (1.0 if fp8 else DTYPE_BYTES[dtype])
         if name == "model.embed_tokens.weight":
             size *= a.tie_word_embeddings
         elif ".experts." in name:

@@ -163,7 +163,7 @@ class Layer:
         self.architecture = architecture
         self.tensors = Tensors(architecture)
         like = torch.empty(architecture.hidden_size)
-        self.attention = Attention(architecture, self.tensors, "model.layers.0.self_attn", like)
+        self.attention = Attention(architecture, self.tensors, "model.layers.0.self_attn", like, fp8=False)
         self.rope = rope_table(architecture, 256, torch.float32, torch.device("cpu"))
         self.stepper = Stepper(architecture)
         self.inputs = torch.randn(4, 60, architecture.hidden_size, generator=torch.Generator().manual_seed(5))

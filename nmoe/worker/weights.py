@@ -17,12 +17,13 @@ from safetensors import SafetensorError, safe_open
 from nmoe.architecture import Architecture, expected_tensors
 from nmoe.checkpoint import SCALE_SUFFIX, Checkpoint
 from nmoe.errors import CheckpointError
-from nmoe.worker.kernels.fp8 import dequantise_blocks
+from nmoe.worker.kernels.fp8 import BlockFP8, Weight, dequantise_blocks, rows_of
 
 ReportProgress = Callable[[str, int, int], None]  # what, bytes done, bytes in total
 
 _REPORTS = 100  # per load, so that a progress bar moves and nothing is flooded
 _STD = 0.02
+_FP8_STD = 64.0  # of the stored values: seven of them reach FP8's largest
 
 
 def rank_experts(architecture: Architecture, rank: int, world_size: int) -> range:
@@ -45,8 +46,8 @@ def rank_tensors(architecture: Architecture, rank: int, world_size: int) -> dict
 class Source(Protocol):
     """One tensor at a time into memory that the model has allocated."""
 
-    def fill(self, out: torch.Tensor, name: str) -> None:
-        """Write the tensor `name` into `out`, which has its shape, in `out`'s dtype and on its device."""
+    def fill(self, out: Weight, name: str) -> None:
+        """Write the tensor `name` into `out`, which has its shape, in `out`'s dtype or quantised, and on its device."""
         ...
 
 
@@ -82,10 +83,17 @@ class CheckpointSource:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stack.close()
 
-    def fill(self, out: torch.Tensor, name: str) -> None:
-        """See Source."""
+    def fill(self, out: Weight, name: str) -> None:
+        """See Source. What is to stay quantised must be so in the file."""
         info = self._checkpoint.tensors[name]
         tensor = self._read(name)
+        if isinstance(out, BlockFP8):
+            if tensor.dtype != torch.float8_e4m3fn:
+                raise CheckpointError(f"{info.file}: {name} is {tensor.dtype}, but config.json says FP8; copy it again")
+            out.values.copy_(tensor)
+            out.scales.copy_(self._read(name + SCALE_SUFFIX))
+            self._progress.add(info.num_bytes)
+            return
         if tensor.dtype == torch.float8_e4m3fn:
             block = self._checkpoint.architecture.quant_block
             assert block is not None, "open_checkpoint refuses FP8 tensors without block sizes"
@@ -117,13 +125,17 @@ class RandomSource:
         self._item_bytes = dtype.itemsize
         self._progress = _Progress("making random weights", num_params * dtype.itemsize, report)
 
-    def fill(self, out: torch.Tensor, name: str) -> None:
+    def fill(self, out: Weight, name: str) -> None:
         """See Source."""
-        if name.endswith("norm.weight"):
+        self._progress.add(rows_of(out).numel() * self._item_bytes)
+        self._generator.manual_seed(zlib.crc32(name.encode()))
+        if isinstance(out, BlockFP8):
+            values = torch.empty(out.values.shape, dtype=torch.bfloat16, device=out.values.device)
+            out.values.copy_(values.normal_(0.0, _FP8_STD, generator=self._generator))
+            out.scales.fill_(_STD / _FP8_STD)
+        elif name.endswith("norm.weight"):
             out.fill_(1.0)
         elif name.endswith("e_score_correction_bias"):
             out.zero_()
         else:
-            self._generator.manual_seed(zlib.crc32(name.encode()))
             out.normal_(0.0, _STD, generator=self._generator)
-        self._progress.add(out.numel() * self._item_bytes)

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nmoe.checkpoint import open_checkpoint
 from nmoe.config import Config, Engine, Model, Parallel
@@ -13,9 +14,10 @@ from nmoe.messages import Sampling
 from nmoe.worker.batch import Batch
 from nmoe.worker.cache import make_cache
 from nmoe.worker.graphs import ladder
+from nmoe.worker.kernels.fp8 import dequantise_blocks
 from nmoe.worker.model import load_model
 from nmoe.worker.runner import Runner
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import make_checkpoint, save_shards
 from tests.gpu.stepper import Requests
 
 GPU = torch.device("cuda", 0)
@@ -64,6 +66,24 @@ def make_runner(folder, page_size=PAGE):
     model = load_model(checkpoint, config, 0, GPU, lambda *_: None)
     cache = make_cache(config, checkpoint, GPU)
     return Runner(model, cache, num_slots=16, max_seq_len=checkpoint.max_seq_len)
+
+
+def engine_logits(folder, ids):
+    """Of one prefill, at every position, float64."""
+    config, checkpoint = open_config(folder)
+    model, cache = load_model(checkpoint, config, 0, GPU, lambda *_: None), make_cache(config, checkpoint, GPU)
+    tokens = len(ids)
+    pages = torch.arange(-(-tokens // PAGE), device=GPU)
+    batch = Batch(
+        ids_T=ids,
+        positions_T=torch.arange(tokens, device=GPU),
+        write_T=torch.arange(tokens, device=GPU),
+        starts=[0, tokens],
+        contexts=[tokens],
+        pages_RP=pages[None],
+        num_decodes=0,
+    )
+    return model.logits(model.forward(batch, cache)).double()
 
 
 def prompts():
@@ -117,21 +137,33 @@ def test_logits_are_as_good_as_transformers(folder):
     )
     with torch.inference_mode():
         exact, rounded = (model(ids[None]).logits[0].double() for model in (exact, rounded))
-    config, checkpoint = open_config(folder)
-    model, cache = load_model(checkpoint, config, 0, GPU, lambda *_: None), make_cache(config, checkpoint, GPU)
-    tokens = len(ids)
-    pages = torch.arange(-(-tokens // PAGE), device=GPU)
-    batch = Batch(
-        ids_T=ids,
-        positions_T=torch.arange(tokens, device=GPU),
-        write_T=torch.arange(tokens, device=GPU),
-        starts=[0, tokens],
-        contexts=[tokens],
-        pages_RP=pages[None],
-        num_decodes=0,
-    )
-    logits = model.logits(model.forward(batch, cache)).double()
+    logits = engine_logits(folder, ids)
     assert (logits - exact).norm() < 1.25 * (rounded - exact).norm()
+
+
+def test_fp8_weights_stay_fp8(tmp_path):
+    """Logits of a quantised checkpoint against transformers' in float32 over the dequantised weights."""
+    from transformers import DeepseekV3ForCausalLM
+
+    shape = {**SHAPE, "q_lora_rank": 128, "qk_rope_head_dim": 64}
+    folder, real = make_checkpoint(tmp_path / "fp8", fp8=True, **shape), make_checkpoint(tmp_path / "real", **shape)
+    tensors = load_file(folder / "model.safetensors")
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale_inv")}
+    for name, scale in scales.items():
+        weight = name.removesuffix("_scale_inv")
+        tensors[weight] = dequantise_blocks(tensors[weight], scale, (128, 128), torch.float32)
+    save_shards(real, tensors, 1)
+    ids = torch.from_numpy(np.concatenate(prompts())).to(GPU)
+    with torch.inference_mode():
+        exact = DeepseekV3ForCausalLM.from_pretrained(real, dtype=torch.float32).to(GPU).eval()
+        expected = exact(ids[None]).logits[0].double()
+    logits = engine_logits(folder, ids)
+    # Activations keep three bits of mantissa, and routers choose by them; the kernels' own tests are the sharp ones.
+    assert (logits - expected).norm() < 0.35 * expected.norm()
+    assert (logits.argmax(-1) == expected.argmax(-1)).double().mean() > 0.7
+    runner = make_runner(folder)
+    runner.capture(16)
+    assert generate(runner, 1000) == generate(runner, 1000)
 
 
 def test_graphs_and_eager_steps_give_the_same_tokens(folder):

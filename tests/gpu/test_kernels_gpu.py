@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 
 from nmoe.architecture import read_architecture
-from nmoe.worker.kernels import experts, experts_triton, norm, norm_triton, router, router_triton
+from nmoe.worker.kernels import (
+    experts,
+    experts_fp8_triton,
+    experts_triton,
+    fp8_triton,
+    norm,
+    norm_triton,
+    router,
+    router_triton,
+)
+from nmoe.worker.kernels.fp8 import BlockFP8, dequantise_blocks, quantise_rows
 from nmoe.worker.kernels.mla import Up, absorbed_decode
 from nmoe.worker.kernels.mla_decode_triton import absorbed_decode as absorbed_decode_gpu
 from nmoe.worker.kernels.mla_decode_triton import page_prefix
@@ -83,15 +93,76 @@ def test_experts(tokens, num_experts, hidden, inter, slots, skew):
     x, shared = random(tokens, hidden), random(tokens, hidden)
     gate_up, down = random(num_experts, 2 * inter, hidden, std=0.05), random(num_experts, hidden, inter, std=0.05)
     ids, weights = routing(tokens, num_experts, slots, skew)
-    parts = experts_triton.grouped_mlp(x, ids, weights, w_gate_up_EGD=gate_up, w_down_EDF=down)
+    parts = experts_triton.grouped_mlp(x, ids, weights, gate_up, down)
     actual = experts_triton.sum_experts(parts, shared)
     routed = experts.grouped_mlp(x.float(), ids.long(), weights, gate_up.float(), down.float())
     close(actual, experts.sum_experts(routed, shared.float()))
 
 
-def test_gated_mlp():
-    x, gate_up, down = random(70, 512), random(2 * 384, 512, std=0.05), random(512, 384, std=0.05)
-    close(experts_triton.gated_mlp(x, gate_up, down), experts.gated_mlp(x.double(), gate_up.double(), down.double()))
+def test_silu_mul():
+    gate_up = random(70, 2 * 1408)
+    close(experts_triton.silu_mul(gate_up), experts.silu_mul(gate_up.double()))
+
+
+def quantised(*shape, std):
+    """A random FP8 weight [..., O, I], and what it stands for in float64."""
+    *front, rows, columns = shape
+    blocks = -(-rows // 128), -(-columns // 128)
+    weight = BlockFP8(
+        random(*shape, std=64.0).to(torch.float8_e4m3fn),
+        random(*front, *blocks, dtype=torch.float32).abs().add(0.5) * (std / 64),
+    )
+    values, scales = weight.values.view(-1, rows, columns), weight.scales.view(-1, *blocks)
+    pairs = zip(values, scales, strict=True)
+    real = torch.stack([dequantise_blocks(*pair, (128, 128), torch.float64) for pair in pairs])
+    return weight, real.view(shape)
+
+
+def rounded(x):
+    """What quantised activations stand for, float64."""
+    values, scales = quantise_rows(x)
+    return values.double() * scales.double().repeat_interleave(128, 1)
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 7168), (77, 1536), (3000, 256)])
+def test_quantised_activations(tokens, columns):
+    x = random(tokens, columns + 128)[:, :columns] * torch.logspace(-3, 3, tokens, device=GPU, dtype=BF16)[:, None]
+    values, scales = fp8_triton.quantise(x)
+    expected_values, expected_scales = quantise_rows(x)
+    torch.testing.assert_close(scales.t(), expected_scales, rtol=1e-6, atol=0)
+    assert (values.float() == expected_values.float()).double().mean() > 0.999  # a division may round the other way
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 40, 64, 200, 700])
+@pytest.mark.parametrize(("outputs", "inputs"), [(2112, 7168), (7168, 2048), (1024, 256), (576, 128)])
+def test_fp8_linear(tokens, outputs, inputs):
+    x = random(tokens, inputs)
+    weight, real = quantised(outputs, inputs, std=0.02)
+    close(fp8_triton.linear(x, weight), rounded(x) @ real.t())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_experts", "hidden", "inter", "slots"),
+    [
+        (1, 32, 7168, 2048, 8),
+        (30, 32, 1024, 512, 8),
+        (100, 32, 512, 256, 8),
+        (256, 32, 512, 256, 8),
+        (3000, 8, 512, 256, 3),
+    ],
+)
+def test_fp8_experts(tokens, num_experts, hidden, inter, slots):
+    x, shared = random(tokens, hidden), random(tokens, hidden)
+    gate_up, real_gate_up = quantised(num_experts, 2 * inter, hidden, std=0.05)
+    down, real_down = quantised(num_experts, hidden, inter, std=0.05)
+    ids, weights = routing(tokens, num_experts, slots)
+    actual = experts_triton.sum_experts(experts_fp8_triton.grouped_mlp(x, ids, weights, gate_up, down), shared)
+    expected, x = shared.double(), rounded(x)
+    for expert in range(num_experts):
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        between = rounded(experts.silu_mul(x[token] @ real_gate_up[expert].t()))
+        expected.index_add_(0, token, (between @ real_down[expert].t()) * weights[token, slot, None].double())
+    close(actual, expected, 1.5e-2)  # values between the products may round to a neighbour
 
 
 @pytest.mark.parametrize("heads", [16, 128])
@@ -179,4 +250,5 @@ def test_a_rank_with_no_tokens():
     )
     parts = experts_triton.grouped_mlp(nothing, ids, weights, random(64, 256, 512), random(64, 512, 128))
     assert experts_triton.sum_experts(parts, nothing).shape == (0, 512)
-    assert experts_triton.gated_mlp(nothing, random(256, 512), random(512, 128)).shape == (0, 512)
+    assert experts_triton.silu_mul(nothing).shape == (0, 256)
+    assert fp8_triton.linear(nothing, quantised(256, 512, std=0.02)[0]).shape == (0, 256)

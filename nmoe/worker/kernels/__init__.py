@@ -6,11 +6,13 @@ the GPU it is a Triton kernel in the file beside it, `*_triton.py`, which is tes
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from nmoe.architecture import Architecture
 from nmoe.errors import LaunchError
+from nmoe.worker.kernels.fp8 import BLOCK, BlockFP8, Weight
 
 _Tensor = torch.Tensor
 _HOPPER, _BLACKWELL = (9, 0), (10, 0)
@@ -23,7 +25,8 @@ class Ops:
     rms_norm: Callable[[_Tensor, _Tensor, float], _Tensor]
     add_rms_norm: Callable[[_Tensor, _Tensor | None, _Tensor, float], tuple[_Tensor, _Tensor]]
     route: Callable[[_Tensor, _Tensor, _Tensor, Architecture], tuple[_Tensor, _Tensor]]
-    gated_mlp: Callable[[_Tensor, _Tensor, _Tensor], _Tensor]
+    linear: Callable[[_Tensor, Any], _Tensor]
+    silu_mul: Callable[[_Tensor], _Tensor]
     grouped_mlp: Callable[..., _Tensor]
     sum_experts: Callable[[_Tensor, _Tensor], _Tensor]
 
@@ -42,21 +45,34 @@ def _reference() -> Ops:
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
         route=router.route,
-        gated_mlp=experts.gated_mlp,
+        linear=torch.nn.functional.linear,
+        silu_mul=experts.silu_mul,
         grouped_mlp=experts.grouped_mlp,
         sum_experts=experts.sum_experts,
     )
 
 
 def _triton() -> Ops:
-    from nmoe.worker.kernels import experts_triton, norm_triton, router_triton
+    from nmoe.worker.kernels import experts_fp8_triton, experts_triton, fp8_triton, norm_triton, router_triton
+
+    def linear(x_TI: _Tensor, weight: Weight) -> _Tensor:
+        if isinstance(weight, BlockFP8):
+            return fp8_triton.linear(x_TI, weight)
+        return torch.nn.functional.linear(x_TI, weight)
+
+    def grouped_mlp(x_TD: _Tensor, ids_TK: _Tensor, weights_TK: _Tensor, w_gate_up: Weight, w_down: Weight) -> _Tensor:
+        if isinstance(w_gate_up, BlockFP8) and isinstance(w_down, BlockFP8):
+            return experts_fp8_triton.grouped_mlp(x_TD, ids_TK, weights_TK, w_gate_up, w_down)
+        assert isinstance(w_gate_up, _Tensor) and isinstance(w_down, _Tensor)
+        return experts_triton.grouped_mlp(x_TD, ids_TK, weights_TK, w_gate_up, w_down)
 
     return Ops(
         rms_norm=norm_triton.rms_norm,
         add_rms_norm=norm_triton.add_rms_norm,
         route=router_triton.route,
-        gated_mlp=experts_triton.gated_mlp,
-        grouped_mlp=experts_triton.grouped_mlp,
+        linear=linear,
+        silu_mul=experts_triton.silu_mul,
+        grouped_mlp=grouped_mlp,
         sum_experts=experts_triton.sum_experts,
     )
 
@@ -90,6 +106,23 @@ def check_gpu(architecture: Architecture, dtype: torch.dtype, page_size: int, de
     ):
         if value % multiple:
             problems.append(f"{name} = {value}: must be a multiple of {multiple}")
+    if a.quant_block:
+        fp8_sizes = {
+            "hidden_size": a.hidden_size,
+            "moe_intermediate_size": a.moe_intermediate_size,
+            "intermediate_size": a.intermediate_size,
+            "q_lora_rank": a.q_lora_rank or a.num_heads * a.qk_head_dim,
+            "num_attention_heads x v_head_dim": a.num_heads * a.v_head_dim,
+        }
+        if a.quant_block != (BLOCK, BLOCK):
+            problems.append(f"weight_block_size = {list(a.quant_block)}: FP8 weights need {[BLOCK, BLOCK]}")
+        problems += [
+            f"{name} = {size}: FP8 needs a multiple of {BLOCK}" for name, size in fp8_sizes.items() if size % BLOCK
+        ]
+        if a.rope.interleave and (a.qk_rope_head_dim != 64 or a.qk_nope_head_dim % 64):
+            problems.append(
+                "FP8 with interleaved rope needs qk_rope_head_dim = 64 and qk_nope_head_dim a multiple of it"
+            )
     if a.n_group > 1 and (a.num_experts & (a.num_experts - 1) or a.n_group & (a.n_group - 1)):
         problems.append(f"{a.num_experts} experts in {a.n_group} groups: both must be powers of two")
     if problems:

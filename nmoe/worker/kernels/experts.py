@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 
-def gated_mlp(x_TD: torch.Tensor, w_gate_up_GD: torch.Tensor, w_down_DF: torch.Tensor) -> torch.Tensor:
-    """(silu(x @ gate) * (x @ up)) @ down, [T, D]. `w_gate_up_GD` [2F, D]: gate above up."""
-    gate_TF, up_TF = F.linear(x_TD, w_gate_up_GD).chunk(2, dim=-1)
-    return F.linear(F.silu(gate_TF) * up_TF, w_down_DF)
+def silu_mul(gate_up_TG: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, [T, F]; in a row of `gate_up_TG` [T, 2F] the gate comes first."""
+    gate_TF, up_TF = gate_up_TG.chunk(2, dim=-1)
+    return F.silu(gate_TF) * up_TF
 
 
 def grouped_mlp(

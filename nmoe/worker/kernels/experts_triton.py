@@ -12,7 +12,6 @@ import dataclasses
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -208,14 +207,26 @@ def _silu_mul_kernel(x_ptr, out_ptr, F: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out_ptr + token * F + lane, (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def gated_mlp(x_TD: torch.Tensor, w_gate_up_GD: torch.Tensor, w_down_DF: torch.Tensor) -> torch.Tensor:
+def sort_pairs(ids_TK: torch.Tensor, num_experts: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The pairs by expert, each expert's filled up with -1 to whole tiles of `rows`; the expert of each tile; how many
+    tiles there are. All int32, as long as any ids could need. `ids_TK` int32."""
+    pairs = ids_TK.numel()
+    most = (pairs + min(num_experts, pairs) * (rows - 1)) // rows
+    order, tile_expert, num_tiles = (ids_TK.new_empty(size) for size in (most * rows, most, 1))
+    bins = triton.next_power_of_2(num_experts)
+    _sort_kernel[(num_experts,)](
+        ids_TK, order, tile_expert, num_tiles, pairs, EXPERTS=num_experts, BINS=bins, BLOCK=_SORT_BLOCK, ROWS=rows
+    )
+    return order, tile_expert, num_tiles
+
+
+def silu_mul(gate_up_TG: torch.Tensor) -> torch.Tensor:
     """See experts.py."""
-    gate_up_TG = F.linear(x_TD, w_gate_up_GD)
-    tokens, intermediate = len(x_TD), w_down_DF.shape[1]
-    hidden_TF = x_TD.new_empty(tokens, intermediate)
+    tokens, intermediate = len(gate_up_TG), gate_up_TG.shape[1] // 2
+    out_TF = gate_up_TG.new_empty(tokens, intermediate)
     if tokens:
-        _silu_mul_kernel[(tokens, triton.cdiv(intermediate, 1024))](gate_up_TG, hidden_TF, F=intermediate, BLOCK=1024)
-    return F.linear(hidden_TF, w_down_DF)
+        _silu_mul_kernel[(tokens, triton.cdiv(intermediate, 1024))](gate_up_TG, out_TF, F=intermediate, BLOCK=1024)
+    return out_TF
 
 
 def grouped_mlp(
@@ -236,18 +247,12 @@ def grouped_mlp(
         return parts_TKD
     shape = _shape(pairs / num_experts)
     rows, up, down = shape.rows, shape.up, shape.down
+    order, tile_expert, num_tiles = sort_pairs(ids_TK, num_experts, rows)
+    tiles = len(tile_expert)
     up = up._replace(columns=up.columns if inter % up.columns == 0 else 64)
     down = down._replace(columns=down.columns if hidden % down.columns == 0 else 128)
-    most = (pairs + min(num_experts, pairs) * (rows - 1)) // rows
-    order = torch.empty(most * rows, dtype=torch.int32, device=x_TD.device)
-    tile_expert = torch.empty(most, dtype=torch.int32, device=x_TD.device)
-    num_tiles = torch.empty(1, dtype=torch.int32, device=x_TD.device)
-    bins = triton.next_power_of_2(num_experts)
-    _sort_kernel[(num_experts,)](
-        ids_TK, order, tile_expert, num_tiles, pairs, EXPERTS=num_experts, BINS=bins, BLOCK=_SORT_BLOCK, ROWS=rows
-    )
-    hidden_NF = x_TD.new_empty(most * rows, inter)
-    _gate_up_kernel[(most * (inter // up.columns),)](
+    hidden_NF = x_TD.new_empty(tiles * rows, inter)
+    _gate_up_kernel[(tiles * (inter // up.columns),)](
         x_TD,
         TensorDescriptor.from_tensor(w_gate_up_EGD.flatten(0, 1), [up.columns, up.depth]),
         order,
@@ -264,7 +269,7 @@ def grouped_mlp(
         TRANSPOSED=shape.transposed,
         num_warps=up.warps,
     )
-    _down_kernel[(most * (hidden // down.columns),)](
+    _down_kernel[(tiles * (hidden // down.columns),)](
         TensorDescriptor.from_tensor(hidden_NF, [rows, down.depth]),
         TensorDescriptor.from_tensor(w_down_EDF.flatten(0, 1), [down.columns, down.depth]),
         weights_TK,

@@ -1,6 +1,60 @@
-"""Block-quantised FP8 weights, as DeepSeek-V3 is published (arXiv 2412.19437, section 3.3)."""
+"""Block-quantised FP8, as DeepSeek-V3 is published and computed (arXiv 2412.19437, section 3.3).
+
+Weights carry a scale per tile of 128 x 128 (or another block, which only the CPU takes), activations one per token and
+128 columns, and a product is summed up to 128 columns at a time before the scales are applied in float32.
+
+Shape suffixes: O outputs, I inputs of a product, T tokens, B and C blocks of O and of I.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
 
 import torch
+
+BLOCK = 128
+LARGEST = 448.0  # of float8_e4m3fn
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BlockFP8:
+    """A quantised weight, or one per expert in front."""
+
+    values: torch.Tensor  # float8_e4m3fn [..., O, I]
+    scales: torch.Tensor  # float32 [..., B, C]
+
+
+Weight = torch.Tensor | BlockFP8
+
+
+def empty_weight(like: torch.Tensor, *shape: int, fp8: bool) -> Weight:
+    """Memory for a weight [..., O, I] on `like`'s device: in its dtype, or quantised."""
+    if not fp8:
+        return like.new_empty(shape)
+    *front, rows, columns = shape
+    scales = like.new_empty(*front, math.ceil(rows / BLOCK), math.ceil(columns / BLOCK), dtype=torch.float32)
+    return BlockFP8(like.new_empty(shape, dtype=torch.float8_e4m3fn), scales)
+
+
+def split_rows(weight: Weight, sizes: Sequence[int]) -> list[Weight]:
+    """Views of `sizes` outputs each; of a quantised weight all but the last are whole blocks."""
+    if isinstance(weight, torch.Tensor):
+        return list(torch.split(weight, list(sizes)))
+    values = torch.split(weight.values, list(sizes))
+    scales = torch.split(weight.scales, [math.ceil(size / BLOCK) for size in sizes])
+    return [BlockFP8(*part) for part in zip(values, scales, strict=True)]
+
+
+def of_expert(weight: Weight, expert: int) -> Weight:
+    """The view of one expert's weight."""
+    if isinstance(weight, torch.Tensor):
+        return weight[expert]
+    return BlockFP8(weight.values[expert], weight.scales[expert])
+
+
+def rows_of(weight: Weight) -> torch.Tensor:
+    """The weight's rows, to be permuted within blocks: quantised ones as bytes, since FP8 tensors lack operations."""
+    return weight if isinstance(weight, torch.Tensor) else weight.values.view(torch.uint8)
 
 
 def dequantise_blocks(
@@ -14,3 +68,10 @@ def dequantise_blocks(
     scale_OC = scale_BC.float().repeat_interleave(block[0], dim=0)[:rows]
     scale_OI = scale_OC.repeat_interleave(block[1], dim=1)[:, :columns]
     return (weight_OI.float() * scale_OI).to(dtype)
+
+
+def quantise_rows(x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activations as FP8 and their scales: float8_e4m3fn [T, I] and float32 [T, C]; I is a multiple of 128."""
+    x_TCI = x_TI.float().view(len(x_TI), x_TI.shape[1] // BLOCK, BLOCK)
+    scales_TC = x_TCI.abs().amax(-1).clamp_min(1e-12) / LARGEST
+    return (x_TCI / scales_TC[..., None]).flatten(1).to(torch.float8_e4m3fn), scales_TC

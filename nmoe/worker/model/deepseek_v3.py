@@ -62,12 +62,14 @@ class DeepseekV3:
         a, prefix = self.architecture, f"model.layers.{layer}"
         attention_norm_D, mlp_norm_D = torch.empty_like(like_D), torch.empty_like(like_D)
         source.fill(attention_norm_D, f"{prefix}.input_layernorm.weight")
-        attention = Attention(a, source, f"{prefix}.self_attn", like_D)
+        # The CPU's products take no FP8, so there a quantised checkpoint is expanded.
+        fp8 = a.quant_block is not None and self.device.type == "cuda"
+        attention = Attention(a, source, f"{prefix}.self_attn", like_D, fp8=fp8)
         source.fill(mlp_norm_D, f"{prefix}.post_attention_layernorm.weight")
         mlp = (
-            DenseMLP(source, f"{prefix}.mlp", a.intermediate_size, like_D)
+            DenseMLP(source, f"{prefix}.mlp", a.intermediate_size, like_D, fp8=fp8)
             if a.is_dense(layer)
-            else MoE(a, source, f"{prefix}.mlp", experts, exchange, like_D)
+            else MoE(a, source, f"{prefix}.mlp", experts, exchange, like_D, fp8=fp8)
         )
         return _Layer(attention_norm_D, attention, mlp_norm_D, mlp)
 

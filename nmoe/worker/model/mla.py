@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from nmoe.architecture import Architecture
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.kernels import ops_for
+from nmoe.worker.kernels.fp8 import Weight, empty_weight, rows_of, split_rows
 from nmoe.worker.kernels.mla import (
     Up,
     absorb_queries,
@@ -142,15 +143,17 @@ class AttentionPlan:
 class Attention:
     """Weights and forward of one layer's attention."""
 
-    def __init__(self, architecture: Architecture, source: Source, prefix: str, like: torch.Tensor) -> None:
-        """Load from `source`; `like` gives dtype and device."""
+    def __init__(
+        self, architecture: Architecture, source: Source, prefix: str, like: torch.Tensor, *, fp8: bool
+    ) -> None:
+        """Load from `source`; `like` gives dtype and device, `fp8` says that weights stay quantised."""
         a = self._architecture = architecture
         queries = a.num_heads * a.qk_head_dim
         self._ops = ops_for(like.device)
         self._split = [a.q_lora_rank or queries, a.cache_dim]
-        self._w_in_ID = like.new_empty(sum(self._split), a.hidden_size)
-        w_q_ID, w_kv_CD = torch.split(self._w_in_ID, self._split)
-        self._w_q_b: torch.Tensor | None = None
+        self._w_in_ID = empty_weight(like, sum(self._split), a.hidden_size, fp8=fp8)
+        w_q_ID, w_kv_CD = split_rows(self._w_in_ID, self._split)
+        self._w_q_b: Weight | None = None
         if a.q_lora_rank is None:
             source.fill(w_q_ID, f"{prefix}.q_proj.weight")
             w_queries = w_q_ID
@@ -158,26 +161,27 @@ class Attention:
             source.fill(w_q_ID, f"{prefix}.q_a_proj.weight")
             self._q_norm_A = like.new_empty(a.q_lora_rank)
             source.fill(self._q_norm_A, f"{prefix}.q_a_layernorm.weight")
-            self._w_q_b = w_queries = like.new_empty(queries, a.q_lora_rank)
+            self._w_q_b = w_queries = empty_weight(like, queries, a.q_lora_rank, fp8=fp8)
             source.fill(w_queries, f"{prefix}.q_b_proj.weight")
         source.fill(w_kv_CD, f"{prefix}.kv_a_proj_with_mqa.weight")
         if a.rope.interleave:
-            ropes_HPI = w_queries.view(a.num_heads, a.qk_head_dim, -1)[:, a.qk_nope_head_dim :]
+            ropes_HPI = rows_of(w_queries).view(a.num_heads, a.qk_head_dim, -1)[:, a.qk_nope_head_dim :]
             ropes_HPI.copy_(halves_from_pairs(ropes_HPI))
-            w_kv_CD[a.kv_lora_rank :] = halves_from_pairs(w_kv_CD[a.kv_lora_rank :])
+            rope_PD = rows_of(w_kv_CD)[a.kv_lora_rank :]
+            rope_PD.copy_(halves_from_pairs(rope_PD))
         self._kv_norm_L = like.new_empty(a.kv_lora_rank)
         source.fill(self._kv_norm_L, f"{prefix}.kv_a_layernorm.weight")
         w_kv_b_YL = like.new_empty(a.num_heads * (a.qk_nope_head_dim + a.v_head_dim), a.kv_lora_rank)
         source.fill(w_kv_b_YL, f"{prefix}.kv_b_proj.weight")
         self._up = Up.of(w_kv_b_YL, a)
-        self._w_o = like.new_empty(a.hidden_size, a.num_heads * a.v_head_dim)
+        self._w_o = empty_weight(like, a.hidden_size, a.num_heads * a.v_head_dim, fp8=fp8)
         source.fill(self._w_o, f"{prefix}.o_proj.weight")
 
     def forward(self, x_TD: torch.Tensor, plan: Plan, rows_KC: torch.Tensor) -> torch.Tensor:
         """Attention of normalised inputs, [T, D]. `rows_KC`: this layer's cache; the step's rows are written."""
         a = self._architecture
-        q_TA, kv_TC = torch.split(F.linear(x_TD, self._w_in_ID), self._split, dim=-1)
+        q_TA, kv_TC = torch.split(self._ops.linear(x_TD, self._w_in_ID), self._split, dim=-1)
         if self._w_q_b is not None:
-            q_TA = F.linear(self._ops.rms_norm(q_TA, self._q_norm_A, _LATENT_EPS), self._w_q_b)
+            q_TA = self._ops.linear(self._ops.rms_norm(q_TA, self._q_norm_A, _LATENT_EPS), self._w_q_b)
         q_THQ = plan.enter(q_TA.view(len(q_TA), a.num_heads, a.qk_head_dim), kv_TC, self._kv_norm_L, rows_KC)
-        return F.linear(plan.attend(q_THQ, rows_KC, self._up).flatten(1), self._w_o)
+        return self._ops.linear(plan.attend(q_THQ, rows_KC, self._up).flatten(1), self._w_o)

@@ -3,12 +3,11 @@
 Shape suffixes: T tokens, D hidden, F intermediate, G = 2F, E experts of this rank.
 """
 
-import functools
-
 import torch
 
 from nmoe.architecture import Architecture
 from nmoe.worker.kernels import ops_for
+from nmoe.worker.kernels.fp8 import Weight, empty_weight, of_expert, rows_of, split_rows
 from nmoe.worker.rdep import Exchange
 from nmoe.worker.weights import Source
 
@@ -16,17 +15,18 @@ from nmoe.worker.weights import Source
 class DenseMLP:
     """A gated MLP; also the shared experts, which are one such MLP as wide as all of them."""
 
-    def __init__(self, source: Source, prefix: str, intermediate: int, like: torch.Tensor) -> None:
-        """Load from `source`; `like` [D] gives dtype, device and the hidden size."""
+    def __init__(self, source: Source, prefix: str, intermediate: int, like: torch.Tensor, *, fp8: bool) -> None:
+        """Load from `source`; `like` [D] gives dtype, device and hidden size, `fp8` keeps the weights quantised."""
         hidden = len(like)
         self._ops = ops_for(like.device)
-        self._w_gate_up_GD = like.new_empty(2 * intermediate, hidden)
-        self._w_down_DF = like.new_empty(hidden, intermediate)
+        self._w_gate_up_GD = empty_weight(like, 2 * intermediate, hidden, fp8=fp8)
+        self._w_down_DF = empty_weight(like, hidden, intermediate, fp8=fp8)
         _fill_mlp(source, prefix, self._w_gate_up_GD, self._w_down_DF)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """[T, D]."""
-        return self._ops.gated_mlp(x_TD, self._w_gate_up_GD, self._w_down_DF)
+        hidden_TF = self._ops.silu_mul(self._ops.linear(x_TD, self._w_gate_up_GD))
+        return self._ops.linear(hidden_TF, self._w_down_DF)
 
 
 class MoE:
@@ -40,8 +40,10 @@ class MoE:
         experts: range,
         exchange: Exchange,
         like: torch.Tensor,
+        *,
+        fp8: bool,
     ) -> None:
-        """Load from `source`; `experts` are the ids that live here; `like` [D] gives dtype and device."""
+        """Load from `source`; `experts` are the ids that live here; `like` [D] and `fp8` as in DenseMLP."""
         a = self._architecture = architecture
         self._exchange = exchange
         self._ops = ops_for(like.device)
@@ -50,13 +52,16 @@ class MoE:
         self._bias_E = like.new_empty(a.num_experts, dtype=torch.float32)
         source.fill(self._gate_ED, f"{prefix}.gate.weight")
         source.fill(self._bias_E, f"{prefix}.gate.e_score_correction_bias")
-        w_gate_up_EGD = like.new_empty(len(experts), 2 * a.moe_intermediate_size, a.hidden_size)
-        w_down_EDF = like.new_empty(len(experts), a.hidden_size, a.moe_intermediate_size)
+        w_gate_up_EGD = empty_weight(like, len(experts), 2 * a.moe_intermediate_size, a.hidden_size, fp8=fp8)
+        w_down_EDF = empty_weight(like, len(experts), a.hidden_size, a.moe_intermediate_size, fp8=fp8)
         for slot, expert in enumerate(experts):
-            _fill_mlp(source, f"{prefix}.experts.{expert}", w_gate_up_EGD[slot], w_down_EDF[slot])
-        self._experts = functools.partial(self._ops.grouped_mlp, w_gate_up_EGD=w_gate_up_EGD, w_down_EDF=w_down_EDF)
+            _fill_mlp(source, f"{prefix}.experts.{expert}", of_expert(w_gate_up_EGD, slot), of_expert(w_down_EDF, slot))
+        self._w_gate_up_EGD, self._w_down_EDF = w_gate_up_EGD, w_down_EDF
         shared = a.num_shared_experts * a.moe_intermediate_size
-        self._shared = DenseMLP(source, f"{prefix}.shared_experts", shared, like)
+        self._shared = DenseMLP(source, f"{prefix}.shared_experts", shared, like, fp8=fp8)
+
+    def _experts(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        return self._ops.grouped_mlp(x_TD, ids_TK, weights_TK, self._w_gate_up_EGD, self._w_down_EDF)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """[T, D]; the routed and the shared experts are added in float32."""
@@ -66,8 +71,9 @@ class MoE:
         return self._ops.sum_experts(combine(), shared_TD)
 
 
-def _fill_mlp(source: Source, prefix: str, w_gate_up_GD: torch.Tensor, w_down_DF: torch.Tensor) -> None:
-    gate_FD, up_FD = w_gate_up_GD.chunk(2)
+def _fill_mlp(source: Source, prefix: str, w_gate_up_GD: Weight, w_down_DF: Weight) -> None:
+    inter = rows_of(w_down_DF).shape[1]
+    gate_FD, up_FD = split_rows(w_gate_up_GD, [inter, inter])
     source.fill(gate_FD, f"{prefix}.gate_proj.weight")
     source.fill(up_FD, f"{prefix}.up_proj.weight")
     source.fill(w_down_DF, f"{prefix}.down_proj.weight")

@@ -1,0 +1,193 @@
+"""The experts in FP8 on the GPU: the products of experts_triton.py with block-quantised weights and activations.
+
+The first product quantises what it gives as it stores it: a program's 128 columns are one block.
+
+Shape suffixes: T tokens, K experts per token, D hidden, F intermediate, E experts, G = 2F.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nmoe.worker.kernels.experts_triton import sort_pairs
+from nmoe.worker.kernels.fp8 import BLOCK, BlockFP8
+from nmoe.worker.kernels.fp8_triton import quantise
+
+
+@triton.jit(do_not_specialize=["tokens", "num_rows"])
+def _gate_up_kernel(
+    x_ptr,
+    x_scales_ptr,
+    w_desc,
+    w_scales_ptr,
+    sorted_ptr,
+    tile_expert_ptr,
+    num_tiles_ptr,
+    out_ptr,
+    out_scales_ptr,
+    tokens,
+    num_rows,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Rows of the sorted order: silu(x @ gate) * (x @ up), quantised."""
+    C: tl.constexpr = D // 128
+    PER_TILE: tl.constexpr = F // 128
+    tile = tl.program_id(0) // PER_TILE
+    block = tl.program_id(0) % PER_TILE
+    if tile < tl.load(num_tiles_ptr):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        pair = tl.load(sorted_ptr + row)
+        token = (pair // K).to(tl.int64)
+        exists = pair >= 0
+        x_row = x_ptr + token[:, None] * D + tl.arange(0, 128)[None, :]
+        gate_block = tl.load(tile_expert_ptr + tile) * (2 * PER_TILE) + block
+        gate_scales = w_scales_ptr + gate_block * C
+        if TRANSPOSED:
+            gate = tl.zeros([128, ROWS], tl.float32)
+            up = tl.zeros([128, ROWS], tl.float32)
+        else:
+            gate = tl.zeros([ROWS, 128], tl.float32)
+            up = tl.zeros([ROWS, 128], tl.float32)
+        for c in tl.range(0, C, num_stages=STAGES):
+            x = tl.load(x_row + c * 128, mask=exists[:, None], other=0.0)
+            x_scale = tl.load(x_scales_ptr + c * tokens + token, mask=exists, other=0.0)
+            w_gate = w_desc.load([gate_block * 128, c * 128])
+            w_up = w_desc.load([(gate_block + PER_TILE) * 128, c * 128])
+            gate_scale = x_scale * tl.load(gate_scales + c)
+            up_scale = x_scale * tl.load(gate_scales + PER_TILE * C + c)
+            if TRANSPOSED:
+                gate += tl.dot(w_gate, tl.trans(x)) * gate_scale[None, :]
+                up += tl.dot(w_up, tl.trans(x)) * up_scale[None, :]
+            else:
+                gate += tl.dot(x, tl.trans(w_gate)) * gate_scale[:, None]
+                up += tl.dot(x, tl.trans(w_up)) * up_scale[:, None]
+        hidden = gate / (1.0 + tl.exp(-gate)) * up
+        if TRANSPOSED:
+            hidden = tl.trans(hidden)
+        scale = tl.maximum(tl.max(tl.abs(hidden), 1), 1e-12) / 448.0
+        out = out_ptr + row.to(tl.int64)[:, None] * F + block * 128 + tl.arange(0, 128)[None, :]
+        tl.store(out, (hidden / scale[:, None]).to(tl.float8e4nv))
+        tl.store(out_scales_ptr + block * num_rows + row, scale)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _down_kernel(
+    hidden_desc,
+    hidden_scales_ptr,
+    w_desc,
+    w_scales_ptr,
+    weights_ptr,
+    sorted_ptr,
+    tile_expert_ptr,
+    num_tiles_ptr,
+    out_ptr,
+    num_rows,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """hidden @ down times the router's weight, back in the order of the pairs."""
+    C: tl.constexpr = F // 128
+    PER_TILE: tl.constexpr = D // 128
+    tile = tl.program_id(0) // PER_TILE
+    block = tl.program_id(0) % PER_TILE
+    if tile < tl.load(num_tiles_ptr):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        pair = tl.load(sorted_ptr + row)
+        exists = pair >= 0
+        w_block = tl.load(tile_expert_ptr + tile) * PER_TILE + block
+        if TRANSPOSED:
+            acc = tl.zeros([128, ROWS], tl.float32)
+        else:
+            acc = tl.zeros([ROWS, 128], tl.float32)
+        for c in tl.range(0, C, num_stages=STAGES):
+            hidden = hidden_desc.load([tile * ROWS, c * 128])
+            w_down = w_desc.load([w_block * 128, c * 128])
+            scale = tl.load(hidden_scales_ptr + c * num_rows + row) * tl.load(w_scales_ptr + w_block * C + c)
+            if TRANSPOSED:
+                acc += tl.dot(w_down, tl.trans(hidden)) * scale[None, :]
+            else:
+                acc += tl.dot(hidden, tl.trans(w_down)) * scale[:, None]
+        if TRANSPOSED:
+            acc = tl.trans(acc)
+        acc *= tl.load(weights_ptr + pair, mask=exists, other=0.0)[:, None]
+        out = out_ptr + pair.to(tl.int64)[:, None] * D + block * 128 + tl.arange(0, 128)[None, :]
+        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=exists[:, None])
+
+
+def _rows(rows_per_expert: float) -> int:
+    """Rows of a tile."""
+    if rows_per_expert <= 12:
+        return 16
+    if rows_per_expert <= 28:
+        return 32
+    return 64 if rows_per_expert <= 160 else 128
+
+
+def grouped_mlp(
+    x_TD: torch.Tensor,
+    ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    w_gate_up_EGD: BlockFP8,
+    w_down_EDF: BlockFP8,
+) -> torch.Tensor:
+    """See experts_triton.py; D and F are multiples of 128."""
+    (tokens, slots), (num_experts, hidden, inter) = ids_TK.shape, w_down_EDF.values.shape
+    parts_TKD = x_TD.new_empty(tokens, slots, hidden)
+    pairs = tokens * slots
+    if not pairs:
+        return parts_TKD
+    rows = _rows(pairs / num_experts)
+    few, transposed = rows <= 32, rows < 128
+    values_TD, scales_CT = quantise(x_TD)
+    order, tile_expert, num_tiles = sort_pairs(ids_TK, num_experts, rows)
+    tiles = len(tile_expert)
+    hidden_NF = torch.empty(tiles * rows, inter, dtype=torch.float8_e4m3fn, device=x_TD.device)
+    hidden_scales = torch.empty(inter // BLOCK, tiles * rows, dtype=torch.float32, device=x_TD.device)
+    _gate_up_kernel[(tiles * (inter // BLOCK),)](
+        values_TD,
+        scales_CT,
+        TensorDescriptor.from_tensor(w_gate_up_EGD.values.flatten(0, 1), [BLOCK, BLOCK]),
+        w_gate_up_EGD.scales,
+        order,
+        tile_expert,
+        num_tiles,
+        hidden_NF,
+        hidden_scales,
+        tokens,
+        tiles * rows,
+        D=hidden,
+        F=inter,
+        K=slots,
+        ROWS=rows,
+        STAGES=3,
+        TRANSPOSED=transposed,
+        num_warps=4 if few else 8,
+    )
+    _down_kernel[(tiles * (hidden // BLOCK),)](
+        TensorDescriptor.from_tensor(hidden_NF, [rows, BLOCK]),
+        hidden_scales,
+        TensorDescriptor.from_tensor(w_down_EDF.values.flatten(0, 1), [BLOCK, BLOCK]),
+        w_down_EDF.scales,
+        weights_TK,
+        order,
+        tile_expert,
+        num_tiles,
+        parts_TKD,
+        tiles * rows,
+        D=hidden,
+        F=inter,
+        ROWS=rows,
+        STAGES=4,
+        TRANSPOSED=transposed,
+        num_warps=4 if few else 8,
+    )
+    return parts_TKD

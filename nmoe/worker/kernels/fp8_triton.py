@@ -1,0 +1,134 @@
+"""FP8 products on the GPU: activations quantised per token and 128 columns; `fp8.py` is the reference.
+
+A product of few tokens is cut along its inputs as well, so that every multiprocessor reads weights; the pieces are
+added in their order.
+
+Shape suffixes: T tokens, O outputs, I inputs, B and C blocks of O and of I.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nmoe.worker.kernels.fp8 import BLOCK, BlockFP8
+
+_GROUPS = 16  # of 128 columns, per program of the quantisation
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _quantise_kernel(x_ptr, out_ptr, scales_ptr, x_stride, tokens, C: tl.constexpr, GROUPS: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    inside = group < C
+    lane = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    x = tl.load(x_ptr + token * x_stride + lane, mask=inside[:, None], other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(x), 1), 1e-12) / 448.0
+    tl.store(out_ptr + token * (C * 128) + lane, (x / scale[:, None]).to(tl.float8e4nv), mask=inside[:, None])
+    tl.store(scales_ptr + group.to(tl.int64) * tokens + token, scale, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _linear_kernel(
+    x_desc,
+    x_scales_ptr,
+    w_desc,
+    w_scales_ptr,
+    out_ptr,
+    tokens,
+    O: tl.constexpr,  # noqa: E741 as everywhere here
+    C: tl.constexpr,
+    PER_SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    column = tl.program_id(0) * 128
+    row = tl.program_id(1) * ROWS
+    token = row + tl.arange(0, ROWS)
+    output = column + tl.arange(0, 128)
+    split = tl.program_id(2)
+    if TRANSPOSED:
+        acc = tl.zeros([128, ROWS], tl.float32)
+    else:
+        acc = tl.zeros([ROWS, 128], tl.float32)
+    for c in tl.range(split * PER_SPLIT, tl.minimum(split * PER_SPLIT + PER_SPLIT, C), num_stages=STAGES):
+        x = x_desc.load([row, c * 128])
+        w = w_desc.load([column, c * 128])
+        scale = tl.load(x_scales_ptr + c * tokens + token, mask=token < tokens, other=0.0)
+        scale *= tl.load(w_scales_ptr + tl.program_id(0) * C + c)
+        if TRANSPOSED:
+            acc += tl.dot(w, tl.trans(x)) * scale[None, :]
+        else:
+            acc += tl.dot(x, tl.trans(w)) * scale[:, None]
+    if TRANSPOSED:
+        acc = tl.trans(acc)
+    out = out_ptr + (split.to(tl.int64) * tokens + token)[:, None] * O + output[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(token < tokens)[:, None] & (output < O)[None, :])
+
+
+@triton.jit(do_not_specialize=["size"])
+def _add_kernel(parts_ptr, out_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for split in tl.static_range(SPLITS):
+        acc += tl.load(parts_ptr + split * size.to(tl.int64) + at, mask=at < size, other=0.0)
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=at < size)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def quantise(x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See fp8.py's `quantise_rows`, but the scales are [C, T]: a tile of tokens finds its own side by side.
+
+    Rows of `x_TI` may lie apart.
+    """
+    tokens, inputs = x_TI.shape
+    values_TI = torch.empty(tokens, inputs, dtype=torch.float8_e4m3fn, device=x_TI.device)
+    scales_CT = torch.empty(inputs // BLOCK, tokens, dtype=torch.float32, device=x_TI.device)
+    if tokens:
+        grid = (tokens, triton.cdiv(inputs // BLOCK, _GROUPS))
+        _quantise_kernel[grid](x_TI, values_TI, scales_CT, x_TI.stride(0), tokens, C=inputs // BLOCK, GROUPS=_GROUPS)
+    return values_TI, scales_CT
+
+
+def _rows(tokens: int) -> int:
+    """Tokens of a tile."""
+    return max(16, min(128, triton.next_power_of_2(tokens))) if tokens <= 64 else 64 if tokens <= 512 else 128
+
+
+def linear(x_TI: torch.Tensor, weight: BlockFP8) -> torch.Tensor:
+    """x @ weight^T in x's dtype, [T, O]."""
+    tokens, (outputs, inputs) = len(x_TI), weight.values.shape
+    out_TO = x_TI.new_empty(tokens, outputs)
+    if not tokens:
+        return out_TO
+    values_TI, scales_CT = quantise(x_TI)
+    rows, blocks = _rows(tokens), inputs // BLOCK
+    tiles = triton.cdiv(outputs, BLOCK) * triton.cdiv(tokens, rows)
+    per_split = max(4, triton.cdiv(blocks, max(1, 2 * _multiprocessors(x_TI.device) // tiles)))
+    splits = triton.cdiv(blocks, per_split)
+    into = out_TO if splits == 1 else x_TI.new_empty(splits, tokens, outputs, dtype=torch.float32)
+    _linear_kernel[(triton.cdiv(outputs, BLOCK), triton.cdiv(tokens, rows), splits)](
+        TensorDescriptor.from_tensor(values_TI, [rows, BLOCK]),
+        scales_CT,
+        TensorDescriptor.from_tensor(weight.values, [BLOCK, BLOCK]),
+        weight.scales,
+        into,
+        tokens,
+        O=outputs,
+        C=blocks,
+        PER_SPLIT=per_split,
+        ROWS=rows,
+        STAGES=4,
+        TRANSPOSED=rows < 128,
+        num_warps=4 if rows <= 32 else 8,
+    )
+    if splits > 1:
+        _add_kernel[(triton.cdiv(tokens * outputs, 1024),)](into, out_TO, tokens * outputs, SPLITS=splits, BLOCK=1024)
+    return out_TO
