@@ -7,7 +7,7 @@ renders the whole board for /metrics, in Prometheus' text format. Names follow v
 
 import bisect
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import msgspec
@@ -27,6 +27,7 @@ class Spec(msgspec.Struct, frozen=True):
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
     exposed: bool = True  # false: between our processes only
+    by_rank: bool = False  # a histogram that workers alone observe: one series for each, with the label `rank`
 
     @property
     def width(self) -> int:
@@ -58,8 +59,17 @@ SPECS = (
     Spec("nmoe:steps", "counter", "Steps completed"),
     _seconds("nmoe:step_time_seconds", "From a step's launch to its last result"),
     Spec("nmoe:iteration_tokens_total", "histogram", "Tokens computed in a step, all ranks", buckets=TOKENS),
+    Spec(
+        "nmoe:rank_iteration_tokens", "histogram", "Tokens that a rank computed in a step", buckets=TOKENS, by_rank=True
+    ),
     _seconds("nmoe:request_queue_time_seconds", "From arrival to the first scheduled token"),
     _seconds("nmoe:request_prefill_time_seconds", "From the first scheduled to the first new token"),
+    _seconds("nmoe:request_decode_time_seconds", "From the first new token to the last"),
+    _seconds("nmoe:request_inference_time_seconds", "From the first scheduled token to the last new one"),
+    Spec("nmoe:request_prompt_tokens", "histogram", "Prompt tokens of a request", buckets=TOKENS),
+    Spec("nmoe:request_generation_tokens", "histogram", "Tokens generated for a request", buckets=TOKENS),
+    Spec("nmoe:request_params_max_tokens", "histogram", "Tokens that a request may generate", buckets=TOKENS),
+    Spec("nmoe:request_params_n", "histogram", "Answers that a request asks for per prompt", buckets=TOKENS[:8]),
     _seconds("nmoe:time_to_first_token_seconds", "From arrival to the first new token"),
     _seconds("nmoe:inter_token_latency_seconds", "Between two tokens of a request"),
     _seconds("nmoe:e2e_request_latency_seconds", "From arrival to the end"),
@@ -123,14 +133,16 @@ class Board:
                 yield self._family(spec)
 
     def _family(self, spec: Spec) -> Metric:
+        if spec.by_rank:
+            histogram = HistogramMetricFamily(spec.name, spec.help, labels=["rank"])
+            for index, row in enumerate(self.rows):
+                counts, total = _histogram(spec, [row])
+                if counts[-1][1]:
+                    histogram.add_metric([str(index - row_index("worker", 0, 0))], counts, total)
+            return histogram
         if spec.kind == "histogram":
-            first = _OFFSETS[spec.name]
-            cells = [sum(row._cells[first + i] for row in self.rows) for i in range(spec.width)]
-            counts, running = [], 0.0
-            for bound, count in zip([*map(str, map(float, spec.buckets)), "+Inf"], cells, strict=False):
-                running += count
-                counts.append((bound, running))
-            return HistogramMetricFamily(spec.name, spec.help, buckets=counts, sum_value=cells[-1])
+            counts, total = _histogram(spec, self.rows)
+            return HistogramMetricFamily(spec.name, spec.help, buckets=counts, sum_value=total)
         family = CounterMetricFamily if spec.kind == "counter" else GaugeMetricFamily
         if not spec.labels:
             return family(spec.name, spec.help, value=self.total(spec.name))
@@ -138,6 +150,17 @@ class Board:
         for value in spec.labels:
             metric.add_metric([value], self.total(spec.name, value))
         return metric
+
+
+def _histogram(spec: Spec, rows: Sequence[Row]) -> tuple[list[tuple[str, float]], float]:
+    """The cumulative counts by upper bound, and the sum, over `rows`."""
+    first = _OFFSETS[spec.name]
+    cells = [sum(row._cells[first + i] for row in rows) for i in range(spec.width)]
+    counts, running = [], 0.0
+    for bound, count in zip([*map(str, map(float, spec.buckets)), "+Inf"], cells, strict=False):
+        running += count
+        counts.append((bound, running))
+    return counts, cells[-1]
 
 
 def row_index(role: str, index: int, world_size: int) -> int:

@@ -8,6 +8,7 @@ import logging
 import os
 import queue
 import threading
+from typing import Any
 
 import msgspec
 
@@ -15,23 +16,34 @@ from nmoe.errors import NmoeError
 from nmoe.messages import Reason, Sampling
 
 _log = logging.getLogger("nmoe.trace")
+_ALWAYS = ("temperature", "top_k", "top_p", "seed")
 
 
-class Record(msgspec.Struct, frozen=True):
+class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a line holds. `arrived` is seconds since the epoch; the other times are seconds since `arrived`."""
 
     arrived: float
     prompt_token_ids: list[int]
-    sampling: dict[str, float | int]  # temperature, top_k, top_p, seed, max_tokens
+    sampling: dict[str, Any]  # temperature, top_k, top_p, seed, max_tokens, and what else is not the default
     output_tokens: int
     finish_reason: Reason
     ttft: float
     e2e: float
+    user: str = ""
+    metadata: dict[str, str] = {}
 
 
-def sampling_fields(sampling: Sampling, max_tokens: int) -> dict[str, float | int]:
+def sampling_fields(sampling: Sampling, max_tokens: int) -> dict[str, Any]:
     """How the request asked for its tokens, under the names of the API's fields."""
-    return msgspec.structs.asdict(sampling) | {"max_tokens": max_tokens}
+    plain = Sampling()
+    fields = {
+        name: value
+        for name, value in msgspec.structs.asdict(sampling).items()
+        if name in _ALWAYS or (value != getattr(plain, name) and name != "barred_ids")
+    }
+    if sampling.logit_bias:
+        fields["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
+    return fields | {"max_tokens": max_tokens}
 
 
 class Recorder:

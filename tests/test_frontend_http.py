@@ -79,7 +79,7 @@ async def test_wrong_paths_and_methods(rig, method, path, status, says):
         (b'{"prompt": "a", "max_tokens": NaN}', "JSON"),
         (b'{"prompt": "a", "prompt": "b"}', "prompt"),
         (b'{"prompt": "a", "max_tokens": 1000000000000000000000000000000}', "max_tokens"),
-        (b'{"prompt": "a", "n": 2}', "n: not supported"),
+        (b'{"prompt": "a", "tools": []}', "tools: not supported"),
         (b'{"prompt": "' + b"a" * 100_000 + b'", "seed": "x"}', "seed"),  # large enough for a thread
     ],
 )
@@ -297,18 +297,21 @@ async def test_timeout_before_the_first_token(model, is_stream):
 
 
 async def test_timeout_in_a_stream(model):
+    """What is on its way ends there, and says so."""
     async with Rig(model, request_timeout_s=0.1) as rig:
 
         async def read():
-            async with rig.post(COMPLETIONS, prompt="a", stream=True) as response:
+            async with rig.post(COMPLETIONS, prompt="a", stream=True, n=2, stop="zz") as response:
                 return await events(response)
 
         reading = run(read())
         submit = await rig.next(Submit)
-        await rig.tokens(submit, "x")
-        first, error = await reading
-        assert first["choices"][0]["text"] == "x" and error["error"]["code"] == "timeout"
-        assert (await rig.next(Abort)).uid == submit.uid
+        await rig.tokens(submit, "xz")
+        *chunks, done = await reading
+        choices = [chunk["choices"][0] for chunk in chunks]
+        assert done == "[DONE]" and "".join(choice["text"] for choice in choices) == "xz"
+        assert sorted(choice["index"] for choice in choices if choice["finish_reason"] == "abort") == [0, 1]
+        assert {(await rig.next(Abort)).uid for _ in range(2)} == {submit.uid, submit.uid + 1}
 
 
 async def test_drain(model):
@@ -384,7 +387,7 @@ async def test_a_defect_is_a_500_without_its_traceback(model, monkeypatch, caplo
         def fail(*_):
             raise ZeroDivisionError("secret")
 
-        monkeypatch.setattr("nmoe.frontend.endpoints.make_submit", fail)
+        monkeypatch.setattr("nmoe.frontend.generation.make_submit", fail)
         status, _, document = await rig.ask(COMPLETIONS, prompt="a")
         assert status == 500 and document["error"]["message"] == "internal error"
         assert "ZeroDivisionError: secret" in caplog.text

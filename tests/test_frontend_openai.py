@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 
 from nmoe.errors import RequestError
 from nmoe.frontend.body import parse_object
-from nmoe.frontend.openai import FIELDS, parse_call
+from nmoe.frontend.openai import parse_call
+from nmoe.frontend.schema import FIELDS
 
 properties = settings(derandomize=True, deadline=None, max_examples=200)
 USER = {"role": "user", "content": "a"}
+CALL = {"id": "1", "function": {"name": "f", "arguments": "{}"}}
 
 
 def refused(endpoint, **document):
@@ -34,9 +36,10 @@ WRONG = [
     ("top_p", 0, "> 0"),
     ("top_p", 1.01, "<= 1"),
     ("top_k", -2, ">= -1"),
-    ("seed", 1 << 63, "64 bits"),
+    ("seed", 1 << 63, "int"),
     ("seed", 1.5, "expected `int`"),
-    ("stop", ["a", "b", "c", "d", "e"], "at most 4"),
+    ("seed", -(1 << 63) - 1, "int"),
+    ("stop", ["a", "b", "c", "d", "e"], "<= 4"),
     ("stop", "", "must not be empty"),
     ("stop", ["a", ""], "must not be empty"),
     ("stop", 5, "expected `str | array`"),
@@ -45,11 +48,27 @@ WRONG = [
     ("ignore_eos", 1, "expected `bool`"),
     ("return_token_ids", "true", "expected `bool`"),
     ("model", 5, "expected `str`"),
-    ("n", 2, "not supported"),
-    ("n", 1, "not supported"),
     ("logprobs", True, "not supported"),
-    ("echo", False, "not supported"),
-    ("user", "me", "not supported"),
+    ("n", 0, ">= 1"),
+    ("n", 129, "<= 128"),
+    ("min_p", 1.1, "<= 1"),
+    ("presence_penalty", -2.1, ">= -2"),
+    ("frequency_penalty", 2.1, "<= 2"),
+    ("repetition_penalty", 0, "> 0"),
+    ("logit_bias", {"1": 101}, "<= 100"),
+    ("logit_bias", {"a": 1}, "matching regex"),
+    ("logit_bias", {"1": 1, "01": 1}, "more than once"),
+    ("min_tokens", -1, ">= 0"),
+    ("stop_token_ids", [*range(17)], "<= 16"),
+    ("stop_token_ids", [-1], ">= 0"),
+    ("priority", 1 << 31, "<= "),
+    ("profile", "fast", "there are production_generate, "),
+    ("profile", "eval_exact", "not served yet"),
+    ("profile", "offline_distill", "not served yet"),
+    ("user", 5, "expected `str`"),
+    ("user", "a" * 513, "<= 512"),
+    ("metadata", {"a": 1}, "expected `str`"),
+    ("metadata", {str(i): "" for i in range(17)}, "<= 16"),
     ("temprature", 1, "did you mean temperature?"),
     ("max_token", 1, "did you mean max_tokens?"),
     ("qqq", 1, "known fields: "),
@@ -62,7 +81,7 @@ WRONG = [
 def test_wrong_fields_are_named(endpoint, field, value, says):
     prompt = {"prompt": "a"} if endpoint == "completions" else {"messages": [USER]}
     error = refused(endpoint, **prompt, **{field: value})
-    assert error.param == field and str(error).startswith(field) and says in str(error)
+    assert error.param.startswith(field) and str(error).startswith(field) and says in str(error)
 
 
 @pytest.mark.parametrize(
@@ -73,9 +92,18 @@ def test_wrong_fields_are_named(endpoint, field, value, says):
         ("completions", {"prompt": ""}, "prompt"),
         ("completions", {"prompt": []}, "prompt"),
         ("completions", {"prompt": 5}, "prompt"),
-        ("completions", {"prompt": ["a", "b"]}, "prompt[0]"),
         ("completions", {"prompt": [1, 2, "x"]}, "prompt[2]"),
-        ("completions", {"prompt": [[1]]}, "prompt[0]"),
+        ("completions", {"prompt": ["a", ""]}, "prompt[1]"),
+        ("completions", {"prompt": [[1], []]}, "prompt[1]"),
+        ("completions", {"prompt": [[1], [2, "x"]]}, "prompt[1][1]"),
+        ("completions", {"prompt": ["a", [1]]}, "prompt[1]"),
+        ("completions", {"prompt": ["a"] * 9, "n": 128}, "prompt"),
+        ("completions", {"prompt": "a", "min_tokens": 6, "max_tokens": 5}, "min_tokens"),
+        (
+            "completions",
+            {"prompt": "a", "stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+        ),
         ("completions", {"prompt": [1.0]}, "prompt[0]"),
         ("completions", {"prompt": "a", "messages": [USER]}, "messages"),
         ("completions", {"prompt": "a", "max_completion_tokens": 5}, "max_completion_tokens"),
@@ -84,7 +112,17 @@ def test_wrong_fields_are_named(endpoint, field, value, says):
         ("chat", {"messages": []}, "messages"),
         ("chat", {"messages": "hi"}, "messages"),
         ("chat", {"messages": ["hi"]}, "messages[0]"),
-        ("chat", {"messages": [USER, {"role": "tool", "content": "a"}]}, "messages[1].role"),
+        ("chat", {"messages": [USER, {"role": "robot", "content": "a"}]}, "messages[1].role"),
+        ("chat", {"messages": [{**USER, "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+        ("chat", {"messages": [{**USER, "tool_call_id": "x"}]}, "messages[0].tool_call_id"),
+        ("chat", {"messages": [USER], "echo": True}, "echo"),
+        (
+            "chat",
+            {"messages": [USER], "continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message",
+        ),
+        ("chat", {"messages": [{**USER, "content": ""}], "continue_final_message": True}, "continue_final_message"),
+        ("chat", {"messages": [USER], "chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools"),
         ("chat", {"messages": [{"role": "user"}]}, "messages[0]"),
         ("chat", {"messages": [{"role": "user", "content": None}]}, "messages[0]"),
         ("chat", {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
@@ -105,7 +143,7 @@ def test_two_names_of_one_length():
 
 
 def test_null_is_absent():
-    nothing = dict.fromkeys([*FIELDS["completions"], "logprobs", "n", "logit_bias"])
+    nothing = dict.fromkeys([*FIELDS["completions"], "logprobs", "tools"])
     assert parse_call("completions", {**nothing, "prompt": "a"}) == parse_call("completions", {"prompt": "a"})
 
 
@@ -186,7 +224,7 @@ def test_any_object_is_taken_or_refused(endpoint, document):
     except RequestError as error:
         assert error.status == 400 and error.param
     else:
-        assert call.prompt or call.messages
+        assert call.prompts or call.conversation
 
 
 @properties

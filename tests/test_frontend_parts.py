@@ -13,8 +13,10 @@ import zmq
 from nmoe import ipc
 from nmoe.config import Config, Model, Parallel, Trace
 from nmoe.errors import CheckpointError, NmoeError, RequestError
-from nmoe.frontend.openai import ChatMessage, TextPart, parse_call
-from nmoe.frontend.replies import Chunks
+from nmoe.frontend.openai import parse_call
+from nmoe.frontend.prompt import Prompt
+from nmoe.frontend.replies import Answer, Choice, Chunks
+from nmoe.frontend.schema import ChatMessage, Conversation, TextPart
 from nmoe.frontend.sse import EventStream
 from nmoe.frontend.streams import Stream
 from nmoe.frontend.template import load_template
@@ -64,14 +66,16 @@ async def test_a_slow_reader_gets_fewer_larger_events():
     stream = Stream(1, Letters(), (), 0.0)
     call = parse_call("completions", {"prompt": "a", "return_token_ids": True})
     transport = Transport()
-    events = EventStream(Response(), transport, stream, Chunks(call, "tiny", stream, [5]))
-    stream.on_tokens = events._on_tokens
+    choice = Choice(0, Prompt([5], "prompt"), stream)
+    answer = Answer(call, "tiny", [choice])
+    events = EventStream(Response(), transport, answer)
+    events._begin(choice, Chunks(answer, choice))
     for token, unsent in ((97, 0), (98, 1 << 20), (99, 1 << 20), (100, 0), (101, 1 << 20)):
         transport.unsent = unsent
         stream.feed([token])
         stream.on_tokens()
     stream.finish(Ended(1, "length"))
-    await events.finish(include_usage=False)
+    await events.follow()
     *chunks, done = transport.written
     choices = [json.loads(chunk.removeprefix(b"data: "))["choices"][0] for chunk in chunks]
     assert [(choice["text"], choice["token_ids"]) for choice in choices] == [
@@ -112,17 +116,17 @@ def test_template_renders_as_transformers_does(tmp_path):
     ours = template_of(tmp_path, source, bos_token="<bos>", eos_token={"content": "<eos>", "lstrip": False})
     messages = [{"role": "system", "content": " é & <b> "}, {"role": "user", "content": 'say "hi"\n'}]
     expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert ours.render([ChatMessage(**message) for message in messages]) == expected
+    assert ours.render(Conversation([ChatMessage(**message) for message in messages])) == expected
 
 
 def test_template_of_its_own_file_comes_first(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("file {{ messages[0].content }}")
-    assert template_of(tmp_path, "config").render([say("user", "a")]) == "file a"
+    assert template_of(tmp_path, "config").render(Conversation([say("user", "a")])) == "file a"
 
 
 def test_named_templates(tmp_path):
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
-    assert template_of(tmp_path, named).render([say("user", "a")]) == "yes"
+    assert template_of(tmp_path, named).render(Conversation([say("user", "a")])) == "yes"
     assert template_of(tmp_path, named[:1]) is None
     assert template_of(tmp_path, None) is None
 
@@ -130,7 +134,7 @@ def test_named_templates(tmp_path):
 def test_contents_and_roles(tmp_path):
     template = template_of(tmp_path, "{% for m in messages %}{{ m.role }}={{ m.content }};{% endfor %}")
     parts = [TextPart(type="text", text="a"), TextPart(type="text", text="b")]
-    assert template.render([say("developer", parts), say("user", "c")]) == "system=a\nb;user=c;"
+    assert template.render(Conversation([say("developer", parts), say("user", "c")])) == "system=a\nb;user=c;"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +142,7 @@ def test_contents_and_roles(tmp_path):
 )
 def test_a_template_that_refuses_is_a_400(tmp_path, source):
     with pytest.raises(RequestError, match="the chat template refuses them") as caught:
-        template_of(tmp_path, source).render([say("user", "a")])
+        template_of(tmp_path, source).render(Conversation([say("user", "a")]))
     assert caught.value.status == 400 and caught.value.param == "messages"
 
 

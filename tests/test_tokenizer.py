@@ -109,8 +109,8 @@ def test_eos_is_never_shown(byte_tokenizer, tmp_path):
 
 
 def test_special_tokens_are_added_when_asked_for(byte_tokenizer):
-    assert byte_tokenizer.encode("hi", add_special_tokens=True) == [BOS, *ids_of("hi")]
-    assert byte_tokenizer.encode("<eos>hi", add_special_tokens=False) == [1, *ids_of("hi")]
+    assert byte_tokenizer.encode("hi", add_special_tokens=True).ids == [BOS, *ids_of("hi")]
+    assert byte_tokenizer.encode("<eos>hi", add_special_tokens=False).ids == [1, *ids_of("hi")]
 
 
 def test_truncation_in_the_file_is_ignored(tmp_path):

@@ -1,122 +1,151 @@
-"""OpenAI's request schema, as far as nmoe has it: a JSON object becomes a `Call`, or a 400 that names the field.
+"""OpenAI's requests: a JSON object becomes a `Call`, or a 400 that names the field.
 
-Every field is checked on its own, then the contradictions between them. null means absent, as OpenAI's clients send it.
-What does not exist here is refused, never ignored. Sources: OpenAI's API reference for the fields; vLLM for `top_k`,
-`ignore_eos` and `return_token_ids`.
+Every field is checked on its own against `schema.py`, then the contradictions between them. null means absent, as
+OpenAI's clients send it. What does not exist here is refused, never ignored.
 """
 
 import difflib
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import msgspec
-from msgspec import Meta
 
 from nmoe.errors import RequestError
+from nmoe.frontend.schema import (
+    DETOKENIZE,
+    FIELDS,
+    FOREIGN,
+    MAX_CHOICES,
+    REQUIRED,
+    TOKENIZE,
+    Conversation,
+    Endpoint,
+)
+from nmoe.profiles import PROFILES
 
-Endpoint = Literal["completions", "chat"]
-
-_INT64 = 1 << 63
-MAX_STOPS = 4
-
-
-class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A part of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-
-    @property
-    def text(self) -> str:
-        """The content as one string; parts are joined by newlines, as vLLM does for templates that take strings."""
-        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-
-
-class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How to stream."""
-
-    include_usage: bool = False
+_OFFERED = ("production_generate",)  # the profiles whose outputs exist
+_TEMPLATES_OWN_NAMES = """
+    messages tools documents add_generation_prompt continue_final_message chat_template tokenize
+    bos_token eos_token unk_token pad_token raise_exception strftime_now
+"""
+_TEMPLATES_OWN = frozenset(_TEMPLATES_OWN_NAMES.split())
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
-    """A checked request. Defaults are OpenAI's."""
+    """A checked request to generate. Defaults are OpenAI's."""
 
     endpoint: Endpoint
     model: str = ""  # empty: not given
-    prompt: str | list[int] = ""  # completions
-    messages: list[ChatMessage] = []  # chat
+    prompts: list[str | list[int]] = []  # completions, at least one
+    conversation: Conversation | None = None  # chat
+    n: int = 1
     max_tokens: int | None = None
+    min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    echo: bool = False
     stream: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False
     return_token_ids: bool = False
+    priority: int = 0
+    profile: str = "production_generate"
+    user: str = ""
+    metadata: dict[str, str] = {}
 
 
-_SHARED: dict[str, Any] = {
-    "model": str,
-    "max_tokens": Annotated[int, Meta(ge=1, lt=1 << 31)],
-    "temperature": Annotated[float, Meta(ge=0, le=2)],
-    "top_p": Annotated[float, Meta(gt=0, le=1)],
-    "top_k": Annotated[int, Meta(ge=-1, lt=1 << 31)],  # 0 and -1: off
-    "seed": int,
-    "stop": str | list[str],
-    "ignore_eos": bool,
-    "stream": bool,
-    "stream_options": StreamOptions,
-    "return_token_ids": bool,
-}
-FIELDS: dict[Endpoint, dict[str, Any]] = {
-    "completions": {"prompt": str | list[int], **_SHARED},
-    "chat": {"messages": list[ChatMessage], "max_completion_tokens": _SHARED["max_tokens"], **_SHARED},
-}
-_REQUIRED: dict[Endpoint, str] = {"completions": "prompt", "chat": "messages"}
-# Fields of OpenAI's and vLLM's APIs that nmoe does not have: a misspelling of a field above is not the likely cause.
-_FOREIGN_NAMES = """
-    n logprobs top_logprobs prompt_logprobs echo best_of suffix user logit_bias presence_penalty frequency_penalty
-    repetition_penalty min_p min_tokens stop_token_ids tools tool_choice functions function_call response_format
-    parallel_tool_calls metadata store service_tier modalities audio prediction reasoning_effort verbosity priority
-    profile guided_json structured_outputs chat_template chat_template_kwargs add_generation_prompt
-    continue_final_message add_special_tokens skip_special_tokens include_stop_str_in_output web_search_options
-"""
-_FOREIGN = frozenset(_FOREIGN_NAMES.split())
+class ToTokenize(msgspec.Struct, frozen=True):
+    """A checked request for the ids of a text or a conversation."""
+
+    model: str
+    text: str | Conversation
+    add_special_tokens: bool
+    return_token_strs: bool
+
+
+class ToDetokenize(msgspec.Struct, frozen=True):
+    """A checked request for the text of ids."""
+
+    model: str
+    tokens: list[int]
 
 
 def parse_call(endpoint: Endpoint, document: dict[str, Any]) -> Call:
-    """Check the request. Raises RequestError (400) for the first field that is wrong."""
-    fields = FIELDS[endpoint]
+    """Check a request to generate. Raises RequestError (400) for the first field that is wrong."""
+    values = _read(document, FIELDS[endpoint])
+    _require(values, REQUIRED[endpoint])
+    if endpoint == "chat":
+        values["conversation"] = _conversation(values)
+    else:
+        values["prompts"] = _prompts(values.pop("prompt"))
+    _settle_lengths(values)
+    _settle_stops(values)
+    _settle_numbers(values)
+    _settle_profile(values)
+    _settle_streaming(values)
+    call = Call(endpoint=endpoint, **values)
+    if len(call.prompts) * call.n > MAX_CHOICES:
+        message = f"prompt: {len(call.prompts)} prompts with n = {call.n} make more than {MAX_CHOICES} choices"
+        raise RequestError(message, param="prompt")
+    return call
+
+
+def parse_tokenize(document: dict[str, Any]) -> ToTokenize:
+    """Check a request for token ids. Raises RequestError (400)."""
+    values = _read(document, TOKENIZE)
+    model, special = values.pop("model", ""), values.pop("add_special_tokens", None)
+    strings = values.pop("return_token_strs", False)
+    if "prompt" in values:
+        if others := sorted(values.keys() - {"prompt"}):
+            raise RequestError(f"{others[0]}: not together with prompt", param=others[0])
+        return ToTokenize(model, values["prompt"], special is not False, strings)
+    if "messages" not in values:
+        raise RequestError(
+            "prompt: missing; send prompt or messages", param="prompt", code="missing_required_parameter"
+        )
+    return ToTokenize(model, _conversation(values), special is True, strings)
+
+
+def parse_detokenize(document: dict[str, Any]) -> ToDetokenize:
+    """Check a request for text. Raises RequestError (400)."""
+    values = _read(document, DETOKENIZE)
+    _require(values, "tokens", may_be_empty=True)
+    return ToDetokenize(values.get("model", ""), values["tokens"])
+
+
+def text_length(asked: Call | ToTokenize) -> int:
+    """Characters that will have to be tokenized, at least."""
+    if isinstance(asked, ToTokenize):
+        texts = [asked.text] if isinstance(asked.text, str) else [message.text for message in asked.text.messages]
+    elif asked.conversation is not None:
+        texts = [message.text for message in asked.conversation.messages]
+    else:
+        texts = [prompt for prompt in asked.prompts if isinstance(prompt, str)]
+    return sum(len(text or "") for text in texts)
+
+
+def _read(document: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in document.items():
-        if value is None and (name in fields or name in _FOREIGN):
+        if value is None and (name in fields or name in FOREIGN):
             continue
         if name not in fields:
             raise _unknown(name, list(fields))
         values[name] = _convert(name, value, fields[name])
-    required = _REQUIRED[endpoint]
-    if required not in values:
-        raise RequestError(f"{required}: missing", param=required, code="missing_required_parameter")
-    _check_prompt(values, required)
-    _settle_lengths(values)
-    _settle_stops(values)
-    _settle_numbers(values)
-    options = values.pop("stream_options", None)
-    if options is not None and not values.get("stream"):
-        raise RequestError("stream_options: only allowed together with stream: true", param="stream_options")
-    return Call(endpoint=endpoint, include_usage=options is not None and options.include_usage, **values)
+    return values
 
 
 def _unknown(name: str, known: list[str]) -> RequestError:
-    if name in _FOREIGN:
+    if name in FOREIGN:
         return RequestError(f"{name}: not supported", param=name, code="unsupported_parameter")
     close = difflib.get_close_matches(name[:64], known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}?" if close else f"known fields: {', '.join(known)}"
@@ -130,6 +159,8 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         message, _, path = str(error).partition(" - at ")
         param = name + path.strip("`").removeprefix("$")
         raise RequestError(f"{param}: {message[0].lower()}{message[1:]}", param=param) from None
+    except RecursionError:
+        raise RequestError(f"{name}: nested too deeply", param=name) from None
 
 
 def _without_nulls(messages: Any) -> Any:
@@ -142,9 +173,55 @@ def _without_nulls(messages: Any) -> Any:
     ]
 
 
-def _check_prompt(values: dict[str, Any], name: str) -> None:
-    if len(values[name]) == 0:
+def _require(values: dict[str, Any], name: str, *, may_be_empty: bool = False) -> None:
+    if name not in values:
+        raise RequestError(f"{name}: missing", param=name, code="missing_required_parameter")
+    if not may_be_empty and len(values[name]) == 0:
         raise RequestError(f"{name}: empty; there must be something to continue", param=name)
+
+
+def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
+    """The prompts of a completion: the field is one or a list of them."""
+    if isinstance(prompt, str):
+        return [prompt]
+    kinds = set(map(type, prompt))
+    if kinds == {int}:
+        return [prompt]
+    if len(kinds) > 1:
+        place = next(i for i, item in enumerate(prompt) if type(item) is not type(prompt[0]))
+        message = f"prompt[{place}]: one text, texts, token ids, or lists of token ids; not a mixture"
+        raise RequestError(message, param=f"prompt[{place}]")
+    for place, item in enumerate(prompt):
+        if len(item) == 0:
+            raise RequestError(f"prompt[{place}]: empty; there must be something to continue", param=f"prompt[{place}]")
+    return prompt
+
+
+def _conversation(values: dict[str, Any]) -> Conversation:
+    """Takes a conversation's fields out of `values`."""
+    _require(values, "messages")
+    messages = values.pop("messages")
+    goes_on = values.pop("continue_final_message", False)
+    opens = values.pop("add_generation_prompt", not goes_on)
+    kwargs = values.pop("chat_template_kwargs", {})
+    if goes_on and opens:
+        message = "continue_final_message: contradicts add_generation_prompt = true, which begins a new message"
+        raise RequestError(message, param="continue_final_message")
+    for name in kwargs:
+        if name in _TEMPLATES_OWN:
+            message = f"chat_template_kwargs.{name}: the template gets this from elsewhere"
+            raise RequestError(message, param=f"chat_template_kwargs.{name}")
+    for place, message in enumerate(messages):
+        where = f"messages[{place}]"
+        if message.tool_calls and message.role != "assistant":
+            raise RequestError(f"{where}.tool_calls: only the assistant calls tools", param=f"{where}.tool_calls")
+        if message.tool_call_id is not None and message.role != "tool":
+            raise RequestError(f"{where}.tool_call_id: only of the role tool", param=f"{where}.tool_call_id")
+        if message.content is None and not message.tool_calls:
+            raise RequestError(f"{where}: object missing required field `content`", param=where)
+    if goes_on and not messages[-1].text:
+        raise RequestError("continue_final_message: the last message has no text", param="continue_final_message")
+    return Conversation(messages, opens, goes_on, kwargs)
 
 
 def _settle_lengths(values: dict[str, Any]) -> None:
@@ -155,15 +232,17 @@ def _settle_lengths(values: dict[str, Any]) -> None:
             f"max_completion_tokens = {newer} contradicts max_tokens = {values['max_tokens']}; send one of them",
             param="max_completion_tokens",
         )
+    least, most = values.get("min_tokens", 0), values.get("max_tokens")
+    if most is not None and least > most:
+        raise RequestError(f"min_tokens = {least}: more than max_tokens = {most}", param="min_tokens")
 
 
 def _settle_stops(values: dict[str, Any]) -> None:
     stop = values.get("stop", [])
     values["stop"] = stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if len(stops) > MAX_STOPS:
-        raise RequestError(f"stop: at most {MAX_STOPS} strings, got {len(stops)}", param="stop")
     if "" in stops:
         raise RequestError("stop: a stop string must not be empty", param="stop")
+    values["stop_token_ids"] = tuple(dict.fromkeys(values.get("stop_token_ids", ())))
 
 
 def _settle_numbers(values: dict[str, Any]) -> None:
@@ -171,6 +250,29 @@ def _settle_numbers(values: dict[str, Any]) -> None:
     values["top_k"] = max(values.get("top_k", 0), 0)
     seed = values.get("seed")
     if seed is not None:
-        if not -_INT64 <= seed < _INT64:
-            raise RequestError(f"seed = {seed}: must fit in 64 bits", param="seed")
-        values["seed"] = seed % _INT64
+        values["seed"] = seed % (1 << 63)
+    bias = values.get("logit_bias", {})
+    values["logit_bias"] = by_id = {int(token): value for token, value in bias.items()}
+    if len(by_id) < len(bias):
+        raise RequestError("logit_bias: a token id appears more than once", param="logit_bias")
+
+
+def _settle_profile(values: dict[str, Any]) -> None:
+    name = values.get("profile", _OFFERED[0])
+    if name not in PROFILES:
+        raise RequestError(f"profile: unknown; there are {', '.join(PROFILES)}", param="profile")
+    if name not in _OFFERED:
+        message = f"profile: {name} is not served yet, because its outputs do not exist; there is {', '.join(_OFFERED)}"
+        raise RequestError(message, param="profile", code="unsupported_value")
+
+
+def _settle_streaming(values: dict[str, Any]) -> None:
+    options = values.pop("stream_options", None)
+    if options is None:
+        return
+    if not values.get("stream"):
+        raise RequestError("stream_options: only allowed together with stream: true", param="stream_options")
+    if options.continuous_usage_stats and not options.include_usage:
+        param = "stream_options.continuous_usage_stats"
+        raise RequestError(f"{param}: only allowed together with include_usage: true", param=param)
+    values |= {"include_usage": options.include_usage, "continuous_usage": options.continuous_usage_stats}

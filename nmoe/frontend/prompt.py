@@ -1,18 +1,29 @@
-"""From a checked request to its prompt's token ids and its Submit, within the model's limits.
+"""From a checked request to its prompts' token ids and its Submits, within the model's limits.
 
-`Prompts.ids` is the expensive part (template, tokenizer) and runs in a thread.
+`Prompts.of` is the expensive part (template, tokenizer) and runs in a thread.
 """
 
 import array
 import random
 
+import msgspec
+
 from nmoe.errors import RequestError
 from nmoe.frontend.openai import Call
+from nmoe.frontend.schema import Conversation
 from nmoe.frontend.template import ChatTemplate
 from nmoe.frontend.tokenizer import Tokenizer
 from nmoe.messages import Sampling, Submit
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may go on to the context's end
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """One prompt: its ids, the field it came from, and with `echo` its text."""
+
+    ids: list[int]
+    field: str
+    text: str = ""
 
 
 class Prompts:
@@ -23,68 +34,119 @@ class Prompts:
         self._template = template
         self._vocab_size = vocab_size
 
-    def ids(self, call: Call) -> list[int]:
-        """The prompt's token ids, at least one. Raises RequestError."""
-        field = "messages" if call.endpoint == "chat" else "prompt"
-        if isinstance(call.prompt, list) and field == "prompt":
-            self._check_ids(call.prompt)
-            return call.prompt
+    def of(self, call: Call, max_seq_len: int) -> list[Prompt]:
+        """The prompts of a request, each of at least one token and with room for an output. Raises RequestError."""
+        self._check_named_ids(call)
+        if call.conversation is not None:
+            return [Prompt(self.conversation_ids(call.conversation, max_seq_len - 1), "messages")]
+        prompts = []
+        for place, given in enumerate(call.prompts):
+            field = "prompt" if len(call.prompts) == 1 else f"prompt[{place}]"
+            if isinstance(given, str):
+                prompt = Prompt(self.text_ids(given, field, max_seq_len - 1), field, given if call.echo else "")
+            else:
+                _check_length(len(given), field, max_seq_len - 1)
+                self.check_ids(given, field)
+                prompt = Prompt(given, field, self._shown(given) if call.echo else "")
+            prompts.append(prompt)
+        return prompts
+
+    def needs_tokenizer(self, call: Call) -> bool:
+        """Whether `of` is long work."""
+        return call.conversation is not None or call.echo or isinstance(call.prompts[0], str)
+
+    def text_ids(self, text: str, field: str, most: int, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text, at least one and `most` at most. Raises RequestError."""
         if self.tokenizer is None:
             raise RequestError(f"{field}: this model has no tokenizer.json; send `prompt` as token ids", param=field)
-        if call.endpoint == "chat":
-            if self._template is None:
-                raise RequestError(
-                    "messages: this model's checkpoint has no chat template; use /v1/completions", param="messages"
-                )
-            ids = self.tokenizer.encode(self._template.render(call.messages), add_special_tokens=False)
-        else:
-            assert isinstance(call.prompt, str)
-            ids = self.tokenizer.encode(call.prompt, add_special_tokens=True)
-        if not ids:
+        encoding = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        _check_length(len(encoding), field, most)
+        if not len(encoding):
             raise RequestError(f"{field}: has no tokens; there must be something to continue", param=field)
-        return ids
+        return encoding.ids
 
-    def _check_ids(self, ids: list[int]) -> None:
-        if min(ids) >= 0 and max(ids) < self._vocab_size:
+    def conversation_ids(self, conversation: Conversation, most: int, *, add_special_tokens: bool = False) -> list[int]:
+        """The ids of a conversation; its template writes the special tokens itself. Raises RequestError."""
+        if self.tokenizer is not None and self._template is None:
+            raise RequestError(
+                "messages: this model's checkpoint has no chat template; use /v1/completions", param="messages"
+            )
+        text = self._template.render(conversation) if self._template is not None else ""
+        return self.text_ids(text, "messages", most, add_special_tokens=add_special_tokens)
+
+    def check_ids(self, ids: list[int], field: str) -> None:
+        """Raises RequestError when one of `ids` is not in the vocabulary."""
+        if not ids or (min(ids) >= 0 and max(ids) < self._vocab_size):
             return
         place, wrong = next((i, x) for i, x in enumerate(ids) if not 0 <= x < self._vocab_size)
-        raise RequestError(
-            f"prompt[{place}] = {wrong}: token ids are from 0 to {self._vocab_size - 1}", param=f"prompt[{place}]"
-        )
+        param = f"{field}[{place}]"
+        raise RequestError(f"{param} = {wrong}: token ids are from 0 to {self._vocab_size - 1}", param=param)
+
+    def _check_named_ids(self, call: Call) -> None:
+        self.check_ids(list(call.stop_token_ids), "stop_token_ids")
+        for token in call.logit_bias:
+            if token >= self._vocab_size:
+                message = f"logit_bias: {token}: token ids are from 0 to {self._vocab_size - 1}"
+                raise RequestError(message, param="logit_bias")
+        if self.tokenizer is None and (call.stop or call.echo):
+            field = "stop" if call.stop else "echo"
+            raise RequestError(f"{field}: this model has no tokenizer.json, so there is no text", param=field)
+
+    def _shown(self, ids: list[int]) -> str:
+        assert self.tokenizer is not None
+        detokenizer = self.tokenizer.detokenizer()
+        return "".join(map(detokenizer.feed, ids)) + detokenizer.flush()
 
 
-def output_limit(call: Call, prompt_len: int, max_seq_len: int) -> int:
-    """How many tokens the request may generate. Raises RequestError when what it asks for does not fit."""
-    field = "messages" if call.endpoint == "chat" else "prompt"
-    room = max_seq_len - prompt_len
-    if room < 1:
+def _check_length(num_tokens: int, field: str, most: int) -> None:
+    if num_tokens > most:
         raise RequestError(
-            f"{field}: {prompt_len} tokens leave no room for output in the context of {max_seq_len} tokens",
+            f"{field}: {num_tokens} tokens leave no room for output in the context of {most + 1} tokens",
             param=field,
             code="context_length_exceeded",
         )
-    if call.max_tokens is None:
-        return room if call.endpoint == "chat" else min(_COMPLETION_TOKENS, room)
-    if call.max_tokens > room:
+
+
+def output_limit(call: Call, prompt: Prompt, max_seq_len: int) -> int:
+    """How many tokens a prompt's answer may have. Raises RequestError when what is asked for does not fit."""
+    room = max_seq_len - len(prompt.ids)
+    if room < 1:
+        _check_length(len(prompt.ids), prompt.field, max_seq_len - 1)
+    limit = call.max_tokens
+    if limit is None:
+        limit = room if call.endpoint == "chat" else min(_COMPLETION_TOKENS, room)
+    if limit > room:
         raise RequestError(
-            f"max_tokens = {call.max_tokens}: with a prompt of {prompt_len} tokens at most {room} fit in the context of"
+            f"max_tokens = {limit}: with a prompt of {len(prompt.ids)} tokens at most {room} fit in the context of"
             f" {max_seq_len} tokens",
             param="max_tokens",
             code="context_length_exceeded",
         )
-    return call.max_tokens
+    if call.min_tokens > limit:
+        message = (
+            f"min_tokens = {call.min_tokens}: more than the {limit} tokens that may be generated; raise max_tokens"
+        )
+        raise RequestError(message, param="min_tokens")
+    return limit
 
 
 def make_submit(
-    call: Call, generation: int, uid: int, ids: list[int], max_tokens: int, eos_ids: tuple[int, ...]
+    call: Call, generation: int, uid: int, prompt: Prompt, max_tokens: int, eos_ids: tuple[int, ...]
 ) -> Submit:
     """The message to the scheduler. A request without a seed gets a random one."""
-    seed = random.getrandbits(63) if call.seed is None else call.seed
-    return Submit(
-        generation,
-        uid,
-        array.array("i", ids).tobytes(),
-        max_tokens,
-        Sampling(call.temperature, call.top_k, call.top_p, seed),
-        eos_ids=() if call.ignore_eos else eos_ids,
+    ends = tuple(dict.fromkeys((*(() if call.ignore_eos else eos_ids), *call.stop_token_ids)))
+    sampling = Sampling(
+        temperature=call.temperature,
+        top_k=call.top_k,
+        top_p=call.top_p,
+        seed=random.getrandbits(63) if call.seed is None else call.seed,
+        min_p=call.min_p,
+        presence_penalty=call.presence_penalty,
+        frequency_penalty=call.frequency_penalty,
+        repetition_penalty=call.repetition_penalty,
+        logit_bias=tuple((token, bias) for token, bias in call.logit_bias.items() if bias),
+        min_tokens=call.min_tokens,
+        barred_ids=ends if call.min_tokens else (),
     )
+    ids = array.array("i", prompt.ids).tobytes()
+    return Submit(generation, uid, ids, max_tokens, sampling, ends, call.n, call.priority, call.profile)

@@ -1,10 +1,11 @@
 """OpenAI's response bodies: whole answers, errors, the list of models, and the frames of a stream's chunks.
 
 A chunk with text is the commonest thing that a frontend writes, so all of it but the text and the ids is rendered once
-per request: `Chunks.text` puts them between ready bytes.
+per choice: `Chunks.text` puts them between ready bytes.
 """
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ import orjson
 
 from nmoe.errors import RequestError
 from nmoe.frontend.openai import Call
+from nmoe.frontend.prompt import Prompt
 from nmoe.frontend.streams import Stream
 
 _OBJECTS = {"completions": ("text_completion", "text_completion"), "chat": ("chat.completion", "chat.completion.chunk")}
@@ -19,6 +21,14 @@ _ID_PREFIX = {"completions": "cmpl-", "chat": "chatcmpl-"}
 _encode = msgspec.json.Encoder().encode
 # Stand-ins for what changes from chunk to chunk; none can occur in a rendered body, where quotes are escaped.
 _TEXT, _IDS = "\u0001text\u0001", "\u0001ids\u0001"
+
+
+class Choice(msgspec.Struct):
+    """One of a request's answers: `index` = prompt's place * n + sibling's place, as OpenAI numbers them."""
+
+    index: int
+    prompt: Prompt
+    stream: Stream
 
 
 def error_body(error: RequestError) -> bytes:
@@ -51,14 +61,17 @@ def model_body(name: str, created: int, max_seq_len: int | None) -> dict[str, An
     return {"id": name, "object": "model", "created": created, "owned_by": "nmoe", "max_model_len": max_seq_len}
 
 
-def usage(stream: Stream, prompt_tokens: int) -> dict[str, Any]:
-    """Token counts of a finished stream."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": stream.num_tokens,
-        "total_tokens": prompt_tokens + stream.num_tokens,
-        "prompt_tokens_details": {"cached_tokens": stream.cached_tokens},
-    }
+def _counts(choices: Sequence[Choice], n: int) -> dict[str, Any]:
+    """Tokens so far; a prompt counts once, however many siblings share it."""
+    prompts = sum(len(choice.prompt.ids) for choice in choices[::n])
+    output = sum(choice.stream.num_tokens for choice in choices)
+    return {"prompt_tokens": prompts, "completion_tokens": output, "total_tokens": prompts + output}
+
+
+def usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
+    """Token counts of a request whose streams have ended; of siblings the first says what was cached."""
+    cached = sum(choice.stream.cached_tokens for choice in choices[::n])
+    return _counts(choices, n) | {"prompt_tokens_details": {"cached_tokens": cached}}
 
 
 def _header(call: Call, model: str, uid: int, *, chunk: bool) -> dict[str, Any]:
@@ -70,64 +83,90 @@ def _header(call: Call, model: str, uid: int, *, chunk: bool) -> dict[str, Any]:
     }
 
 
-def whole_body(call: Call, model: str, stream: Stream, prompt: list[int]) -> bytes:
-    """The answer of a request without `stream`, from its finished stream."""
-    text, ids = stream.take()
-    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": stream.reason}
-    body = _header(call, model, stream.uid, chunk=False) | {"choices": [choice], "usage": usage(stream, len(prompt))}
-    if call.endpoint == "chat":
-        choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-    else:
-        choice["text"] = text
-    if call.return_token_ids:
-        choice["token_ids"] = ids
-        (body if call.endpoint == "chat" else choice)["prompt_token_ids"] = prompt
+def whole_body(call: Call, model: str, choices: Sequence[Choice]) -> bytes:
+    """The answer of a request without `stream`, from its finished streams."""
+    body = _header(call, model, choices[0].stream.uid, chunk=False)
+    if call.return_token_ids and call.endpoint == "chat":
+        body["prompt_token_ids"] = choices[0].prompt.ids
+    body |= {"choices": [_whole(call, choice) for choice in choices], "usage": usage(choices, call.n)}
     return orjson.dumps(body)
 
 
-class Chunks:
-    """The chunks of one stream, as JSON."""
+def _whole(call: Call, choice: Choice) -> dict[str, Any]:
+    text, ids = choice.stream.take()
+    entry: dict[str, Any] = {"index": choice.index, "logprobs": None, "finish_reason": choice.stream.reason}
+    if call.endpoint == "chat":
+        entry["message"] = {"role": "assistant", "content": text, "refusal": None}
+    else:
+        entry["text"] = choice.prompt.text + text
+    if call.return_token_ids:
+        entry["token_ids"] = ids
+        if call.endpoint == "completions":
+            entry["prompt_token_ids"] = choice.prompt.ids
+    return entry
 
-    def __init__(self, call: Call, model: str, stream: Stream, prompt: list[int]) -> None:
-        self._call = call
-        self._stream = stream
-        self._prompt = prompt
+
+class Answer:
+    """What the chunks of a streamed answer have in common."""
+
+    def __init__(self, call: Call, model: str, choices: Sequence[Choice]) -> None:
+        self.call = call
+        self.choices = choices
+        self.header = _header(call, model, choices[0].stream.uid, chunk=True)
+
+    def counts(self) -> dict[str, Any] | None:
+        """The usage in every chunk; None unless `continuous_usage_stats`."""
+        return _counts(self.choices, self.call.n) if self.call.continuous_usage else None
+
+    def usage(self) -> bytes:
+        """The chunk that `include_usage` asks for."""
+        return orjson.dumps(self.header | {"choices": [], "usage": usage(self.choices, self.call.n)})
+
+
+class Chunks:
+    """The chunks of one choice, as JSON."""
+
+    def __init__(self, answer: Answer, choice: Choice) -> None:
+        self._answer = answer
+        self._call = call = answer.call
+        self._choice = choice
         self._is_chat = call.endpoint == "chat"
-        self._header = _header(call, model, stream.uid, chunk=True)
         self._prompt_due = call.return_token_ids
-        frame = orjson.dumps(self._chunk(_TEXT, _IDS if call.return_token_ids else None, None))
-        self._before, rest = frame.split(orjson.dumps(_TEXT))
-        self._between, self._after = rest.split(orjson.dumps(_IDS)) if call.return_token_ids else (rest, b"")
+        self._before = self._between = self._after = b""
+        if not call.continuous_usage:
+            frame = orjson.dumps(self._chunk(_TEXT, _IDS if call.return_token_ids else None, None))
+            self._before, rest = frame.split(orjson.dumps(_TEXT))
+            self._between, self._after = rest.split(orjson.dumps(_IDS)) if call.return_token_ids else (rest, b"")
 
     def opening(self) -> bytes | None:
-        """The chunk before the first text: a chat's role."""
+        """The chunk before the first text: a chat's role, or the prompt that is to be echoed."""
+        no_ids: list[int] | None = [] if self._call.return_token_ids else None
         if not self._is_chat:
-            return None
-        chunk = self._chunk("", [] if self._call.return_token_ids else None, None)
+            if not self._choice.prompt.text:
+                return None
+            return orjson.dumps(self._with_prompt(self._chunk(self._choice.prompt.text, no_ids, None)))
+        chunk = self._chunk("", no_ids, None)
         chunk["choices"][0]["delta"] = {"role": "assistant", "content": ""}
         return orjson.dumps(self._with_prompt(chunk))
 
     def text(self, text: str, ids: list[int]) -> bytes:
         """A chunk with new text and, when asked for, the ids it came with."""
-        if self._prompt_due:
-            return orjson.dumps(self._with_prompt(self._chunk(text, ids, None)))
+        if self._prompt_due or not self._before:
+            some_ids = ids if self._call.return_token_ids else None
+            return orjson.dumps(self._with_prompt(self._chunk(text, some_ids, None)))
         if self._after:
             return b"".join((self._before, _encode(text), self._between, _encode(ids), self._after))
         return b"".join((self._before, _encode(text), self._between))
 
     def closing(self, text: str, ids: list[int]) -> bytes:
         """The chunk with the finish reason, and what was held back until now."""
-        chunk = self._chunk(text, ids if self._call.return_token_ids else None, self._stream.reason)
+        chunk = self._chunk(text, ids if self._call.return_token_ids else None, self._choice.stream.reason)
         if self._is_chat and not text:
             chunk["choices"][0]["delta"] = {}
-        return orjson.dumps(self._with_prompt(chunk) if self._prompt_due else chunk)
-
-    def usage(self) -> bytes:
-        """The chunk that `include_usage` asks for."""
-        return orjson.dumps(self._header | {"choices": [], "usage": usage(self._stream, len(self._prompt))})
+        return orjson.dumps(self._with_prompt(chunk))
 
     def _chunk(self, text: str, ids: Any, reason: str | None) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0}
+        choice: dict[str, Any] = {"index": self._choice.index}
         if self._is_chat:
             choice["delta"] = {"content": text}
         else:
@@ -135,11 +174,12 @@ class Chunks:
         choice |= {"logprobs": None, "finish_reason": reason}
         if ids is not None:
             choice["token_ids"] = ids
-        return self._header | {"choices": [choice]} | ({"usage": None} if self._call.include_usage else {})
+        counts = {"usage": self._answer.counts()} if self._call.include_usage else {}
+        return self._answer.header | {"choices": [choice]} | counts
 
     def _with_prompt(self, chunk: dict[str, Any]) -> dict[str, Any]:
         """vLLM puts the prompt's ids into the first chunk: a chat's at the top, a completion's in the choice."""
         if self._prompt_due:
-            (chunk if self._is_chat else chunk["choices"][0])["prompt_token_ids"] = self._prompt
+            (chunk if self._is_chat else chunk["choices"][0])["prompt_token_ids"] = self._choice.prompt.ids
             self._prompt_due = False
         return chunk

@@ -20,10 +20,12 @@ from nmoe.checkpoint import eos_ids, tokenizer_file
 from nmoe.config import Config
 from nmoe.errors import RequestError
 from nmoe.frontend.endpoints import Endpoints
+from nmoe.frontend.generation import Generations
 from nmoe.frontend.health import Health
 from nmoe.frontend.http import Router
 from nmoe.frontend.link import Link
 from nmoe.frontend.prompt import Prompts
+from nmoe.frontend.requests import Requests
 from nmoe.frontend.streams import Streams
 from nmoe.frontend.template import load_template
 from nmoe.frontend.tokenizer import Tokenizer
@@ -55,7 +57,9 @@ def load_prompts(config: Config, eos: tuple[int, ...], vocab_size: int) -> Promp
 class Frontend:
     """What the process consists of. Made inside the event loop, by `run`."""
 
-    def __init__(self, boot: Boot, threads: concurrent.futures.Executor) -> None:
+    def __init__(
+        self, boot: Boot, threads: concurrent.futures.Executor, slow_thread: concurrent.futures.Executor
+    ) -> None:
         config = boot.config
         architecture = read_architecture(config.model.path)
         eos = eos_ids(config.model.path, architecture)
@@ -70,15 +74,20 @@ class Frontend:
         self._health = Health(config, boot.board)
         self._link = Link(ipc.frontend_address(boot.run_dir), boot.index, self._receive)
         self._streams = Streams(boot.index, boot.generation, self._link.send, self._row)
-        self._endpoints = Endpoints(
-            boot, prompts, eos, self._health, self._streams, threads, self._recorder, self._report_drained
+        requests = Requests(config.model_name, config.server.max_body_mb << 20, threads, slow_thread)
+        self._generations = Generations(
+            boot, prompts, eos, self._health, self._streams, requests, self._recorder, self._report_drained
         )
+        self._endpoints = Endpoints(boot, prompts, self._health, requests, self._generations)
 
     @classmethod
     async def run(cls, boot: Boot) -> None:
         """Serve until the launcher's end of the control link closes."""
-        with concurrent.futures.ThreadPoolExecutor(_THREADS, "tokenizer") as threads:
-            await cls(boot, threads)._serve()
+        with (
+            concurrent.futures.ThreadPoolExecutor(_THREADS, "tokenizer") as threads,
+            concurrent.futures.ThreadPoolExecutor(1, "long texts") as slow_thread,
+        ):
+            await cls(boot, threads, slow_thread)._serve()
 
     async def _serve(self) -> None:
         router = Router(self._boot.config.server, self._endpoints.routes())
@@ -147,5 +156,5 @@ class Frontend:
             self._link.send(Hello(self._boot.generation))
 
     def _report_drained(self) -> None:
-        if self._health.draining and not self._endpoints.num_open:
+        if self._health.draining and not self._generations.num_open:
             self._boot.control.send(ipc.Drained())

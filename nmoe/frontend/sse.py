@@ -5,12 +5,13 @@ chunk framing around it.
 """
 
 import asyncio
+import functools
 
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
 
 from nmoe.errors import RequestError
-from nmoe.frontend.replies import Chunks, error_body
+from nmoe.frontend.replies import Answer, Choice, Chunks, error_body
 from nmoe.frontend.streams import Stream
 
 # A client that reads slower than its tokens come has this much waiting; until then later tokens gather in the stream
@@ -20,22 +21,18 @@ _DONE = b"[DONE]"
 
 
 class EventStream:
-    """Prepared once the stream has started without an error; `finish` ends it."""
+    """Prepared once the answer has begun without an error; `follow` writes it to its end."""
 
-    def __init__(
-        self, response: web.StreamResponse, transport: asyncio.Transport, stream: Stream, chunks: Chunks
-    ) -> None:
+    def __init__(self, response: web.StreamResponse, transport: asyncio.Transport, answer: Answer) -> None:
         self._response = response
         self._transport = transport
         self._chunked = response.chunked
-        self._stream = stream
-        self._chunks = chunks
+        self._answer = answer
+        self._ended: asyncio.Queue[tuple[Choice, Chunks]] = asyncio.Queue()
 
     @classmethod
-    async def open(
-        cls, request: web.BaseRequest, headers: dict[str, str], stream: Stream, chunks: Chunks
-    ) -> "EventStream":
-        """Send the response's head and the chunk before the first text; from here on tokens go out as they come."""
+    async def open(cls, request: web.BaseRequest, headers: dict[str, str], answer: Answer) -> "EventStream":
+        """Send the response's head and what comes before the first text; from here on tokens go out as they come."""
         response = web.StreamResponse(headers={**headers, hdrs.CACHE_CONTROL: "no-cache"})
         response.content_type = "text/event-stream"
         if request.version >= HttpVersion11:
@@ -45,24 +42,35 @@ class EventStream:
         await response.prepare(request)
         if request.transport is None:
             raise ConnectionResetError("the client left")
-        events = cls(response, request.transport, stream, chunks)
-        if (opening := chunks.opening()) is not None:
-            events._write(opening)
-        if stream.num_tokens:
-            events._on_tokens()
-        stream.on_tokens = events._on_tokens
+        events = cls(response, request.transport, answer)
+        for choice in answer.choices:
+            events._begin(choice, Chunks(answer, choice))
         return events
 
-    async def finish(self, *, include_usage: bool) -> web.StreamResponse:
-        """The end of the stream that has ended: its last chunks, or its error."""
-        self._stream.on_tokens = None
-        if self._stream.error is not None:
-            self._write(error_body(self._stream.error))  # no [DONE] follows: the answer is not complete
+    def _begin(self, choice: Choice, chunks: Chunks) -> None:
+        stream = choice.stream
+        if (opening := chunks.opening()) is not None:
+            self._write(opening)
+        if stream.num_tokens:
+            self._on_tokens(stream, chunks)
+        stream.on_tokens = functools.partial(self._on_tokens, stream, chunks)
+        stream.ended.add_done_callback(lambda _: self._ended.put_nowait((choice, chunks)))
+
+    async def follow(self) -> web.StreamResponse:
+        """Close each choice as it ends, then the answer; at the first error the whole of it."""
+        for _ in self._answer.choices:
+            choice, chunks = await self._ended.get()
+            choice.stream.on_tokens = None
+            if choice.stream.error is not None:
+                self._write(error_body(choice.stream.error))  # no [DONE] follows: the answer is not complete
+                break
+            self._write(chunks.closing(*choice.stream.take()))
         else:
-            self._write(self._chunks.closing(*self._stream.take()))
-            if include_usage:
-                self._write(self._chunks.usage())
+            if self._answer.call.include_usage:
+                self._write(self._answer.usage())
             self._write(_DONE)
+        for choice in self._answer.choices:
+            choice.stream.on_tokens = None
         await self._response.write_eof()
         return self._response
 
@@ -72,10 +80,10 @@ class EventStream:
         self._response.force_close()
         return self._response
 
-    def _on_tokens(self) -> None:
+    def _on_tokens(self, stream: Stream, chunks: Chunks) -> None:
         if self._transport.get_write_buffer_size() < _MAX_UNSENT:
-            text, ids = self._stream.take()
-            self._write(self._chunks.text(text, ids))
+            text, ids = stream.take()
+            self._write(chunks.text(text, ids))
 
     def _write(self, data: bytes) -> None:
         if self._transport.is_closing():  # the handler is about to be cancelled

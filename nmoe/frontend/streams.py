@@ -27,9 +27,19 @@ class Stream:
     After the end either `error` is set, or `reason` and the counts are.
     """
 
-    def __init__(self, uid: int, detokenizer: Detokenizer | None, stops: tuple[str, ...], arrived: float) -> None:
+    def __init__(
+        self,
+        uid: int,
+        detokenizer: Detokenizer | None,
+        stops: tuple[str, ...],
+        arrived: float,
+        min_tokens: int = 0,
+        silent_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        """`min_tokens`: stop strings are looked for after so many; `silent_ids` have no text: they end the request."""
         loop = asyncio.get_running_loop()
         self.uid = uid
+        self.num_siblings = 1
         self.arrived = arrived  # seconds, CLOCK_MONOTONIC
         self.started: asyncio.Future[None] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
@@ -40,6 +50,9 @@ class Stream:
         self.cached_tokens = 0
         self.first_token_at = 0.0
         self.last_token_at = 0.0
+        self.scheduled_at = 0.0  # seconds, CLOCK_MONOTONIC; known at the end
+        self._min_tokens = min_tokens
+        self._silent_ids = silent_ids
         self._detokenizer = detokenizer
         self._stops = StopFinder(stops) if stops else None
         self._texts: list[str] = []
@@ -63,7 +76,9 @@ class Stream:
                 return
             self.num_tokens += 1
             self._ids.append(token)
-            if self._detokenizer is not None and (text := self._detokenizer.feed(token)):
+            if token in self._silent_ids or self._detokenizer is None:
+                continue
+            if text := self._detokenizer.feed(token):
                 self._show(text)
         if not self.started.done():
             self.started.set_result(None)
@@ -71,8 +86,9 @@ class Stream:
     def finish(self, ended: Ended) -> None:
         """The scheduler's terminal entry."""
         self.cached_tokens = ended.cached_tokens
-        if ended.reason in ("abort", "error") and not self.stopped:
-            self.fail(RequestError(ended.detail or "the request was aborted", status=500))
+        self.scheduled_at = ended.scheduled_at
+        if ended.reason == "error" and not self.stopped:
+            self.fail(RequestError(ended.detail or "the request failed", status=500))
             return
         if self._detokenizer is not None and not self.stopped and (text := self._detokenizer.flush()):
             self._show(text)
@@ -85,7 +101,8 @@ class Stream:
         self._end("error", error)
 
     def _show(self, text: str) -> None:
-        self._texts.append(self._stops.feed(text) if self._stops is not None else text)
+        looks = self._stops is not None and self.num_tokens > self._min_tokens
+        self._texts.append(self._stops.feed(text) if looks and self._stops is not None else text)
 
     def _end(self, reason: Reason, error: RequestError | None) -> None:
         if self.reason is None:
@@ -106,15 +123,19 @@ class Streams:
         self._counter = 0
         self._live: dict[int, Stream] = {}
 
-    def new_uid(self) -> int:
-        """A uid that no other request of this server has."""
-        self._counter += 1
-        return make_uid(self._index, self._generation, self._counter)
+    def new_uids(self, count: int) -> range:
+        """Consecutive uids that no other request of this server has."""
+        first = make_uid(self._index, self._generation, self._counter + 1)
+        self._counter += count
+        return range(first, first + count)
 
-    def submit(self, stream: Stream, submit: Submit) -> None:
-        """Hand a request to the scheduler. Whoever calls this closes the stream, however it ends."""
+    def submit(self, streams: Sequence[Stream], submit: Submit) -> None:
+        """Hand a request to the scheduler; a stream for each sibling. Whoever calls this closes them, however they
+        end."""
         self._send(submit)
-        self._live[stream.uid] = stream
+        for stream in streams:
+            self._live[stream.uid] = stream
+            stream.num_siblings = submit.n
 
     def close(self, stream: Stream) -> None:
         """Nobody reads the stream any more: if the scheduler still computes for it, it stops now."""
@@ -142,9 +163,11 @@ class Streams:
                 self._tell(Finish(self._generation, stream.uid, stream.num_tokens))
 
     def reject(self, message: Rejected) -> None:
-        """The scheduler did not accept a request."""
-        if (stream := self._live.pop(message.uid, None)) is not None:
-            stream.fail(RequestError(message.detail, status=message.status))
+        """The scheduler did not accept a request, nor its siblings."""
+        first = self._live.get(message.uid)
+        for uid in range(message.uid, message.uid + (first.num_siblings if first is not None else 0)):
+            if (stream := self._live.pop(uid, None)) is not None:
+                stream.fail(RequestError(message.detail, status=message.status))
 
     def fail_all(self, error: RequestError) -> None:
         """The scheduler has forgotten every request, or this frontend is about to end."""

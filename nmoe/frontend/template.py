@@ -12,10 +12,11 @@ from typing import Any, NoReturn
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
+import msgspec
 
 from nmoe.architecture import read_json
 from nmoe.errors import CheckpointError, RequestError
-from nmoe.frontend.openai import ChatMessage
+from nmoe.frontend.schema import ChatMessage, Conversation
 
 
 class ChatTemplate:
@@ -30,17 +31,46 @@ class ChatTemplate:
         self._template = environment.from_string(source)
         self._special_tokens = special_tokens
 
-    def render(self, messages: list[ChatMessage]) -> str:
-        """The prompt that asks for the assistant's next message. Raises RequestError when the template refuses."""
-        # Templates know the role by its older name, and most drop the ones they do not know without a word.
-        roles = {"developer": "system"}
-        plain = [{"role": roles.get(message.role, message.role), "content": message.text} for message in messages]
+    def render(self, conversation: Conversation) -> str:
+        """The prompt that asks for the assistant's next message, or for the rest of the last one.
+
+        Raises RequestError when the template refuses.
+        """
+        plain = [_plain(message) for message in conversation.messages]
         try:
-            return self._template.render(
-                messages=plain, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
+            text = self._template.render(
+                messages=plain,
+                tools=None,
+                documents=None,
+                add_generation_prompt=conversation.add_generation_prompt,
+                **self._special_tokens,
+                **conversation.template_kwargs,
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program whose input is the client's
             raise RequestError(f"messages: the chat template refuses them: {error}", param="messages") from error
+        return _cut_after(text, plain[-1]["content"]) if conversation.continue_final_message else text
+
+
+def _plain(message: ChatMessage) -> dict[str, Any]:
+    # Templates know the role by its older name, and most drop the ones they do not know without a word.
+    roles = {"developer": "system"}
+    plain: dict[str, Any] = {"role": roles.get(message.role, message.role), "content": message.text}
+    if message.tool_calls:
+        plain["tool_calls"] = msgspec.to_builtins(message.tool_calls)
+    if message.tool_call_id is not None:
+        plain["tool_call_id"] = message.tool_call_id
+    return plain
+
+
+def _cut_after(text: str, final: str) -> str:
+    """The prompt up to the end of the last message's content, so that the model goes on with it; its own space at the
+    end stays unless the template trims it (transformers, `apply_chat_template`, `continue_final_message`)."""
+    place = text.rfind(final.strip())
+    if place < 0 or not final.strip():
+        message = "continue_final_message: the chat template does not show the last message as it is"
+        raise RequestError(message, param="continue_final_message")
+    kept = final.lstrip() if text.startswith(final.lstrip(), place) else final.strip()
+    return text[: place + len(kept)]
 
 
 def load_template(folder: pathlib.Path) -> ChatTemplate | None:

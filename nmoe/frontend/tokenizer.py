@@ -35,9 +35,18 @@ class Tokenizer:
         self._hidden = frozenset(special | set(eos_ids))
         self._pieces = BytePieces(tokenizer, self._hidden) if _is_byte_level(file, json.loads(text)) else None
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """The ids of `text`; with `add_special_tokens` also what the file's post-processor puts around it (BOS)."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    def encode(self, text: str, *, add_special_tokens: bool) -> tokenizers.Encoding:
+        """The encoding of `text`, whose `ids` are made when they are asked for; with `add_special_tokens` also what the
+        file's post-processor puts around it (BOS)."""
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def strings(self, ids: list[int]) -> list[str]:
+        """Each token as the vocabulary writes it; empty where it has none."""
+        return [self._tokenizer.id_to_token(token) or "" for token in ids]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`, special tokens included."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def detokenizer(self) -> Detokenizer:
         """A detokenizer at the start of a text."""

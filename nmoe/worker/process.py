@@ -74,6 +74,7 @@ class Worker:
         self._context = context
         self._max_in_flight = boot.config.steps_in_flight
         self._in_flight: collections.deque[Launched] = collections.deque()
+        self._row = boot.board.rows[metrics.row_index(boot.role, boot.index, boot.config.parallel.world_size)]
         self._scheduler = 0  # the newest generation of the scheduler seen
         self._scheduler_gone = False
         self._launcher_gone = False
@@ -89,6 +90,7 @@ class Worker:
                     self._report(self._in_flight.popleft())
                 elif len(self._in_flight) < self._max_in_flight and (step := self._receive()):
                     self._in_flight.append(self._runner.launch(step))
+                    self._row.observe("nmoe:rank_iteration_tokens", self._runner.num_tokens)
                 else:
                     self._wait()
         finally:

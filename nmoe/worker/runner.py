@@ -104,6 +104,11 @@ class Runner:
         self._rows = self._form(np.empty((0, 4), np.int32))
         self._ends = np.empty(0, np.int64)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the step launched last."""
+        return self._rows.num_tokens
+
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
         """Start `step`; returns without waiting for the device. Raises MalformedStep, which nothing can follow."""

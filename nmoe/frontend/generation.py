@@ -1,0 +1,211 @@
+"""Completions and chats: from a request's body to the end of its answer."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import msgspec
+from aiohttp import web
+
+from nmoe.errors import RequestError
+from nmoe.frontend import openai, replies
+from nmoe.frontend.health import Health
+from nmoe.frontend.http import Headers, json_response
+from nmoe.frontend.openai import Call
+from nmoe.frontend.prompt import Prompt, Prompts, make_submit, output_limit
+from nmoe.frontend.replies import Answer, Choice
+from nmoe.frontend.requests import Requests
+from nmoe.frontend.schema import Endpoint
+from nmoe.frontend.sse import EventStream
+from nmoe.frontend.streams import Stream, Streams
+from nmoe.ipc import Boot
+from nmoe.messages import Ended, Submit
+from nmoe.metrics import row_index
+from nmoe.trace import Record, Recorder, sampling_fields
+
+_log = logging.getLogger("nmoe.frontend")
+
+
+class Generation(msgspec.Struct):
+    """One request on its way: what was asked, what the scheduler gets, and what comes back."""
+
+    call: Call
+    arrived: float  # seconds, CLOCK_MONOTONIC
+    submits: list[Submit]  # one per prompt
+    choices: list[Choice]  # `n` per prompt
+
+
+class Generations:
+    """All requests of one frontend that generate. `on_idle` is called when the last open one has ended."""
+
+    def __init__(
+        self,
+        boot: Boot,
+        prompts: Prompts,
+        eos_ids: tuple[int, ...],
+        health: Health,
+        streams: Streams,
+        requests: Requests,
+        recorder: Recorder | None,
+        on_idle: Callable[[], None],
+    ) -> None:
+        self._config = boot.config
+        self._generation = boot.generation
+        self._row = boot.board.rows[row_index("frontend", boot.index, boot.config.parallel.world_size)]
+        self._prompts = prompts
+        self._eos_ids = eos_ids
+        self._health = health
+        self._streams = streams
+        self._requests = requests
+        self._recorder = recorder
+        self._on_idle = on_idle
+        self.num_open = 0
+
+    async def answer(self, endpoint: Endpoint, request: web.BaseRequest, headers: Headers) -> web.StreamResponse:
+        """The whole of a request."""
+        arrived = time.monotonic()
+        self._health.require_serving()
+        self.num_open += 1
+        try:
+            return await self._run(await self._prepare(endpoint, request, arrived), request, headers)
+        finally:
+            self.num_open -= 1
+            if not self.num_open:
+                self._on_idle()
+
+    async def _prepare(self, endpoint: Endpoint, request: web.BaseRequest, arrived: float) -> Generation:
+        """Everything up to the scheduler. Raises RequestError."""
+        call = await self._requests.read(request, partial(openai.parse_call, endpoint))
+        self._requests.check_model(call.model)
+        make_prompts = partial(self._prompts.of, call, self._health.require_serving())
+        if self._prompts.needs_tokenizer(call):
+            prompts = await self._requests.tokenize(make_prompts, openai.text_length(call))
+        else:
+            prompts = make_prompts()
+        max_seq_len = self._health.require_serving()  # asked again, because time has passed
+        generation = Generation(call, arrived, [], [])
+        for prompt in prompts:
+            self._add(generation, prompt, output_limit(call, prompt, max_seq_len))
+        return generation
+
+    def _add(self, generation: Generation, prompt: Prompt, max_tokens: int) -> None:
+        """One prompt's Submit, and a stream for each of its choices."""
+        call, tokenizer = generation.call, self._prompts.tokenizer
+        silent = frozenset(call.stop_token_ids)
+        uids = self._streams.new_uids(call.n)
+        for uid in uids:
+            detokenizer = tokenizer.detokenizer() if tokenizer is not None else None
+            stream = Stream(uid, detokenizer, call.stop, generation.arrived, call.min_tokens, silent)
+            generation.choices.append(Choice(len(generation.choices), prompt, stream))
+        submit = make_submit(call, self._generation, uids[0], prompt, max_tokens, self._eos_ids)
+        generation.submits.append(submit)
+
+    async def _run(self, generation: Generation, request: web.BaseRequest, headers: Headers) -> web.StreamResponse:
+        """From the scheduler to the end of the response, whoever ends it."""
+        streams = [choice.stream for choice in generation.choices]
+        timeout = self._config.server.request_timeout_s
+        timer = None
+        if timeout:
+            left = timeout - (time.monotonic() - generation.arrived)
+            timer = asyncio.get_running_loop().call_later(left, _expire, generation, timeout)
+        try:
+            for place, submit in enumerate(generation.submits):
+                self._streams.submit(streams[place * submit.n : (place + 1) * submit.n], submit)
+            respond = self._respond_in_events if generation.call.stream else self._respond_whole
+            response = await respond(generation, request, headers)
+        finally:
+            if timer is not None:
+                timer.cancel()
+            for stream in streams:
+                self._streams.close(stream)
+        for choice in generation.choices:
+            self._finished(generation, choice)
+        return response
+
+    async def _respond_whole(
+        self, generation: Generation, request: web.BaseRequest, headers: Headers
+    ) -> web.StreamResponse:
+        await _any_error(generation.choices, [choice.stream.ended for choice in generation.choices])
+        return json_response(replies.whole_body(generation.call, self._config.model_name, generation.choices), headers)
+
+    async def _respond_in_events(
+        self, generation: Generation, request: web.BaseRequest, headers: Headers
+    ) -> web.StreamResponse:
+        # Only when something has started is the status known.
+        started = [choice.stream.started for choice in generation.choices]
+        await asyncio.wait(started, return_when=asyncio.FIRST_COMPLETED)
+        _raise_error(generation.choices)
+        answer = Answer(generation.call, self._config.model_name, generation.choices)
+        events = await EventStream.open(request, headers, answer)
+        try:
+            return await events.follow()
+        except ConnectionError:
+            raise
+        except Exception:
+            _log.exception("request %x failed in its stream", generation.choices[0].stream.uid)
+            return events.give_up(RequestError("internal error", status=500))
+
+    def _finished(self, generation: Generation, choice: Choice) -> None:
+        """Count and record a choice that is complete."""
+        stream, submit = choice.stream, generation.submits[choice.index // generation.call.n]
+        if stream.error is not None or stream.reason is None:
+            return
+        now = time.monotonic()
+        latency = now - stream.arrived
+        self._row.observe("nmoe:e2e_request_latency_seconds", latency)
+        if stream.scheduled_at and stream.first_token_at:
+            self._row.observe(
+                "nmoe:request_inference_time_seconds", max(0.0, stream.last_token_at - stream.scheduled_at)
+            )
+            self._row.observe("nmoe:request_decode_time_seconds", stream.last_token_at - stream.first_token_at)
+        self._row.observe("nmoe:request_prompt_tokens", len(choice.prompt.ids))
+        self._row.observe("nmoe:request_generation_tokens", stream.num_tokens)
+        self._row.observe("nmoe:request_params_max_tokens", submit.max_tokens)
+        self._row.observe("nmoe:request_params_n", submit.n)
+        if self._recorder is not None:
+            self._recorder.add(
+                Record(
+                    arrived=time.time() - latency,
+                    prompt_token_ids=choice.prompt.ids,
+                    sampling=sampling_fields(submit.sampling, submit.max_tokens),
+                    output_tokens=stream.num_tokens,
+                    finish_reason=stream.reason,
+                    ttft=stream.first_token_at - stream.arrived,
+                    e2e=latency,
+                    user=generation.call.user,
+                    metadata=generation.call.metadata,
+                )
+            )
+
+
+def _raise_error(choices: Sequence[Choice]) -> None:
+    for choice in choices:
+        if choice.stream.error is not None:
+            raise choice.stream.error
+
+
+async def _any_error(choices: Sequence[Choice], ended: Sequence["asyncio.Future[None]"]) -> None:
+    """Wait until all have ended; raises the first error as soon as there is one."""
+    if len(choices) == 1:
+        await ended[0]
+    else:
+        ends: asyncio.Queue[None] = asyncio.Queue()
+        for future in ended:
+            future.add_done_callback(lambda _: ends.put_nowait(None))
+        for _ in ended:
+            await ends.get()
+            _raise_error(choices)
+    _raise_error(choices)
+
+
+def _expire(generation: Generation, timeout: float) -> None:
+    """The request's time is over. An answer that is on its way in a stream ends there, with what it has."""
+    streams = [choice.stream for choice in generation.choices]
+    begun = generation.call.stream and any(stream.num_tokens for stream in streams)
+    for stream in streams:
+        if stream.reason is None and begun:
+            stream.finish(Ended(stream.uid, "abort"))
+        elif stream.reason is None:
+            stream.fail(RequestError(f"not finished within {timeout:g} s", status=504, code="timeout"))

@@ -1,0 +1,57 @@
+"""From a request's bytes to a checked request, without holding up the event loop."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from functools import partial
+from typing import Any, TypeVar
+
+from aiohttp import web
+
+from nmoe.errors import RequestError
+from nmoe.frontend.body import parse_object
+from nmoe.frontend.http import read_json_body
+
+T = TypeVar("T")
+
+_INLINE_BYTES = 1 << 15  # a body up to this size is decoded faster than a thread is reached
+_LONG_TEXT = 1 << 18  # characters; from here on tokenizing takes long enough to be kept apart
+
+
+class Requests:
+    """What every endpoint with a body does first.
+
+    `threads` runs what would hold up the event loop, `slow_thread` what would hold up the threads: a few huge texts
+    must not keep everybody else's short ones waiting.
+    """
+
+    def __init__(self, model_name: str, max_body_bytes: int, threads: Executor, slow_thread: Executor) -> None:
+        self._model_name = model_name
+        self._max_body_bytes = max_body_bytes
+        self._threads = threads
+        self._slow_thread = slow_thread
+
+    async def read(self, request: web.BaseRequest, parse: Callable[[dict[str, Any]], T]) -> T:
+        """The checked request. Raises RequestError."""
+        body = await read_json_body(request, self._max_body_bytes)
+        if len(body) <= _INLINE_BYTES:
+            return parse(parse_object(body))
+        return await self._in(self._slow_thread if len(body) > _LONG_TEXT else self._threads, _parse, parse, body)
+
+    async def tokenize(self, work: Callable[[], T], text_length: int) -> T:
+        """The result of `work`, which tokenizes so many characters."""
+        return await self._in(self._slow_thread if text_length > _LONG_TEXT else self._threads, work)
+
+    def check_model(self, name: str) -> None:
+        """Raises RequestError (404) for a model that this server does not have."""
+        if name not in ("", self._model_name):
+            message = f"model {name[:200]!r} does not exist; this server has {self._model_name!r}"
+            raise RequestError(message, status=404, param="model", code="model_not_found")
+
+    @staticmethod
+    async def _in(executor: Executor, function: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(executor, partial(function, *args))
+
+
+def _parse(parse: Callable[[dict[str, Any]], T], body: bytes) -> T:
+    return parse(parse_object(body))

@@ -1,0 +1,133 @@
+"""The fields of every request, with their types and ranges: what requests are checked against, and what /openapi.json
+shows. Sources: OpenAI's API reference; vLLM for what OpenAI does not have.
+"""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+Endpoint = Literal["completions", "chat"]
+
+MAX_STOPS = 4
+MAX_STOP_IDS = 16  # every token of every request is compared with so many
+MAX_BIASES = 1024
+MAX_CHOICES = 1024  # of one request, all prompts together
+
+
+class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Function(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the assistant called; `arguments` is JSON, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A call in a message of the assistant's."""
+
+    id: str
+    function: Function
+    type: Literal["function"] = "function"
+
+
+class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One message of a conversation. The content may only be absent beside `tool_calls`."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    tool_calls: list[ToolCall] = []  # the assistant's
+    tool_call_id: str | None = None  # a tool's: which call it answers
+
+    @property
+    def text(self) -> str | None:
+        """The content as one string; parts are joined by newlines, as vLLM does for templates that take strings."""
+        if self.content is None or isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content)
+
+
+class Conversation(msgspec.Struct, frozen=True):
+    """What a chat template makes a prompt of."""
+
+    messages: list[ChatMessage]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    template_kwargs: dict[str, Any] = {}
+
+
+class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How to stream."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+Length = Annotated[int, Meta(ge=1, lt=1 << 31)]
+TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
+
+_CONVERSATION: dict[str, Any] = {
+    "messages": list[ChatMessage],
+    "add_generation_prompt": bool,
+    "continue_final_message": bool,
+    "chat_template_kwargs": dict[str, Any],
+}
+_SHARED: dict[str, Any] = {
+    "model": str,
+    "n": Annotated[int, Meta(ge=1, le=128)],
+    "max_tokens": Length,
+    "min_tokens": Annotated[int, Meta(ge=0, lt=1 << 31)],
+    "temperature": Annotated[float, Meta(ge=0, le=2)],
+    "top_p": Annotated[float, Meta(gt=0, le=1)],
+    "top_k": Annotated[int, Meta(ge=-1, lt=1 << 31)],  # 0 and -1: off
+    "min_p": Annotated[float, Meta(ge=0, le=1)],
+    "presence_penalty": Annotated[float, Meta(ge=-2, le=2)],
+    "frequency_penalty": Annotated[float, Meta(ge=-2, le=2)],
+    "repetition_penalty": Annotated[float, Meta(gt=0, le=2)],
+    "logit_bias": Annotated[
+        dict[Annotated[str, Meta(pattern="^[0-9]{1,9}$")], Annotated[float, Meta(ge=-100, le=100)]],
+        Meta(max_length=MAX_BIASES),
+    ],
+    "seed": Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)],
+    "stop": str | Annotated[list[str], Meta(max_length=MAX_STOPS)],
+    "stop_token_ids": Annotated[list[TokenId], Meta(max_length=MAX_STOP_IDS)],
+    "ignore_eos": bool,
+    "stream": bool,
+    "stream_options": StreamOptions,
+    "return_token_ids": bool,
+    "priority": Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)],
+    "profile": str,
+    "user": Annotated[str, Meta(max_length=512)],
+    "metadata": Annotated[
+        dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
+    ],
+}
+FIELDS: dict[Endpoint, dict[str, Any]] = {
+    "completions": {"prompt": str | list[int | str | list[int]], "echo": bool, **_SHARED},
+    "chat": {**_CONVERSATION, "max_completion_tokens": Length, **_SHARED},
+}
+TOKENIZE: dict[str, Any] = {
+    "model": str,
+    "prompt": str,
+    **_CONVERSATION,
+    "add_special_tokens": bool,
+    "return_token_strs": bool,
+}
+DETOKENIZE: dict[str, Any] = {"model": str, "tokens": list[TokenId]}
+REQUIRED: dict[Endpoint, str] = {"completions": "prompt", "chat": "messages"}
+
+# Fields of OpenAI's and vLLM's APIs that nmoe does not have: a misspelling of a field above is not the likely cause.
+_FOREIGN_NAMES = """
+    logprobs top_logprobs prompt_logprobs echo best_of suffix tools tool_choice functions function_call response_format
+    parallel_tool_calls store service_tier modalities audio prediction reasoning_effort verbosity
+    guided_json structured_outputs chat_template add_special_tokens skip_special_tokens include_stop_str_in_output
+    web_search_options safety_identifier prompt_cache_key logit_processors bad_words allowed_token_ids documents
+    spaces_between_special_tokens truncate_prompt_tokens length_penalty use_beam_search reasoning
+"""
+FOREIGN = frozenset(_FOREIGN_NAMES.split())
