@@ -44,6 +44,12 @@ SHAPES = {
 }
 ENGINE = {"num_pages": 48, "page_size": 8, "max_batch_size": 16, "max_prefill_tokens": 48}
 NUM_PROMPTS = 64
+CASES = [
+    *((shape, 1) for shape in SHAPES),
+    ("q_lora, grouped routing", 2),
+    ("no q_lora, two dense layers, two shared experts", 4),
+    ("q_lora, grouped routing", 8),
+]
 
 
 def _prompts(seed: int) -> list[tuple[list[int], int]]:
@@ -87,14 +93,17 @@ def _assert_greedy(model: torch.nn.Module, prompt: list[int], output: list[int])
     assert output == logits_TV.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-async def test_greedy_tokens_equal_transformers(shape: str, tmp_path) -> None:
+@pytest.mark.parametrize(("shape", "world_size"), CASES)
+async def test_greedy_tokens_equal_transformers(shape: str, world_size: int, tmp_path) -> None:
     from transformers import DeepseekV3ForCausalLM
 
     checkpoint = make_checkpoint(tmp_path / "checkpoint", seed=len(shape), **SHAPES[shape])
     oracle = DeepseekV3ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
     prompts = _prompts(seed=len(shape))
-    with Server({"model": {"path": str(checkpoint)}, "engine": ENGINE}) as server:
+    # The same load on more ranks: each has fewer pages, but enough for the longest request.
+    engine = ENGINE if world_size == 1 else ENGINE | {"num_pages": 32, "max_prefill_tokens": 24 * world_size}
+    parallel = {"world_size": world_size, "device": "cpu"}
+    with Server({"model": {"path": str(checkpoint)}, "parallel": parallel, "engine": engine}) as server:
         outputs = await _generate(server, prompts)
         metrics = server.metrics()
     for (prompt, max_tokens), output in zip(prompts, outputs, strict=True):
