@@ -104,7 +104,8 @@ async def test_a_second_signal_ends_at_once(start: Callable[..., Server]) -> Non
 
 
 def test_an_idle_server_uses_no_cpu(checkpoint: pathlib.Path) -> None:
-    with Server({"model": {"path": str(checkpoint)}, "server": {"processes": 2}}) as server:
+    parallel = {"world_size": 8, "device": "cpu"}
+    with Server({"model": {"path": str(checkpoint)}, "parallel": parallel, "server": {"processes": 2}}) as server:
         family = server.family()
         time.sleep(0.5)
 

@@ -22,8 +22,9 @@ BACK_S = 20.0  # from a death to the next answer
 
 @pytest.fixture(scope="module")
 def server(checkpoint: pathlib.Path) -> Iterator[Server]:
-    """One server that survives all the deaths of this file."""
-    with Server({"model": {"path": str(checkpoint)}}) as running:
+    """One server of two workers that survives all the deaths of this file."""
+    parallel = {"world_size": 2, "device": "cpu"}
+    with Server({"model": {"path": str(checkpoint)}, "parallel": parallel}) as running:
         yield running
 
 
@@ -75,7 +76,7 @@ async def _kill(server: Server, name: str, signum: signal.Signals) -> tuple[list
         return ends, ended, await _recovered(session, server, killed_at)
 
 
-@pytest.mark.parametrize("name", ["worker 0", "scheduler", "frontend 0"])
+@pytest.mark.parametrize("name", ["worker 1", "scheduler", "frontend 0"])
 async def test_a_death_ends_every_stream_once_and_the_server_comes_back(server: Server, name: str) -> None:
     before = len(server.family())
     ends, ended, _ = await _kill(server, name, signal.SIGKILL)
