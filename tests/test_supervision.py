@@ -13,11 +13,10 @@ import psutil
 import pytest
 
 from nmoe.supervision import MAX_TRIES
+from tests.killing import BACK_S, STREAMS, kill, recovered
 from tests.serving import Server
 
-STREAMS = 32
 END_S = 5.0  # from a death to the end of the last stream
-BACK_S = 20.0  # from a death to the next answer
 
 
 @pytest.fixture(scope="module")
@@ -28,58 +27,10 @@ def server(checkpoint: pathlib.Path) -> Iterator[Server]:
         yield running
 
 
-async def _stream(session: aiohttp.ClientSession, server: Server, started: asyncio.Event) -> str:
-    """How one stream ends: "error", "lost" (the connection), "done", or what else it says."""
-    body = {"model": server.model, "prompt": [1, 2, 3], "max_tokens": 1000, "ignore_eos": True, "stream": True}
-    events = []
-    try:
-        async with session.post(f"{server.url}/v1/completions", json=body) as response:
-            if response.status != 200:
-                return "error" if response.status >= 500 else str(response.status)
-            async for line in response.content:
-                started.set()
-                if line.startswith(b"data: "):
-                    events.append(line.removeprefix(b"data: ").strip())
-    except aiohttp.ClientError:
-        return "lost"
-    errors = [event for event in events if b'"error"' in event]
-    assert len(errors) <= 1 and events[-1:] in ([b"[DONE]"], errors)
-    return "error" if errors else "done"
-
-
-async def _recovered(session: aiohttp.ClientSession, server: Server, since: float) -> float:
-    """Seconds until the server answers a new request and says that it is healthy."""
-    body = {"model": server.model, "prompt": [5], "max_tokens": 1, "temperature": 0}
-    while True:
-        assert time.monotonic() - since < BACK_S, server.output
-        try:
-            async with session.post(f"{server.url}/v1/completions", json=body) as response:
-                if response.status == 200 and server.healthy():
-                    assert (await response.json())["usage"]["completion_tokens"] == 1
-                    return time.monotonic() - since
-        except aiohttp.ClientError:
-            pass  # the frontend is the one that died
-        await asyncio.sleep(0.05)
-
-
-async def _kill(server: Server, name: str, signum: signal.Signals) -> tuple[list[str], float, float]:
-    """Kill under load; the streams' ends, the seconds to the last of them and to the first new answer."""
-    started = asyncio.Event()
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
-        streams = [asyncio.create_task(_stream(session, server, started)) for _ in range(STREAMS)]
-        await started.wait()
-        victim = server.find(name)
-        killed_at = time.monotonic()
-        victim.send_signal(signum)
-        ends = await asyncio.gather(*streams)
-        ended = time.monotonic() - killed_at
-        return ends, ended, await _recovered(session, server, killed_at)
-
-
 @pytest.mark.parametrize("name", ["worker 1", "scheduler", "frontend 0"])
 async def test_a_death_ends_every_stream_once_and_the_server_comes_back(server: Server, name: str) -> None:
     before = len(server.family())
-    ends, ended, _ = await _kill(server, name, signal.SIGKILL)
+    ends, ended, _ = await kill(server, name, signal.SIGKILL)
     assert ends == ["lost" if name == "frontend 0" else "error"] * STREAMS
     assert ended < END_S
     assert len(server.family()) == before
@@ -88,7 +39,7 @@ async def test_a_death_ends_every_stream_once_and_the_server_comes_back(server: 
 
 
 async def test_a_worker_that_hangs_is_as_good_as_dead(server: Server) -> None:
-    ends, ended, _ = await _kill(server, "worker 0", signal.SIGSTOP)
+    ends, ended, _ = await kill(server, "worker 0", signal.SIGSTOP)
     assert ends == ["error"] * STREAMS
     assert ended < 2 * END_S
 
@@ -111,7 +62,7 @@ async def test_many_deaths_leave_nothing_behind(server: Server) -> None:
         for _ in range(3):
             for name in ("worker 0", "scheduler", "frontend 0"):
                 server.find(name).kill()
-                await _recovered(session, server, time.monotonic())
+                await recovered(session, server, time.monotonic())
                 await asyncio.sleep(0.6)  # sooner would count as dying again at once
     assert held() == before
 
