@@ -54,7 +54,7 @@ WRONG = [
     ("min_p", 1.1, "<= 1"),
     ("presence_penalty", -2.1, ">= -2"),
     ("frequency_penalty", 2.1, "<= 2"),
-    ("repetition_penalty", 0, "> 0"),
+    ("repetition_penalty", 0.001, ">= 0.01"),
     ("logit_bias", {"1": 101}, "<= 100"),
     ("logit_bias", {"a": 1}, "matching regex"),
     ("logit_bias", {"1": 1, "01": 1}, "more than once"),

@@ -147,6 +147,17 @@ def test_a_masked_token_is_never_drawn():
     assert set(_sample(logits, top_k=30, positions=np.arange(2000)).tolist()) == {3, 17}
 
 
+@pytest.mark.parametrize("top_k", [0, 5])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_still_give_tokens(wrong, top_k):
+    logits = _logits(64)
+    logits[:20] = wrong
+    logits[20:40, ::3] = wrong
+    logits[40:, 2] = wrong
+    tokens = _sample(logits, top_k=top_k, seeds=np.arange(64))
+    assert ((tokens >= 0) & (tokens < VOCAB)).all()
+
+
 def test_the_ends_of_the_unit_interval_are_tokens():
     logits = _logits(1)
     plan = make_plan(np.ones(1, np.float32), np.zeros(1, int), np.ones(1), np.zeros(1), VOCAB, CPU)

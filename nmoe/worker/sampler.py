@@ -139,9 +139,10 @@ def _candidates(weights_FV: torch.Tensor, count: int) -> tuple[torch.Tensor, tor
 def _pick(weights_NV: torch.Tensor, uniforms_N1: torch.Tensor) -> torch.Tensor:
     """Where `uniform` falls on each row's weights laid end to end, int64 [N, 1]; a zero weight is never hit.
 
-    The weights are overwritten.
+    A row whose weights make no sense, because its logits were not finite, gets some place of its own: one outside would
+    be no token, and take the whole worker down in the next step. The weights are overwritten.
     """
     sums_NV = weights_NV.cumsum_(-1)
     total_N1 = sums_NV[:, -1:]
     target_N1 = torch.minimum((total_N1 * uniforms_N1).to(torch.int64), total_N1 - 1)
-    return torch.searchsorted(sums_NV, target_N1, right=True)
+    return torch.searchsorted(sums_NV, target_N1, right=True).clamp_(max=sums_NV.shape[1] - 1)
