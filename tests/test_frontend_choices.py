@@ -106,7 +106,7 @@ async def test_streams_of_several_answers_interleave(rig):
     assert done == "[DONE]" and last["choices"] == []
     assert last["usage"]["completion_tokens"] == 5 and last["usage"]["prompt_tokens"] == 4
     shown = [(chunk["choices"][0]["index"], chunk["choices"][0]["text"]) for chunk in chunks]
-    assert {0: "a", 1: "a", 2: "b", 3: "b"} == dict(reversed(shown))  # the echo comes first
+    assert dict(reversed(shown)) == {0: "a", 1: "a", 2: "b", 3: "b"}  # the echo comes first
     assert shown.index((0, "")) < shown.index((2, "C"))  # a choice is closed when it ends
     for index, text in enumerate(["aA", "aBb", "bC", "bD"]):
         assert "".join(piece for at, piece in shown if at == index) == text

@@ -100,7 +100,8 @@ async def test_wrong_bodies(rig, body, says):
         ),
         ({"prompt": [5] * MAX_SEQ_LEN}, "prompt", "200 tokens leave no room"),
         ({"prompt": [5] * 5000}, "prompt", "5000 tokens leave no room"),
-        ({"prompt": "a" * 5000}, "prompt", "5001 tokens leave no room"),
+        ({"prompt": "a" * 300}, "prompt", "301 tokens leave no room"),
+        ({"prompt": "a" * 5000}, "prompt", "5000 characters are at least 454 tokens"),
     ],
 )
 async def test_prompts_that_do_not_fit(rig, body, param, says):

@@ -2,8 +2,13 @@
 
 orjson refuses deep nesting, invalid UTF-8, NaN and infinities; keys that appear twice are found by counting, which
 costs a fraction of a second parser.
+
+Parsing holds the interpreter, and with it every stream of this process, for as long as it takes. Text is fast (32 MiB
+take some 50 ms), many small values are not, so a large body is looked through first, piece by piece: what is not text
+is bounded, in bytes and in values.
 """
 
+import contextlib
 import json
 import re
 from typing import Any
@@ -13,21 +18,59 @@ import orjson
 from nmoe.errors import RequestError
 
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_INSIDE = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
 _CONTAINERS = {dict, list}
+_SMALL = 1 << 15  # bytes; a body up to this size is harmless
+_PIECE = 1 << 14  # bytes that are looked at without letting go of the interpreter
+MAX_VALUES = 1 << 18  # in a body: the numbers, strings and so on, above all a prompt's token ids
+MAX_OUTSIDE = 4 << 20  # bytes of a body outside of its strings
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in `body`. Raises RequestError (400) that says what is wrong with it."""
+    """The JSON object in `body`. Raises RequestError that says what is wrong with it: 413 for too much, else 400."""
+    # Outside of strings a colon stands for a key and nothing else.
+    colons = _STRING.sub(b"", body).count(b":") if len(body) <= _SMALL else _look_through(body)
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise RequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(document, dict):
         raise RequestError(f"the body must be a JSON object, not {_kind(document)}")
-    # Outside of strings a colon stands for a key and nothing else.
-    if _STRING.sub(b"", body).count(b":") != _count_keys(document):
+    if colons != _count_keys(document):
         _refuse_repeated_key(body)
     return document
+
+
+def _look_through(body: bytes) -> int:
+    """The colons outside of strings. Raises RequestError (413) when there is too much outside of strings."""
+    colons = values = outside = place = 0
+    while place < len(body):
+        quote = body.find(b'"', place)
+        end = len(body) if quote < 0 else quote
+        outside += end - place
+        if outside > MAX_OUTSIDE:
+            message = f"the body has more than {MAX_OUTSIDE >> 20} MiB outside of its strings"
+            raise RequestError(message, status=413, code="body_too_large")
+        for start in range(place, end, _PIECE):
+            stop = min(start + _PIECE, end)
+            colons += body.count(b":", start, stop)
+            values += sum(body.count(mark, start, stop) for mark in (b",", b"[", b"{"))
+            if values > MAX_VALUES:
+                message = f"the body has more than {MAX_VALUES} values; send long prompts as text, or fewer at once"
+                raise RequestError(message, status=413, code="body_too_large")
+        place = _after_string(body, end + 1)
+    return colons
+
+
+def _after_string(body: bytes, place: int) -> int:
+    """Where the string ends that `place` is inside of, its closing quote included."""
+    while place < len(body):
+        match = _INSIDE.match(body, place, place + _PIECE)
+        assert match is not None
+        if match.end() == place:  # a quote, or a backslash that ends the body
+            return place + 1
+        place = match.end()
+    return place
 
 
 def _count_keys(document: dict[str, Any]) -> int:
@@ -48,13 +91,14 @@ def _refuse_repeated_key(body: bytes) -> None:
         seen = set()
         for key, _ in pairs:
             if key in seen:
-                raise RequestError(f"{key!r} appears more than once", param=key)
+                raise RequestError(f"{key[:64]!r} appears more than once", param=key[:64])
             seen.add(key)
 
-    try:
-        json.loads(body, object_pairs_hook=check)
-    except RecursionError:  # orjson nests deeper than the standard library
-        raise RequestError("the body has a key that appears more than once") from None
+    # The standard library is slow, and does not nest as deep as orjson.
+    if len(body) <= _PIECE:
+        with contextlib.suppress(RecursionError):
+            json.loads(body, object_pairs_hook=check)
+    raise RequestError("the body has a key that appears more than once")
 
 
 def _kind(value: Any) -> str:

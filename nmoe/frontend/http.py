@@ -22,6 +22,40 @@ Endpoint = Callable[[web.BaseRequest, Headers], Awaitable[web.StreamResponse]]
 _log = logging.getLogger("nmoe.frontend")
 _RETRY_AFTER = {429: "1", 503: "2"}  # seconds, by status
 _MAX_REQUEST_ID = 128  # characters
+_BODY_S = 60.0  # within which a body must have arrived
+
+
+class _Connection(web.RequestHandler):
+    """Answers what is no HTTP the way everything else is answered."""
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """OpenAI's error object, and the end of the connection."""
+        if status >= 500:
+            _log.error("a connection failed", exc_info=exc)
+        if request.writer is not None and request.writer.output_size > 0:
+            raise ConnectionError("the response has begun")
+        why = (message or "").strip().splitlines()
+        text = f"the request is not valid HTTP: {why[0][:200]}" if status < 500 and why else "internal error"
+        response = error_response(RequestError(text, status=status), {hdrs.SERVER: "nmoe"})
+        response.force_close()
+        return response
+
+
+class HttpServer(web.Server):
+    """aiohttp's server with `router` as its handler; a client that leaves cancels its request."""
+
+    def __init__(self, router: "Router") -> None:
+        super().__init__(router, handler_cancellation=True, access_log=None)
+
+    def __call__(self) -> web.RequestHandler:
+        """The protocol of a new connection."""
+        return _Connection(self, loop=self._loop, **self._kwargs)
 
 
 class Router:
@@ -76,7 +110,7 @@ class Router:
 
 
 async def read_json_body(request: web.BaseRequest, max_bytes: int) -> bytes:
-    """The body of a JSON request. Raises RequestError: 415 for another type, 413 above `max_bytes`."""
+    """The body of a JSON request. Raises RequestError: 415 for another type, 413 above `max_bytes`, 408 when slow."""
     if request.content_type != "application/json":
         raise RequestError(f"Content-Type is {request.content_type!r}; send application/json", status=415)
     if (request.content_length or 0) > max_bytes:
@@ -86,11 +120,14 @@ async def read_json_body(request: web.BaseRequest, max_bytes: int) -> bytes:
     chunks: list[bytes] = []
     size = 0
     try:
-        while chunk := await request.content.readany():
-            size += len(chunk)
-            if size > max_bytes:
-                raise _too_large(max_bytes)
-            chunks.append(chunk)
+        async with asyncio.timeout(_BODY_S):
+            while chunk := await request.content.readany():
+                size += len(chunk)
+                if size > max_bytes:
+                    raise _too_large(max_bytes)
+                chunks.append(chunk)
+    except TimeoutError:
+        raise RequestError(f"the body did not arrive within {_BODY_S:g} s", status=408, code="timeout") from None
     except web.RequestPayloadError as error:
         raise RequestError(f"the body cannot be read: {error}") from None
     return b"".join(chunks)

@@ -59,6 +59,13 @@ class Prompts:
         """The ids of a text, at least one and `most` at most. Raises RequestError."""
         if self.tokenizer is None:
             raise RequestError(f"{field}: this model has no tokenizer.json; send `prompt` as token ids", param=field)
+        if (least := self.tokenizer.least_tokens(text)) > most:
+            raise RequestError(
+                f"{field}: {len(text)} characters are at least {least} tokens, which leave no room for output in the"
+                f" context of {most + 1} tokens",
+                param=field,
+                code="context_length_exceeded",
+            )
         encoding = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         _check_length(len(encoding), field, most)
         if not len(encoding):

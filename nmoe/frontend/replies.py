@@ -18,6 +18,7 @@ from nmoe.frontend.streams import Stream
 
 _OBJECTS = {"completions": ("text_completion", "text_completion"), "chat": ("chat.completion", "chat.completion.chunk")}
 _ID_PREFIX = {"completions": "cmpl-", "chat": "chatcmpl-"}
+_MAX_MESSAGE, _MAX_PARAM = 1000, 100  # characters; both may quote the client
 _encode = msgspec.json.Encoder().encode
 # Stand-ins for what changes from chunk to chunk; none can occur in a rendered body, where quotes are escaped.
 _TEXT, _IDS = "\u0001text\u0001", "\u0001ids\u0001"
@@ -36,9 +37,9 @@ def error_body(error: RequestError) -> bytes:
     return orjson.dumps(
         {
             "error": {
-                "message": str(error),
+                "message": str(error)[:_MAX_MESSAGE],
                 "type": _error_type(error.status),
-                "param": error.param,
+                "param": error.param and error.param[:_MAX_PARAM],
                 "code": error.code,
             }
         }

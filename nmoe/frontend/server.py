@@ -9,6 +9,7 @@ When the scheduler dies its requests end with an error, and Hello goes to its ne
 import asyncio
 import concurrent.futures
 import logging
+import sys
 import time
 
 import uvloop
@@ -22,7 +23,7 @@ from nmoe.errors import RequestError
 from nmoe.frontend.endpoints import Endpoints
 from nmoe.frontend.generation import Generations
 from nmoe.frontend.health import Health
-from nmoe.frontend.http import Router
+from nmoe.frontend.http import HttpServer, Router
 from nmoe.frontend.link import Link
 from nmoe.frontend.prompt import Prompts
 from nmoe.frontend.requests import Requests
@@ -38,11 +39,13 @@ _log = logging.getLogger("nmoe.frontend")
 _THREADS = 4  # for tokenizing, which lets go of the interpreter lock
 _BACKLOG = 4096  # connections that may wait to be accepted
 _HEARTBEAT_S = 1.0
+_SWITCH_S = 0.001  # after which a busy thread gives way to the event loop
 _LEAVE_S = 0.5  # how long clients may take to read the end of their streams when the server leaves
 
 
 def main(boot: Boot) -> None:
     """The life of a frontend process."""
+    sys.setswitchinterval(_SWITCH_S)
     uvloop.run(Frontend.run(boot))
 
 
@@ -91,8 +94,7 @@ class Frontend:
 
     async def _serve(self) -> None:
         router = Router(self._boot.config.server, self._endpoints.routes())
-        server = web.Server(router, handler_cancellation=True, access_log=None)
-        runner = web.ServerRunner(server, shutdown_timeout=_LEAVE_S)
+        runner = web.ServerRunner(HttpServer(router), shutdown_timeout=_LEAVE_S)
         await runner.setup()
         assert self._boot.http_socket is not None
         await web.SockSite(runner, self._boot.http_socket, backlog=_BACKLOG).start()

@@ -33,12 +33,20 @@ class Tokenizer:
         self._tokenizer = tokenizer
         special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
         self._hidden = frozenset(special | set(eos_ids))
+        is_plain = tokenizer.normalizer is None and _is_byte_level(file, json.loads(text))
+        self._longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=0) if is_plain else 0
+        if any(added.lstrip or added.rstrip for added in tokenizer.get_added_tokens_decoder().values()):
+            self._longest = 0  # these take any amount of space along
         self._pieces = BytePieces(tokenizer, self._hidden) if _is_byte_level(file, json.loads(text)) else None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tokenizers.Encoding:
         """The encoding of `text`, whose `ids` are made when they are asked for; with `add_special_tokens` also what the
         file's post-processor puts around it (BOS)."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def least_tokens(self, text: str) -> int:
+        """What `text` encodes to at least: known at once, because no token stands for more than the longest's bytes."""
+        return len(text) // self._longest if self._longest else 0
 
     def strings(self, ids: list[int]) -> list[str]:
         """Each token as the vocabulary writes it; empty where it has none."""
