@@ -5,11 +5,15 @@ import io
 import json
 import time
 
+import aiohttp
 import pytest
 import pytest_asyncio
+from aiohttp import test_utils
 from prometheus_client.parser import text_string_to_metric_families
 
 from nmoe import ipc
+from nmoe.config import Server
+from nmoe.frontend.http import Router
 from nmoe.messages import Abort, Serving, Submit
 from nmoe.metrics import row_index
 from tests.scripted import MAX_SEQ_LEN, VOCAB_SIZE, Rig, events, run, write_model
@@ -272,6 +276,25 @@ async def test_a_defect_in_a_stream_ends_it_with_an_error(model, monkeypatch, ca
         await rig.tokens(await rig.next(Submit), "x", "length")
         first, error = await reading
         assert first["choices"] and error["error"]["message"] == "internal error" and "ZeroDivisionError" in caplog.text
+
+
+async def test_a_client_that_leaves_is_no_error(caplog):
+    async def leave(request, headers):
+        raise ConnectionResetError("the client left")
+
+    router = Router(Server(), {"/x": ("GET", leave)})
+    async with test_utils.RawTestServer(router) as server, aiohttp.ClientSession() as session:
+        with pytest.raises(aiohttp.ClientConnectionError):
+            await session.get(server.make_url("/x"))
+    assert caplog.records == []
+
+
+async def test_what_computes_asks_for_the_key_wherever_it_is(model):
+    async with Rig(model, api_keys=("key",)) as rig:
+        for path in ("tokenize", "detokenize"):
+            async with rig.session.post(f"/{path}", json={"prompt": "a", "tokens": [1]}) as response:
+                assert response.status == 401
+        assert (await get(rig, "/version"))[0] == 200
 
 
 async def test_api_keys(model):

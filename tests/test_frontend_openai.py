@@ -99,6 +99,8 @@ def test_wrong_fields_are_named(endpoint, field, value, says):
         ("completions", {"prompt": ["a", [1]]}, "prompt[1]"),
         ("completions", {"prompt": ["a"] * 9, "n": 128}, "prompt"),
         ("completions", {"prompt": "a", "min_tokens": 6, "max_tokens": 5}, "min_tokens"),
+        ("completions", {"prompt": "a", "logit_bias": {"a": 1}}, "logit_bias"),
+        ("completions", {"prompt": "a", "metadata": {"a" * 65: "b"}}, "metadata"),
         (
             "completions",
             {"prompt": "a", "stream": True, "stream_options": {"continuous_usage_stats": True}},

@@ -75,7 +75,11 @@ class Router:
             return await self._endpoint(request, headers)(request, headers)
         except RequestError as error:
             return error_response(error, headers)
-        except (ConnectionError, asyncio.CancelledError):  # the client left
+        except ConnectionError:  # the client left: nobody reads this, and the log does not need a traceback of it
+            if request.transport is not None:
+                request.transport.abort()
+            return web.Response(status=499, headers=headers)
+        except asyncio.CancelledError:  # the same
             raise
         except Exception:
             _log.exception("request %s failed", headers["X-Request-Id"])
@@ -84,7 +88,7 @@ class Router:
     def _endpoint(self, request: web.BaseRequest, headers: Headers) -> Endpoint:
         path = request.path
         route = self._routes.get(path) or self._route_below(path)
-        if path.startswith("/v1/"):
+        if path.startswith("/v1/") or (route is not None and route[0] == hdrs.METH_POST):  # all that costs something
             self._authenticate(request)
         if route is None:
             raise RequestError(f"{path[:200]}: no such path; there are {', '.join(self._routes)}", status=404)

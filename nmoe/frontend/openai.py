@@ -157,7 +157,8 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         return msgspec.convert(_without_nulls(value) if name == "messages" else value, kind)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at ")
-        param = name + path.strip("`").removeprefix("$")
+        # A key of an object has no path of its own: "`key` in `$`".
+        param = name + path.rpartition(" in ")[2].strip("`").removeprefix("$")
         raise RequestError(f"{param}: {message[0].lower()}{message[1:]}", param=param) from None
     except RecursionError:
         raise RequestError(f"{name}: nested too deeply", param=name) from None
