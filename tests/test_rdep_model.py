@@ -4,6 +4,7 @@ import functools
 import os
 import select
 import sys
+import time
 import traceback
 
 import msgspec
@@ -270,9 +271,12 @@ def test_a_step_that_only_some_ranks_got_when_the_scheduler_died_is_void(start, 
     prompts = {0: PROMPTS[3], 2: PROMPTS[4]}
     workers.generate(prompts, 3)
     workers.prefill(prompts, only=(0, 2, 3))
+    time.sleep(0.3)  # they wait for rank 1 now
+    died = time.monotonic()
     for control in workers.controls:
-        control.send(ipc.Gone("scheduler", 0))
-    workers.ready()  # nothing else came, and nobody waited for a bound
+        control.send(ipc.Gone("scheduler", 0, 1))
+    workers.ready()  # and nothing else came
+    assert time.monotonic() - died < 10.0, "nobody waits for the bound of 20 s"
     workers.generation = 2
     assert workers.generate(prompts, 8) == {0: alone(3), 2: alone(4)}
     assert workers.hang_up() == 0
