@@ -9,6 +9,7 @@ A process that fails before the ready line ends the start with its message; what
 
 import logging
 import mmap
+import os
 import pathlib
 import socket
 import sys
@@ -30,6 +31,7 @@ from nmoe.supervision import Supervisor
 
 _log = logging.getLogger("nmoe.launch")
 _BACKLOG = 4096  # connections that may wait while a frontend is busy
+_SOCKET_PATH = 107  # bytes of a Unix socket's path (sun_path)
 _GRACE_S = 5.0  # how long a child may take to leave when told to
 
 
@@ -41,11 +43,20 @@ def serve(config: Config) -> None:
         _bind(config.server.host, config.server.port) as http_socket,
         tempfile.TemporaryDirectory(prefix="nmoe-") as run_dir,
     ):
+        _check_run_dir(run_dir)
         server = _Server(config, http_socket, pathlib.Path(run_dir))
         try:
             server.run()
         finally:
             server.children.stop(_GRACE_S)
+
+
+def _check_run_dir(run_dir: str) -> None:
+    address = ipc.frontend_address(pathlib.Path(run_dir)).removeprefix("ipc://")
+    if len(os.fsencode(address)) > _SOCKET_PATH:
+        raise LaunchError(
+            f"{run_dir}: too long a path for a socket in it; set TMPDIR to a shorter folder, /tmp for example"
+        )
 
 
 def _bind(host: str, port: int) -> socket.socket:

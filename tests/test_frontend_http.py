@@ -12,8 +12,10 @@ from aiohttp import test_utils
 from prometheus_client.parser import text_string_to_metric_families
 
 from nmoe import ipc
-from nmoe.config import Server
+from nmoe.config import Config, Model, Parallel, Server
+from nmoe.errors import CheckpointError
 from nmoe.frontend.http import Router
+from nmoe.frontend.server import load_prompts
 from nmoe.messages import Abort, Serving, Submit
 from nmoe.metrics import row_index
 from tests.scripted import MAX_SEQ_LEN, VOCAB_SIZE, Rig, events, run, write_model
@@ -381,6 +383,14 @@ async def test_the_end_of_the_launcher_ends_every_stream(model):
 
 
 # ------------------------------------------------------------------------------------------------- models without part
+
+
+async def test_a_tokenizer_with_ids_that_the_model_lacks_is_refused(tmp_path):
+    """One such id in a prompt would take the worker down."""
+    config = Config(Model(path=str(write_model(tmp_path))), Parallel(1, "cpu"))
+    assert load_prompts(config, (), VOCAB_SIZE).tokenizer is not None
+    with pytest.raises(CheckpointError, match=r"vocab_size = 9 .* same repository"):
+        load_prompts(config, (), 9)
 
 
 async def test_random_weights_without_a_tokenizer(tmp_path):

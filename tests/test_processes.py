@@ -17,7 +17,9 @@ import aiohttp
 import psutil
 import pytest
 
+from nmoe import launch
 from nmoe.__main__ import main
+from nmoe.errors import LaunchError
 from tests.checkpoints import make_checkpoint
 from tests.forking import fork_call
 from tests.serving import READY, Server, write_config
@@ -162,6 +164,12 @@ def test_a_wrong_configuration_names_every_problem(tmp_path: pathlib.Path) -> No
 def broken(checkpoint: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     """A copy of the default checkpoint to be damaged."""
     return shutil.copytree(checkpoint, tmp_path / "broken")
+
+
+def test_a_folder_too_deep_for_sockets_is_refused() -> None:
+    launch._check_run_dir("/tmp/nmoe-12345678")
+    with pytest.raises(LaunchError, match="set TMPDIR to a shorter folder"):
+        launch._check_run_dir("/tmp/" + "d" * 100)
 
 
 def test_a_missing_shard_is_named(tmp_path: pathlib.Path) -> None:

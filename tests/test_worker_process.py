@@ -178,6 +178,17 @@ def test_a_new_scheduler_is_told_ready_again_and_finds_empty_slots(worker):
     assert _tokens(done[0]) == first
 
 
+def test_what_died_before_it_connects_is_no_news_to_it():
+    launcher, control = ipc.Control.pair()
+    for life in (1, 2):
+        launcher.send(ipc.Gone("scheduler", 0, life))
+    assert not process._hung_up(control)
+    assert control.receive() is None
+    launcher.close()
+    assert process._hung_up(control)
+    control.close()
+
+
 def test_a_malformed_step_ends_the_process(worker):
     worker.send(_decode(4, 0))
     assert worker.child.wait() == 1

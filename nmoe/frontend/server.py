@@ -19,7 +19,7 @@ from nmoe import ipc
 from nmoe.architecture import config_file, read_architecture
 from nmoe.checkpoint import eos_ids, tokenizer_file
 from nmoe.config import Config
-from nmoe.errors import RequestError
+from nmoe.errors import CheckpointError, RequestError
 from nmoe.frontend.endpoints import Endpoints
 from nmoe.frontend.generation import Generations
 from nmoe.frontend.health import Health
@@ -54,7 +54,13 @@ def load_prompts(config: Config, eos: tuple[int, ...], vocab_size: int) -> Promp
     folder = config_file(config.model.path).parent
     if config.model.weights == "random" and not (folder / "tokenizer.json").exists():
         return Prompts(None, None, vocab_size)
-    return Prompts(Tokenizer(tokenizer_file(config.model.path), eos), load_template(folder), vocab_size)
+    tokenizer = Tokenizer(tokenizer_file(config.model.path), eos)
+    if tokenizer.largest_id >= vocab_size:
+        raise CheckpointError(
+            f"{folder}: tokenizer.json has token ids up to {tokenizer.largest_id}, but vocab_size = {vocab_size} in"
+            " config.json; tokenizer and model must come from the same repository"
+        )
+    return Prompts(tokenizer, load_template(folder), vocab_size)
 
 
 class Frontend:

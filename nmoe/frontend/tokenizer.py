@@ -56,6 +56,11 @@ class Tokenizer:
         """The text of `ids`, special tokens included."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
+    @property
+    def largest_id(self) -> int:
+        """Of all tokens that a text can have."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+
     def detokenizer(self) -> Detokenizer:
         """A detokenizer at the start of a text."""
         if self._pieces is not None:

@@ -51,7 +51,7 @@ def main(boot: ipc.Boot) -> None:
     beat.start()
     try:
         _set_threads(boot.config.parallel.world_size)
-        if (loaded := _load(boot)) is None:
+        if (loaded := _load(boot)) is None or _hung_up(boot.control):
             return
         with zmq.Context() as context:
             worker = Worker(boot, *loaded, context)
@@ -120,11 +120,10 @@ class Worker:
     def _left_alone(self) -> bool:
         """Whether the launcher or the scheduler is gone, so that other ranks need not be waited for."""
         try:
-            message = self._boot.control.receive()
+            while (message := self._boot.control.receive()) is not None:
+                self._scheduler_gone |= isinstance(message, ipc.Gone) and message.role == "scheduler"
         except EOFError:
             self._launcher_gone = True
-        else:
-            self._scheduler_gone |= isinstance(message, ipc.Gone) and message.role == "scheduler"
         return self._launcher_gone or self._scheduler_gone
 
     def _report(self, launched: Launched) -> None:
@@ -212,9 +211,11 @@ def _load(boot: ipc.Boot) -> tuple[Runner, int] | None:
 
 
 def _hung_up(control: ipc.Control) -> bool:
-    """Whether the launcher has; nothing else that it says concerns a worker that is not connected yet."""
+    """Whether the launcher has. All else that it said is dropped: it does not concern a worker that is not connected
+    yet, and heard afterwards, the death of an earlier scheduler would cost the link to the present one."""
     try:
-        control.receive()
+        while control.receive() is not None:
+            pass
     except EOFError:
         return True
     return False
