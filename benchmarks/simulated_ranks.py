@@ -1,4 +1,5 @@
-"""A rank without a GPU: it answers every Step over the real link, a given time after the one before, with random tokens.
+"""A rank without a GPU: it answers every Step over the real link, a given time after the one before, with random
+tokens.
 
 Like a device it works in order: a step begins when it has come and the one before is done. What a step waited for the
 scheduler (from the end of the one before to its arrival, when it came later) is what the control plane adds to it; sums

@@ -66,7 +66,7 @@ class Streams:
     def _read(self, fd: int) -> None:
         data = self._sockets[fd].recv(1 << 16)
         now = time.monotonic()
-        if not data or data.startswith(b"HTTP/1.1 4") or data.startswith(b"HTTP/1.1 5"):
+        if not data or data.startswith((b"HTTP/1.1 4", b"HTTP/1.1 5")):
             raise SystemExit(f"a stream broke: {data[:300]!r}")
         if not self._streaming:
             self.requests += 1
