@@ -42,6 +42,25 @@ class Adjustment:
     presence_P1: torch.Tensor  # float32
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Wish:
+    """What one slot asks for besides penalties."""
+
+    bias_ids: Array  # int64
+    biases: Array  # float64
+    barred_ids: Array  # int64
+    barred_until: int  # position
+
+    @classmethod
+    def of(cls, sampling: Sampling, prompt_len: int) -> "_Wish":
+        bias = np.array(sampling.logit_bias, np.float64).reshape(-1, 2)
+        barred = np.array(sampling.barred_ids, np.int64)
+        return cls(bias[:, 0].astype(np.int64), bias[:, 1], barred, prompt_len + sampling.min_tokens)
+
+
+_NOTHING = _Wish.of(Sampling(), 0)
+
+
 class Adjustments:
     """The state of all slots. `active[slot]` says whether a slot's logits change at all."""
 
@@ -49,14 +68,16 @@ class Adjustments:
         self._vocab_size = vocab_size
         self._device = device
         self.active = np.zeros(num_slots, np.bool_)
+        self._penalised = np.zeros(num_slots, np.bool_)
+        self._powers = np.zeros((num_slots, 3), np.float32)  # repetition, frequency, presence
         self._places = np.zeros(num_slots, np.int64)
-        self._samplings: dict[int, tuple[Sampling, int]] = {}  # of the active slots, with the prompt's length
+        self._wishes = [_NOTHING] * num_slots
         self._forget()
 
     def reset(self) -> None:
         """Forget every request."""
         self.active.fill(False)
-        self._samplings.clear()
+        self._penalised.fill(False)
         self._forget()
 
     def _forget(self) -> None:
@@ -67,16 +88,16 @@ class Adjustments:
     def admit(self, admits: Sequence[Admit]) -> None:
         """Start new requests in their slots, with the tokens that are known of them."""
         for admit in admits:
-            before, _ = self._samplings.pop(admit.slot, (None, 0))
-            if before is not None and before.needs_past:
-                self._free.append(int(self._places[admit.slot]))
-            sampling = admit.sampling
-            self.active[admit.slot] = sampling.needs_past or bool(sampling.logit_bias or sampling.min_tokens)
-            if self.active[admit.slot]:
-                self._samplings[admit.slot] = sampling, admit.prompt_len
+            slot, sampling = admit.slot, admit.sampling
+            if self._penalised[slot]:
+                self._free.append(int(self._places[slot]))
+            self._penalised[slot] = sampling.needs_past
+            self.active[slot] = sampling.needs_past or bool(sampling.logit_bias or sampling.barred_ids)
+            self._wishes[slot] = _Wish.of(sampling, admit.prompt_len) if self.active[slot] else _NOTHING
             if sampling.needs_past:
-                self._places[admit.slot] = self._take_place()
-                self._remember(self._places[admit.slot], np.frombuffer(admit.past, np.int32), admit.prompt_len)
+                self._powers[slot] = sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty
+                self._places[slot] = place = self._take_place()
+                self._remember(place, np.frombuffer(admit.past, np.int32), admit.prompt_len)
 
     def _take_place(self) -> int:
         if not self._free:
@@ -96,31 +117,27 @@ class Adjustments:
         active = np.flatnonzero(self.active[slots_S])
         if not len(active):
             return None
-        biases: list[tuple[int, int, float]] = []
-        bars: list[tuple[int, int, int]] = []
-        penalties: list[tuple[int, int, float, float, float]] = []
-        for row in active.tolist():
-            slot = int(slots_S[row])
-            sampling, prompt_len = self._samplings[slot]
-            biases += [(row, token, value) for token, value in sampling.logit_bias]
-            bars += [(row, token, prompt_len + sampling.min_tokens) for token in sampling.barred_ids]
-            if sampling.needs_past:
-                powers = sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty
-                penalties.append((row, int(self._places[slot]), *powers))
-        bias, bar = np.array(biases, np.float64).reshape(-1, 3), np.array(bars, np.int64).reshape(-1, 3)
-        penalty = np.array(penalties, np.float64).reshape(-1, 5)
+        wishes = [self._wishes[slot] for slot in slots_S[active].tolist()]
+        bias_rows = np.repeat(active, [len(wish.bias_ids) for wish in wishes])
+        barred_rows = np.repeat(active, [len(wish.barred_ids) for wish in wishes])
+        penalised = np.flatnonzero(self._penalised[slots_S])
+        slots_P = slots_S[penalised]
+        powers_P3 = self._powers[slots_P]
         return Adjustment(
-            biased=(self._put(bias[:, 0]), self._put(bias[:, 1])) if biases else None,
-            bias=self._put(bias[:, 2], torch.float32),
-            barred=(self._put(bar[:, 0]), self._put(bar[:, 1])) if bars else None,
-            barred_rows=bar[:, 0],
-            barred_until=bar[:, 2],
-            penalised_P=self._put(penalty[:, 0]) if penalties else None,
-            places_P=self._put(penalty[:, 1]),
-            repetition_P1=self._put(penalty[:, 2:3], torch.float32),
-            frequency_P1=self._put(penalty[:, 3:4], torch.float32),
-            presence_P1=self._put(penalty[:, 4:5], torch.float32),
+            biased=self._pairs(bias_rows, [wish.bias_ids for wish in wishes]) if len(bias_rows) else None,
+            bias=self._put(np.concatenate([wish.biases for wish in wishes]), torch.float32),
+            barred=self._pairs(barred_rows, [wish.barred_ids for wish in wishes]) if len(barred_rows) else None,
+            barred_rows=barred_rows,
+            barred_until=np.repeat([wish.barred_until for wish in wishes], [len(wish.barred_ids) for wish in wishes]),
+            penalised_P=self._put(penalised) if len(penalised) else None,
+            places_P=self._put(self._places[slots_P]),
+            repetition_P1=self._put(powers_P3[:, 0:1], torch.float32),
+            frequency_P1=self._put(powers_P3[:, 1:2], torch.float32),
+            presence_P1=self._put(powers_P3[:, 2:3], torch.float32),
         )
+
+    def _pairs(self, rows: Array, ids: list[Array]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._put(rows), self._put(np.concatenate(ids))
 
     def _put(self, array: Array, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, dtype, non_blocking=True)
