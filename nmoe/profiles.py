@@ -14,7 +14,7 @@ class Numerics(enum.IntEnum):
 
 
 class Profile(msgspec.Struct, frozen=True):
-    """One row of the table in docs/structure.md.
+    """How a request is computed, and what it leaves in the cache.
 
     `caches`: which pages enter the prefix cache, the prompt's only or the output's too.
     """

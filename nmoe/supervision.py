@@ -29,6 +29,7 @@ MAX_TRIES = 5
 _AT_ONCE_S = 0.5  # a group that has been up for longer has recovered from what killed it before
 _FIRST_PAUSE_S = 0.2
 _MAX_SILENCE_S = 5.0  # heartbeats come every second
+_MAX_LOADING_SILENCE_S = 60.0  # the first comes after the imports, perhaps from a cold disk
 _LOOK_S = 0.5  # how often heartbeats and deadlines are looked at
 
 Fork = Callable[[Role, int], None]
@@ -144,7 +145,7 @@ class Supervisor:
             row = self._board.rows[row_index(child.role, child.index, self._world_size)]
             silence = now - row.get("nmoe:heartbeat_seconds")
             overdue = child.role == "worker" and 0 < due < now and not self._is_loading(child)
-            if overdue or (silence > _MAX_SILENCE_S and not self._is_loading(child)):
+            if overdue or silence > (_MAX_LOADING_SILENCE_S if self._is_loading(child) else _MAX_SILENCE_S):
                 what = "has a step overdue" if overdue else f"has not answered for {silence:.0f} s"
                 _log.error("%s %s: killed", child.title, what)
                 os.kill(child.pid, signal.SIGKILL)

@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import os
 import pathlib
+import select
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 
@@ -12,7 +15,10 @@ import aiohttp
 import psutil
 import pytest
 
-from nmoe.supervision import MAX_TRIES
+from nmoe.children import Child
+from nmoe.ipc import Control
+from nmoe.metrics import Board, row_index
+from nmoe.supervision import MAX_TRIES, Supervisor
 from tests.killing import BACK_S, STREAMS, kill, recovered
 from tests.serving import Server
 
@@ -65,6 +71,28 @@ async def test_many_deaths_leave_nothing_behind(server: Server) -> None:
                 await recovered(session, server, time.monotonic())
                 await asyncio.sleep(0.6)  # sooner would count as dying again at once
     assert held() == before
+
+
+@pytest.mark.parametrize(
+    ("silence", "loading", "dies"), [(4, False, False), (6, False, True), (50, True, False), (70, True, True)]
+)
+def test_who_says_nothing_is_killed_once(silence: float, loading: bool, dies: bool) -> None:
+    """Also while it loads, though a restart gives more time: others may be waiting for it."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        ours, theirs = Control.pair()
+        child = Child("worker", 0, 1, "worker 0", process.pid, os.pidfd_open(process.pid), ours)
+        board = Board(3)
+        supervisor = Supervisor([child], board, 1, lambda role, index: None)
+        if loading:
+            supervisor._loading.add(child.title)
+        board.rows[row_index("worker", 0, 1)].set("nmoe:heartbeat_seconds", time.monotonic() - silence)
+        supervisor._kill_silent()
+        assert (child.pid in supervisor._killed) == dies
+        assert bool(select.select([child.pidfd], [], [], 5 if dies else 0.1)[0]) == dies
+        process.kill()
+        os.close(child.pidfd)
+        ours.close()
+        theirs.close()
 
 
 def test_what_keeps_dying_ends_the_server_with_the_reason(checkpoint: pathlib.Path, tmp_path: pathlib.Path) -> None:
