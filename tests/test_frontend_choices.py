@@ -293,6 +293,11 @@ async def test_tokenize(rig):
     assert document["tokens"] == ids_of("<bos><user>a")
 
 
+async def test_tokenize_nothing(rig):
+    assert (await rig.ask("/tokenize", prompt="", add_special_tokens=False))[2]["tokens"] == []
+    assert (await rig.ask("/tokenize", prompt=""))[2]["tokens"] == [BOS]
+
+
 async def test_detokenize(rig):
     _, _, document = await rig.ask("/detokenize", tokens=[BOS, *ids_of("hé")])
     assert document == {"prompt": "<bos>hé"}

@@ -3,6 +3,7 @@
 import time
 from functools import partial
 
+import orjson
 from aiohttp import hdrs, web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
@@ -18,7 +19,7 @@ from nmoe.frontend.prompt import Prompts
 from nmoe.frontend.requests import Requests
 from nmoe.ipc import Boot
 
-_MOST_TOKENS = 1 << 20  # that /tokenize returns
+_MOST_TOKENS = 1 << 18  # that /tokenize returns
 
 
 class Endpoints:
@@ -61,17 +62,19 @@ class Endpoints:
     async def _tokenize(self, request: web.BaseRequest, headers: Headers) -> web.StreamResponse:
         asked = await self._requests.read(request, openai.parse_tokenize)
         self._requests.check_model(asked.model)
-        ids = await self._requests.tokenize(partial(self._ids, asked), openai.text_length(asked))
-        tokenizer = self._prompts.tokenizer
-        strings = tokenizer.strings(ids) if asked.return_token_strs and tokenizer is not None else None
-        body = {"count": len(ids), "max_model_len": self._health.max_seq_len, "tokens": ids, "token_strs": strings}
+        body = await self._requests.tokenize(partial(self._tokens, asked), openai.text_length(asked))
         return json_response(body, headers)
 
-    def _ids(self, asked: ToTokenize) -> list[int]:
-        special = asked.add_special_tokens
+    def _tokens(self, asked: ToTokenize) -> bytes:
+        """The answer's body; made in a thread, because it may be large."""
+        prompts, special = self._prompts, asked.add_special_tokens
         if isinstance(asked.text, str):
-            return self._prompts.text_ids(asked.text, "prompt", _MOST_TOKENS, add_special_tokens=special)
-        return self._prompts.conversation_ids(asked.text, _MOST_TOKENS, add_special_tokens=special)
+            ids = prompts.text_ids(asked.text, "prompt", _MOST_TOKENS, add_special_tokens=special, may_be_empty=True)
+        else:
+            ids = prompts.conversation_ids(asked.text, _MOST_TOKENS, add_special_tokens=special)
+        strings = prompts.tokenizer.strings(ids) if asked.return_token_strs and prompts.tokenizer is not None else None
+        answer = {"count": len(ids), "max_model_len": self._health.max_seq_len, "tokens": ids, "token_strs": strings}
+        return orjson.dumps(answer)
 
     async def _detokenize(self, request: web.BaseRequest, headers: Headers) -> web.StreamResponse:
         asked = await self._requests.read(request, openai.parse_detokenize)

@@ -41,7 +41,9 @@ class _Connection(web.RequestHandler):
         if request.writer is not None and request.writer.output_size > 0:
             raise ConnectionError("the response has begun")
         why = (message or "").strip().splitlines()
-        text = f"the request is not valid HTTP: {why[0][:200]}" if status < 500 and why else "internal error"
+        text = (
+            f"the request is not valid HTTP: {why[0][:200].rstrip(':')}" if status < 500 and why else "internal error"
+        )
         response = error_response(RequestError(text, status=status), {hdrs.SERVER: "nmoe"})
         response.force_close()
         return response
@@ -51,7 +53,7 @@ class HttpServer(web.Server):
     """aiohttp's server with `router` as its handler; a client that leaves cancels its request."""
 
     def __init__(self, router: "Router") -> None:
-        super().__init__(router, handler_cancellation=True, access_log=None)
+        super().__init__(router, handler_cancellation=True, access_log=None, auto_decompress=False)
 
     def __call__(self) -> web.RequestHandler:
         """The protocol of a new connection."""
@@ -117,6 +119,9 @@ async def read_json_body(request: web.BaseRequest, max_bytes: int) -> bytes:
     """The body of a JSON request. Raises RequestError: 415 for another type, 413 above `max_bytes`, 408 when slow."""
     if request.content_type != "application/json":
         raise RequestError(f"Content-Type is {request.content_type!r}; send application/json", status=415)
+    if (encoding := request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()) != "identity":
+        # A small compressed body may be a large one that takes long to unpack.
+        raise RequestError(f"Content-Encoding is {encoding[:40]!r}; send the body as it is", status=415)
     if (request.content_length or 0) > max_bytes:
         raise _too_large(max_bytes)
     if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue" and request.transport is not None:

@@ -55,8 +55,10 @@ class Prompts:
         """Whether `of` is long work."""
         return call.conversation is not None or call.echo or isinstance(call.prompts[0], str)
 
-    def text_ids(self, text: str, field: str, most: int, *, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a text, at least one and `most` at most. Raises RequestError."""
+    def text_ids(
+        self, text: str, field: str, most: int, *, add_special_tokens: bool = True, may_be_empty: bool = False
+    ) -> list[int]:
+        """The ids of a text, `most` at most. Raises RequestError."""
         if self.tokenizer is None:
             raise RequestError(f"{field}: this model has no tokenizer.json; send `prompt` as token ids", param=field)
         if (least := self.tokenizer.least_tokens(text)) > most:
@@ -68,7 +70,7 @@ class Prompts:
             )
         encoding = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         _check_length(len(encoding), field, most)
-        if not len(encoding):
+        if not len(encoding) and not may_be_empty:
             raise RequestError(f"{field}: has no tokens; there must be something to continue", param=field)
         return encoding.ids
 

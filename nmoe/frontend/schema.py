@@ -70,6 +70,7 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 Length = Annotated[int, Meta(ge=1, lt=1 << 31)]
+StopString = Annotated[str, Meta(max_length=1024)]  # each new text is compared with all of its beginnings
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 
 _CONVERSATION: dict[str, Any] = {
@@ -95,7 +96,7 @@ _SHARED: dict[str, Any] = {
         Meta(max_length=MAX_BIASES),
     ],
     "seed": Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)],
-    "stop": str | Annotated[list[str], Meta(max_length=MAX_STOPS)],
+    "stop": StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)],
     "stop_token_ids": Annotated[list[TokenId], Meta(max_length=MAX_STOP_IDS)],
     "ignore_eos": bool,
     "stream": bool,
