@@ -18,7 +18,7 @@ from typing import NoReturn
 import msgspec
 
 from nmoe.errors import NmoeError
-from nmoe.ipc import Boot, Control, ControlMessage, Failed, Role, settle_in
+from nmoe.ipc import STOPPING, Boot, Control, ControlMessage, Failed, Role, settle_in
 
 _log = logging.getLogger("nmoe.launch")
 _ENTRY = {"frontend": "nmoe.frontend.server", "scheduler": "nmoe.scheduler.process", "worker": "nmoe.worker.process"}
@@ -51,7 +51,7 @@ class Died(msgspec.Struct, frozen=True):
 
 
 class Signalled(msgspec.Struct, frozen=True):
-    """The launcher got SIGTERM or SIGINT."""
+    """The launcher got one of STOPPING."""
 
     signum: int
 
@@ -69,8 +69,9 @@ class Children:
             os.set_blocking(end, False)
         self._wakeup = wakeup
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, lambda *_: None)  # the wakeup pipe delivers it
+        for signum in STOPPING:
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(signum, lambda *_: None)  # the wakeup pipe delivers it
 
     def __iter__(self) -> Iterator[Child]:
         return iter(self._alive)

@@ -26,6 +26,7 @@ Role = Literal["frontend", "scheduler", "worker"]
 # A peer's messages wait here while it is busy. The traffic is bounded elsewhere (queue limit, two steps in flight), so
 # reaching the mark means that the peer is gone; the sender then gets zmq.Again instead of losing messages silently.
 HIGH_WATER_MARK = 1 << 16
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what tells the launcher to drain and stop
 _PR_SET_NAME = 15
 _PR_SET_PDEATHSIG = 1
 
@@ -188,5 +189,5 @@ def settle_in(boot: Boot) -> None:
     poller.register(boot.control.fileno(), select.POLLHUP)
     if poller.poll(0):  # the launcher died before the line above took effect
         os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for signum in STOPPING:
+        signal.signal(signum, signal.SIG_IGN)

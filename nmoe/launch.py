@@ -1,7 +1,7 @@
 """The launcher: runs the doctor, binds the port, forks the processes, supervises, drains.
 
     doctor -> bind HTTP port -> fork scheduler, workers, frontends -> every child Up -> ready line
-           -> supervise until SIGTERM or SIGINT -> drain -> stop
+           -> supervise until SIGTERM, SIGINT or SIGHUP -> drain -> stop
 
 A process that fails before the ready line ends the start with its message; what happens to deaths after it is told in
 `nmoe/supervision.py`.
@@ -36,7 +36,7 @@ _GRACE_S = 5.0  # how long a child may take to leave when told to
 
 
 def serve(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT. Raises NmoeError when the server cannot start or a process of it dies."""
+    """Serve until SIGTERM, SIGINT or SIGHUP. Raises NmoeError when the server cannot start or a process of it dies."""
     doctor.require(config)
     envs.set_for_children(config)
     with (

@@ -114,6 +114,7 @@ class Serving(Message, frozen=True, tag="serving"):
     """All workers are ready; the limits that requests must keep."""
 
     max_seq_len: int  # prompt and output together, after the KV cache's size
+    workers: int = 0  # the workers' generation: a frontend that knows of their death disregards it
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -270,7 +270,7 @@ async def test_error_from_the_scheduler(rig):
     asked = run(rig.ask(COMPLETIONS, prompt="a"))
     await rig.tokens(await rig.next(Submit), "x", "error", detail="step 7 failed")
     status, _, document = await asked
-    assert status == 500 and document["error"]["message"] == "step 7 failed"
+    assert status == 503 and document["error"]["message"] == "step 7 failed"
     # A stream whose head is out says so in an event, and does not say [DONE].
     found, _ = await stream(rig, COMPLETIONS, ["x"], "error", prompt="a")
     assert found[0]["choices"][0]["text"] == "x"

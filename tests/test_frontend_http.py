@@ -233,7 +233,9 @@ async def test_health_after_a_death_and_in_an_overdue_step(rig):
     assert "worker 0 died" in json.loads((await get(rig, "/health"))[1])["error"]["message"]
     worker.set("nmoe:heartbeat_seconds", time.monotonic())
     assert (await get(rig, "/health"))[0] == 503  # alive again, but without its weights
-    await rig.send(Serving(1, MAX_SEQ_LEN))
+    await rig.send(Serving(1, MAX_SEQ_LEN, 1))  # said before the death
+    assert (await get(rig, "/health"))[0] == 503
+    await rig.send(Serving(1, MAX_SEQ_LEN, 2))
     async with asyncio.timeout(5):
         while (await get(rig, "/health"))[0] != 200:
             pass

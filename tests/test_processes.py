@@ -47,7 +47,7 @@ def _stream_body(server: Server, max_tokens: int) -> dict:
     return {"model": server.model, "prompt": [1, 2, 3], "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_every_process_and_leaves_nothing(start: Callable[..., Server], signum: int) -> None:
     before = _run_dirs()
     server = start()

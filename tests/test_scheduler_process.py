@@ -203,9 +203,9 @@ def test_requests_of_two_frontends_run_on_two_ranks(tmp_path):
     with Rig(tmp_path, numbers=numbers) as rig:
         early = Frontend(rig, 0)
         workers = rig.workers()
-        assert early.receive() == Serving(LIFE, 30 * 4)  # what the smaller cache holds
+        assert early.receive() == Serving(LIFE, 30 * 4, 1)  # what the smaller cache holds
         late = Frontend(rig, 1)
-        assert late.receive() == Serving(LIFE, 30 * 4)
+        assert late.receive() == Serving(LIFE, 30 * 4, 1)
         first = early.submit(max_tokens=4)
         run_until_ended(early, workers, first)
         second = late.submit(max_tokens=8)
@@ -222,7 +222,7 @@ def test_the_models_length_is_the_default_limit(tmp_path):
         frontend = Frontend(rig, 0)
         for rank in range(2):
             Worker(rig, rank, num_pages=100_000)
-        assert frontend.receive() == Serving(LIFE, length)
+        assert frontend.receive() == Serving(LIFE, length, 1)
 
 
 def test_requests_are_refused_before_the_workers_are_ready_and_when_they_cannot_fit(tmp_path):

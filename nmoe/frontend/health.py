@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 from nmoe.config import Config
 from nmoe.errors import RequestError
-from nmoe.ipc import Role
+from nmoe.ipc import Gone
+from nmoe.messages import Serving
 from nmoe.metrics import Board, row_index
 
 # Every process sets its heartbeat about once a second.
@@ -20,12 +21,20 @@ class Health:
         self._board = board
         self.max_seq_len: int | None = None  # None until the engine serves
         self.draining = False
+        self._dead_workers = -1  # the newest generation of workers known to be dead
         self._deaths: dict[int, float] = {}  # row on the board -> when its process was said to be dead
 
-    def note_death(self, role: Role, index: int) -> None:
+    def begin(self, serving: Serving) -> None:
+        """The engine serves, unless its workers have died since this was said."""
+        if serving.workers > self._dead_workers:
+            self.max_seq_len = serving.max_seq_len
+
+    def note_death(self, gone: Gone) -> None:
         """A process is gone; its next life has to show itself before the server is healthy again."""
-        self._deaths[row_index(role, index, self._config.parallel.world_size)] = time.monotonic()
-        if role != "frontend":
+        self._deaths[row_index(gone.role, gone.index, self._config.parallel.world_size)] = time.monotonic()
+        if gone.role == "worker":
+            self._dead_workers = max(self._dead_workers, gone.generation)
+        if gone.role != "frontend":
             self.max_seq_len = None
 
     def require_serving(self) -> int:

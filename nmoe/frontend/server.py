@@ -141,7 +141,7 @@ class Frontend:
         if not self._up:
             self._up = True
             self._boot.control.send(ipc.Up())
-        self._health.max_seq_len = serving.max_seq_len
+        self._health.begin(serving)
 
     def _hear_launcher(self) -> None:
         try:
@@ -157,7 +157,7 @@ class Frontend:
             self._left.set()
 
     def _mourn(self, gone: ipc.Gone) -> None:
-        self._health.note_death(gone.role, gone.index)
+        self._health.note_death(gone)
         if gone.role == "scheduler":
             self._streams.fail_all(RequestError("the engine was restarted", status=503, code="engine_restarted"))
             self._link.reconnect()

@@ -88,7 +88,8 @@ class Stream:
         self.cached_tokens = ended.cached_tokens
         self.scheduled_at = ended.scheduled_at
         if ended.reason == "error" and not self.stopped:
-            self.fail(RequestError(ended.detail or "the request failed", status=500))
+            # The scheduler's one reason: the workers are gone. Whoever asks again will be served.
+            self.fail(RequestError(ended.detail or "the request failed", status=503, code="engine_restarted"))
             return
         if self._detokenizer is not None and not self.stopped and (text := self._detokenizer.flush()):
             self._show(text)

@@ -156,7 +156,7 @@ class Process:
             self._policy = Scheduler(limits, self._boot.generation)
             _log.info("serving with %d pages of %d tokens per rank", limits.num_pages, limits.page_size)
             for frontend in sorted(self._greeted):
-                self._send(frontend, Serving(self._boot.generation, limits.max_seq_len))
+                self._send(frontend, Serving(self._boot.generation, limits.max_seq_len, self._workers))
 
     def _lose_workers(self, why: str) -> None:
         """All workers are gone, with the cache and every step in flight: nothing to do until their next life."""
@@ -203,7 +203,7 @@ class Process:
                 self._greeted.add(frontend)
                 if policy:
                     policy.forget(frontend, None)  # what it asked for before, it has given up
-                    self._send(frontend, Serving(self._boot.generation, policy.limits.max_seq_len))
+                    self._send(frontend, Serving(self._boot.generation, policy.limits.max_seq_len, self._workers))
             case Submit():
                 if policy is None:
                     rejected: Rejected | None = Rejected(
