@@ -79,7 +79,7 @@ async def _stream(session: aiohttp.ClientSession, url: str, tokens: int) -> None
 async def _steps(session: aiohttp.ClientSession, url: str) -> float:
     async with session.get(f"{url}/metrics") as response:
         lines = (await response.text()).splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith("nmoe:steps_total "))
+    return next(float(line.split()[-1]) for line in lines if line.startswith("nmoe:steps_total{"))
 
 
 def _cpu(launcher: psutil.Process) -> dict[str, float]:

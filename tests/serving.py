@@ -92,12 +92,14 @@ class Server:
         self._folder.cleanup()
 
     def metrics(self) -> dict[str, float]:
-        """All samples of /metrics: 'name' or 'name{label="value"}' -> value."""
+        """All samples of /metrics: 'name' or 'name{label="value"}' -> value; the label `model_name`, which all have, is
+        left out."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as response:
             text = response.read().decode()
         samples = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
+                assert sample.labels.pop("model_name") == self.model
                 labels = ",".join(f'{key}="{value}"' for key, value in sample.labels.items())
                 samples[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
         return samples

@@ -242,6 +242,7 @@ VLLM = """
     time_to_first_token_seconds_count inter_token_latency_seconds_count e2e_request_latency_seconds_count
     request_queue_time_seconds_count request_prefill_time_seconds_count request_decode_time_seconds_count
     request_inference_time_seconds_count iteration_tokens_total_count request_prompt_tokens_count
+    request_time_per_output_token_seconds_count request_max_num_generation_tokens_count
     request_generation_tokens_count request_params_n_count request_params_max_tokens_count
 """
 
@@ -267,6 +268,8 @@ def test_metrics_have_vllms_names(server, complete):
     for name in ("e2e_request_latency_seconds", "request_decode_time_seconds", "request_inference_time_seconds"):
         assert grown[f"nmoe:{name}_count"] == 2
     assert grown["nmoe:request_params_n_sum"] == 4 and grown["nmoe:request_generation_tokens_sum"] == 8
+    assert grown["nmoe:request_max_num_generation_tokens_count"] == 1
+    assert grown["nmoe:request_max_num_generation_tokens_sum"] == 4
     assert grown["nmoe:request_prompt_tokens_sum"] == 2 * len(PROMPT)
     by_rank = grown['nmoe:rank_iteration_tokens_sum{rank="0"}']
     assert by_rank == grown["nmoe:iteration_tokens_total_sum"] > 0
@@ -336,24 +339,31 @@ def test_penalties_survive_preemption(small_server, checkpoint):
 
 
 def test_priority(small_server):
-    """Of two that wait, the one with the lower number goes first, although it came later."""
-    order = []
+    """Of those that wait, the one with the lowest number goes first, although it came last."""
+    order, threads = [], []
 
     def wait_for(name, **body):
         ask(small_server, "/v1/completions", prompt=[5], temperature=0, ignore_eos=True, **body)
         order.append(name)
 
     def start(name, **body):
-        thread = threading.Thread(target=wait_for, args=(name,), kwargs=body)
-        thread.start()
-        return thread
+        threads.append(threading.Thread(target=wait_for, args=(name,), kwargs=body))
+        threads[-1].start()
 
-    threads = [start(f"long {i}", max_tokens=60, priority=-9) for i in range(4)]
-    while small_server.metrics()["nmoe:num_requests_running"] < 1:
-        time.sleep(0.002)
-    threads.append(start("late", max_tokens=20, priority=5))
-    time.sleep(0.03)
-    threads.append(start("early", max_tokens=20, priority=-5))
+    def until_open(count):
+        while True:
+            metrics = small_server.metrics()
+            if metrics["nmoe:num_requests_running"] + metrics["nmoe:num_requests_waiting"] >= count or order:
+                return
+
+    for _ in range(8):
+        start("first", max_tokens=80, priority=-9)
+    until_open(8)
+    for _ in range(6):
+        start("late", max_tokens=20, priority=5)
+    until_open(14)
+    start("early", max_tokens=20, priority=-5)
     for thread in threads:
-        thread.join(20)
-    assert order.index("early") < order.index("late")
+        thread.join(30)
+    # Four run at a time: in order of arrival, four of those that are late would have ended before it.
+    assert [name for name in order if name != "first"].index("early") <= 3

@@ -1,11 +1,13 @@
 """The endpoints beside completions and chat: models, tokens, health, metrics, version, the API's description."""
 
 import time
+from collections.abc import Iterator
 from functools import partial
 
 import orjson
 from aiohttp import hdrs, web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
 
 from nmoe import __version__
 from nmoe.errors import RequestError
@@ -18,8 +20,23 @@ from nmoe.frontend.openapi import document
 from nmoe.frontend.prompt import Prompts
 from nmoe.frontend.requests import Requests
 from nmoe.ipc import Boot
+from nmoe.metrics import Board
 
 _MOST_TOKENS = 1 << 18  # that /tokenize returns
+
+
+class _Named:
+    """The board's metrics with the label that vLLM's dashboards select by."""
+
+    def __init__(self, board: Board, model_name: str) -> None:
+        self._board = board
+        self._label = {"model_name": model_name}
+
+    def collect(self) -> Iterator[Metric]:
+        """For prometheus_client."""
+        for metric in self._board.collect():
+            metric.samples = [sample._replace(labels=self._label | sample.labels) for sample in metric.samples]
+            yield metric
 
 
 class Endpoints:
@@ -35,7 +52,7 @@ class Endpoints:
         self._generations = generations
         self._created = int(time.time())
         self._registry = CollectorRegistry()
-        self._registry.register(boot.board)
+        self._registry.register(_Named(boot.board, boot.config.model_name))
 
     def routes(self) -> dict[str, tuple[str, Endpoint]]:
         """Path -> method and endpoint."""

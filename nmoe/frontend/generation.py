@@ -122,6 +122,8 @@ class Generations:
                 self._streams.close(stream)
         for choice in generation.choices:
             self._finished(generation, choice)
+        longest = max(stream.num_tokens for stream in streams)
+        self._row.observe("nmoe:request_max_num_generation_tokens", longest)
         return response
 
     async def _respond_whole(
@@ -155,15 +157,7 @@ class Generations:
         now = time.monotonic()
         latency = now - stream.arrived
         self._row.observe("nmoe:e2e_request_latency_seconds", latency)
-        if stream.scheduled_at and stream.first_token_at:
-            self._row.observe(
-                "nmoe:request_inference_time_seconds", max(0.0, stream.last_token_at - stream.scheduled_at)
-            )
-            self._row.observe("nmoe:request_decode_time_seconds", stream.last_token_at - stream.first_token_at)
-        self._row.observe("nmoe:request_prompt_tokens", len(choice.prompt.ids))
-        self._row.observe("nmoe:request_generation_tokens", stream.num_tokens)
-        self._row.observe("nmoe:request_params_max_tokens", submit.max_tokens)
-        self._row.observe("nmoe:request_params_n", submit.n)
+        self._observe(stream, submit, len(choice.prompt.ids))
         if self._recorder is not None:
             self._recorder.add(
                 Record(
@@ -178,6 +172,20 @@ class Generations:
                     metadata=generation.call.metadata,
                 )
             )
+
+    def _observe(self, stream: Stream, submit: Submit, prompt_len: int) -> None:
+        """Sizes and times of a complete answer."""
+        observe = self._row.observe
+        if stream.scheduled_at and stream.first_token_at:
+            decode = stream.last_token_at - stream.first_token_at
+            observe("nmoe:request_inference_time_seconds", max(0.0, stream.last_token_at - stream.scheduled_at))
+            observe("nmoe:request_decode_time_seconds", decode)
+            if stream.num_tokens > 1:
+                observe("nmoe:request_time_per_output_token_seconds", decode / (stream.num_tokens - 1))
+        observe("nmoe:request_prompt_tokens", prompt_len)
+        observe("nmoe:request_generation_tokens", stream.num_tokens)
+        observe("nmoe:request_params_max_tokens", submit.max_tokens)
+        observe("nmoe:request_params_n", submit.n)
 
 
 def _raise_error(choices: Sequence[Choice]) -> None:
