@@ -7,11 +7,12 @@ never something that a later token would change.
 
 import codecs
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Protocol
 
 import tokenizers
 
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -36,37 +37,50 @@ def _bytes_of_letters() -> dict[str, int]:
 _BYTES = _bytes_of_letters()
 
 
-class BytePieces(dict[int, bytes]):
-    """Token id -> its bytes, for byte-level vocabularies; filled as ids are met."""
+class BytePieces(dict[int, str | bytes]):
+    """Token id -> its text, or its bytes where they are no text of their own; filled as ids are met."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, hidden: Collection[int]) -> None:
-        super().__init__(dict.fromkeys(hidden, b""))
+        super().__init__(dict.fromkeys(hidden, ""))
         self._tokenizer = tokenizer
 
-    def __missing__(self, token: int) -> bytes:
+    def __missing__(self, token: int) -> str | bytes:
         # A model's vocabulary may be padded past the tokenizer's: such ids have no text.
         piece = self._tokenizer.id_to_token(token) or ""
         try:
-            self[token] = bytes(map(_BYTES.__getitem__, piece))
+            raw = bytes(map(_BYTES.__getitem__, piece))
         except KeyError:  # an added token is written as it is, not in the byte alphabet
-            self[token] = piece.encode()
+            raw = piece.encode()
+        try:
+            self[token] = raw.decode()
+        except UnicodeDecodeError:
+            self[token] = raw
         return self[token]
 
 
 class ByteLevelDetokenizer:
-    """For byte-level BPE: a token is some bytes, so an incremental UTF-8 decoder does it in constant work per token."""
+    """For byte-level BPE: a token is some bytes. Most are whole characters, and their text is looked up; where a
+    character is cut, an incremental UTF-8 decoder puts it together."""
 
     def __init__(self, pieces: BytePieces) -> None:
         self._pieces = pieces
-        self._decode: Callable[..., str] = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decoder = _Utf8Decoder("replace")
+        self._inside = False  # a character
 
     def feed(self, token: int) -> str:
         """See Detokenizer."""
-        return self._decode(self._pieces[token])
+        piece = self._pieces[token]
+        if isinstance(piece, str):
+            if not self._inside:
+                return piece
+            piece = piece.encode()
+        text = self._decoder.decode(piece)
+        self._inside = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
         """See Detokenizer."""
-        return self._decode(b"", True)
+        return self._decoder.decode(b"", True)
 
 
 class WindowDetokenizer:

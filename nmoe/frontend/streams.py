@@ -9,6 +9,7 @@ stream, and calls the stream's `on_tokens`, which writes to the client's transpo
 """
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 
@@ -55,13 +56,9 @@ class Stream:
         self._silent_ids = silent_ids
         self._detokenizer = detokenizer
         self._stops = StopFinder(stops) if stops else None
+        self.stopped = False  # a stop string has appeared: the output is complete
         self._texts: list[str] = []
         self._ids: list[int] = []
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string has appeared: the output is complete."""
-        return self._stops is not None and self._stops.found
 
     def take(self) -> tuple[str, list[int]]:
         """Text and ids since the last call."""
@@ -69,17 +66,20 @@ class Stream:
         self._texts, self._ids = [], []
         return text, ids
 
-    def feed(self, tokens: Sequence[int]) -> None:
+    def feed(self, tokens: list[int]) -> None:
         """New tokens, at least one; those after a stop string are dropped."""
-        for token in tokens:
-            if self.stopped:
-                return
-            self.num_tokens += 1
-            self._ids.append(token)
-            if token in self._silent_ids or self._detokenizer is None:
-                continue
-            if text := self._detokenizer.feed(token):
-                self._show(text)
+        if self._stops is not None:
+            tokens = self._feed_until_stop(tokens, self._stops)
+        else:
+            self.num_tokens += len(tokens)
+            if self._detokenizer is not None:
+                for token in tokens:
+                    if token not in self._silent_ids and (text := self._detokenizer.feed(token)):
+                        self._texts.append(text)
+        self._ids += tokens
+
+    def begin(self) -> None:
+        """The first tokens are here."""
         if not self.started.done():
             self.started.set_result(None)
 
@@ -91,19 +91,34 @@ class Stream:
             # The scheduler's one reason: the workers are gone. Whoever asks again will be served.
             self.fail(RequestError(ended.detail or "the request failed", status=503, code="engine_restarted"))
             return
-        if self._detokenizer is not None and not self.stopped and (text := self._detokenizer.flush()):
-            self._show(text)
+        rest = self._detokenizer.flush() if self._detokenizer is not None and not self.stopped else ""
         if self._stops is not None:
-            self._texts.append(self._stops.flush())
+            if rest:
+                self._show(rest, self._stops)
+            rest = self._stops.flush()
+        if rest:
+            self._texts.append(rest)
         self._end("stop" if self.stopped else ended.reason, None)
 
     def fail(self, error: RequestError) -> None:
         """End with an error."""
         self._end("error", error)
 
-    def _show(self, text: str) -> None:
-        looks = self._stops is not None and self.num_tokens > self._min_tokens
-        self._texts.append(self._stops.feed(text) if looks and self._stops is not None else text)
+    def _feed_until_stop(self, tokens: list[int], stops: StopFinder) -> list[int]:
+        """The tokens up to the one that completes a stop string."""
+        for place, token in enumerate(tokens):
+            self.num_tokens += 1
+            if token in self._silent_ids or self._detokenizer is None:
+                continue
+            if text := self._detokenizer.feed(token):
+                self._show(text, stops)
+            if self.stopped:
+                return tokens[: place + 1]
+        return tokens
+
+    def _show(self, text: str, stops: StopFinder) -> None:
+        self._texts.append(stops.feed(text) if self.num_tokens > self._min_tokens else text)
+        self.stopped = stops.found
 
     def _end(self, reason: Reason, error: RequestError | None) -> None:
         if self.reason is None:
@@ -146,16 +161,21 @@ class Streams:
 
     def deliver(self, message: Tokens, now: float) -> None:
         """Tokens of one step, and the requests that ended with it. `now` is on CLOCK_MONOTONIC."""
-        tokens = memoryview(message.tokens).cast("i")
+        uids = memoryview(message.uids).cast("q").tolist()
+        tokens = memoryview(message.tokens).cast("i").tolist()
         stopped: list[Stream] = []
-        start = 0
-        uids = memoryview(message.uids).cast("q")
-        counts = memoryview(message.counts).cast("i") if message.counts is not None else [1] * len(uids)
-        for uid, count in zip(uids, counts, strict=True):
+        gaps: dict[float, int] = {}  # seconds between two tokens -> how often: nearly all rows of a step have the same
+        for uid, mine in zip(uids, _split(tokens, message.counts), strict=True):
             stream = self._live.get(uid)
-            if stream is not None and count and not stream.stopped:
-                self._advance(stream, tokens[start : start + count], now, stopped)
-            start += count
+            if stream is None or stream.stopped or not mine:
+                continue
+            if stream.last_token_at:
+                gap = (now - stream.last_token_at) / len(mine)
+                gaps[gap] = gaps.get(gap, 0) + len(mine)
+            if self._advance(stream, mine, now):
+                stopped.append(stream)
+        for gap, times in gaps.items():
+            self._row.observe("nmoe:inter_token_latency_seconds", gap, times)
         for ended in message.ended:
             if (stream := self._live.pop(ended.uid, None)) is not None:
                 stream.finish(ended)
@@ -183,7 +203,9 @@ class Streams:
         except RequestError as error:
             _log.warning("request %x: %s", message.uid, error)
 
-    def _advance(self, stream: Stream, tokens: Sequence[int], now: float, stopped: list[Stream]) -> None:
+    def _advance(self, stream: Stream, tokens: list[int], now: float) -> bool:
+        """Hand a stream its tokens; whether they completed a stop string."""
+        stream.last_token_at = now
         try:
             stream.feed(tokens)
             if stream.on_tokens is not None:
@@ -193,10 +215,14 @@ class Streams:
             stream.fail(RequestError("internal error", status=500))
         if not stream.first_token_at:
             stream.first_token_at = now
+            stream.begin()
             self._row.observe("nmoe:time_to_first_token_seconds", now - stream.arrived)
-        else:
-            gap = (now - stream.last_token_at) / len(tokens)
-            self._row.observe("nmoe:inter_token_latency_seconds", gap, len(tokens))
-        stream.last_token_at = now
-        if stream.stopped:
-            stopped.append(stream)
+        return stream.stopped
+
+
+def _split(tokens: list[int], counts: bytes | None) -> list[list[int]]:
+    """Each row's tokens."""
+    if counts is None:
+        return [[token] for token in tokens]
+    ends = [*itertools.accumulate(memoryview(counts).cast("i").tolist(), initial=0)]
+    return [tokens[start:end] for start, end in itertools.pairwise(ends)]
