@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import logging
 import os
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -22,11 +23,34 @@ Endpoint = Callable[[web.BaseRequest, Headers], Awaitable[web.StreamResponse]]
 _log = logging.getLogger("nmoe.frontend")
 _RETRY_AFTER = {429: "1", 503: "2"}  # seconds, by status
 _MAX_REQUEST_ID = 128  # characters
+_HEAD_S = 60.0  # within which a new connection's first head must have arrived
 _BODY_S = 60.0  # within which a body must have arrived
+_KEEP_ALIVE_S = 300.0  # how long a connection may wait for its next request to be complete
+_PROBE_S = 60  # of silence, after which the kernel asks whether the other end of a connection still exists
 
 
 class _Connection(web.RequestHandler):
-    """Answers what is no HTTP the way everything else is answered."""
+    """Answers what is no HTTP the way everything else is answered, and does not wait for ever.
+
+    A first request's head has a deadline of its own; between requests the keep-alive time is one.
+    """
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client is there."""
+        super().connection_made(transport)
+        sock = transport.get_extra_info("socket")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _PROBE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_S // 4)
+        self._head_due = self._loop.call_later(_HEAD_S, self._give_up_on_head)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """The client has left."""
+        self._head_due.cancel()
+        super().connection_lost(exc)
+
+    def _give_up_on_head(self) -> None:
+        if not self._request_count and self.transport is not None:
+            self.transport.abort()
 
     def handle_error(
         self,

@@ -6,6 +6,7 @@ chunk framing around it.
 
 import asyncio
 import functools
+import logging
 
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
@@ -14,9 +15,13 @@ from nmoe.errors import RequestError
 from nmoe.frontend.replies import Answer, Choice, Chunks, error_body
 from nmoe.frontend.streams import Stream
 
+_log = logging.getLogger("nmoe.frontend")
 # A client that reads slower than its tokens come has this much waiting; until then later tokens gather in the stream
 # and go out together in fewer events.
 _MAX_UNSENT = 1 << 18  # bytes
+# A client that lets this many tokens gather is dropped, and so is one that does not read the end of its answer in time.
+_MAX_BEHIND = 8192  # tokens
+_UNREAD_S = 60.0
 _DONE = b"[DONE]"
 
 
@@ -71,7 +76,11 @@ class EventStream:
             self._write(_DONE)
         for choice in self._answer.choices:
             choice.stream.on_tokens = None
-        await self._response.write_eof()
+        try:
+            async with asyncio.timeout(_UNREAD_S):
+                await self._response.write_eof()
+        except TimeoutError:
+            self._drop()
         return self._response
 
     def give_up(self, error: RequestError) -> web.StreamResponse:
@@ -84,6 +93,13 @@ class EventStream:
         if self._transport.get_write_buffer_size() < _MAX_UNSENT:
             text, ids = stream.take()
             self._write(chunks.text(text, ids))
+        elif stream.num_untaken > _MAX_BEHIND:
+            self._drop()
+
+    def _drop(self) -> None:
+        """The client does not read: what waits for it is let go with the connection, and its handler is cancelled."""
+        _log.info("a client that does not read its stream was dropped")
+        self._transport.abort()
 
     def _write(self, data: bytes) -> None:
         if self._transport.is_closing():  # the handler is about to be cancelled

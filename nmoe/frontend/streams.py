@@ -60,6 +60,11 @@ class Stream:
         self._texts: list[str] = []
         self._ids: list[int] = []
 
+    @property
+    def num_untaken(self) -> int:
+        """How many tokens have come since the last call of `take`."""
+        return len(self._ids)
+
     def take(self) -> tuple[str, list[int]]:
         """Text and ids since the last call."""
         text, ids = "".join(self._texts), self._ids
