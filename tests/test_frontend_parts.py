@@ -172,6 +172,22 @@ def test_a_trace_that_cannot_be_written_stops_the_start(tmp_path):
         Recorder(str(tmp_path / "no" / "trace.jsonl"))
 
 
+async def test_each_answer_is_recorded_with_what_it_was_asked_for(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    async with Rig(write_model(tmp_path), trace=Trace(str(path))) as rig:
+        fields = {"n": 2, "user": "me", "metadata": {"a": "b"}, "logit_bias": {"7": 1}, "min_p": 0.1, "min_tokens": 1}
+        asked = run(rig.ask("/v1/completions", prompt=[5], max_tokens=3, **fields))
+        submit = await rig.next(Submit)
+        await rig.tokens(submit, "a", "length")
+        await rig.tokens(msgspec.structs.replace(submit, uid=submit.uid + 1), "bc", "stop")
+        assert (await asked)[0] == 200
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["output_tokens"] for line in lines] == [1, 2]
+    assert all(line["user"] == "me" and line["metadata"] == {"a": "b"} for line in lines)
+    assert all(line["sampling"]["logit_bias"] == {"7": 1} and line["sampling"]["min_p"] == 0.1 for line in lines)
+    assert all(set(line["sampling"]) & {"presence_penalty", "barred_ids"} == set() for line in lines)
+
+
 async def test_finished_requests_are_recorded(tmp_path):
     path = tmp_path / "trace.jsonl"
     async with Rig(write_model(tmp_path), trace=Trace(str(path))) as rig:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import threading
 import time
 import urllib.request
@@ -367,3 +368,23 @@ def test_priority(small_server):
         thread.join(30)
     # Four run at a time: in order of arrival, four of those that are late would have ended before it.
     assert [name for name in order if name != "first"].index("early") <= 3
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_client_that_leaves_the_queue_is_aborted(small_server, is_stream):
+    """While it waits nothing is written to it that could fail."""
+    aborted = 'nmoe:request_success_total{finished_reason="abort"}'
+    before = settled(small_server)[aborted]
+    host, port = small_server.url.removeprefix("http://").split(":")
+    body = json.dumps({"prompt": [5], "max_tokens": 80, "ignore_eos": True, "stream": is_stream})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    links = []
+    for _ in range(8):  # four run, four wait
+        links.append(socket.create_connection((host, int(port))))
+        links[-1].sendall(f"{head}\r\n\r\n{body}".encode())
+    while small_server.metrics()["nmoe:num_requests_waiting"] < 2:
+        time.sleep(0.002)
+    for link in links:
+        link.close()
+    assert settled(small_server)[aborted] - before >= 6  # two may have ended by themselves
+    assert small_server.metrics()["nmoe:num_requests_waiting"] == 0
