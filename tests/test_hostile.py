@@ -87,6 +87,19 @@ async def test_a_slow_body_has_a_deadline(rig, monkeypatch):
     assert time.monotonic() - began < 1
 
 
+@pytest.mark.parametrize("head", [b"", b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"])
+async def test_a_head_that_never_ends_has_a_deadline(tmp_path, monkeypatch, head):
+    monkeypatch.setattr(frontend_http, "_IDLE_S", 0.1)
+    async with Rig(write_model(tmp_path)) as rig:
+        assert await raw(rig, head) == b""  # the end of the connection
+        # A request that takes longer than that is not idle.
+        asked = run(rig.ask(COMPLETIONS, prompt="a"))
+        submit = await rig.next(Submit)
+        await asyncio.sleep(0.3)
+        await rig.tokens(submit, "x", "length")
+        assert (await asked)[0] == 200
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -156,13 +169,13 @@ def test_large_bodies_are_looked_through_as_small_ones_are():
         assert parse_object(json.dumps(document, ensure_ascii=False).encode()) == document
 
 
-HOSTILE = {
-    "ids": b'{"prompt":[' + b"123," * 7_000_000 + b"1]}",
-    "strings": b'{"prompt":[' + b'"a",' * 7_000_000 + b'"a"]}',
-    "escapes": b'{"prompt":"' + b"\\n" * 14_000_000 + b'"}',
-    "text": b'{"prompt":"' + b"a " * 14_000_000 + b'"}',
-    "space": b'{"prompt":' + b" " * 28_000_000 + b"1}",
-    "too much": b'{"prompt":"' + b"a" * 64_000_000 + b'"}',
+HOSTILE = {  # what is in front, what comes again and again, how often, what is behind
+    "ids": (b'{"prompt":[', b"123,", 7_000_000, b"1]}"),
+    "strings": (b'{"prompt":[', b'"a",', 7_000_000, b'"a"]}'),
+    "escapes": (b'{"prompt":"', b"\\n", 14_000_000, b'"}'),
+    "text": (b'{"prompt":"', b"a ", 14_000_000, b'"}'),
+    "space": (b'{"prompt":', b" ", 28_000_000, b"1}"),
+    "too much": (b'{"prompt":"', b"a", 64_000_000, b'"}'),
 }
 
 
@@ -209,7 +222,8 @@ def test_huge_bodies_do_not_stall_a_running_stream(server):
     listener.start()
     try:
         time.sleep(0.3)
-        for name, body in HOSTILE.items():
+        for name, (front, again, times, behind) in HOSTILE.items():
+            body = front + again * times + behind
             now[0] = name
             statuses[name] = post(server.url, body)
         now[0] = ""

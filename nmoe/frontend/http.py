@@ -25,6 +25,7 @@ _RETRY_AFTER = {429: "1", 503: "2"}  # seconds, by status
 _MAX_REQUEST_ID = 128  # characters
 _HEAD_S = 60.0  # within which a new connection's first head must have arrived
 _BODY_S = 60.0  # within which a body must have arrived
+_IDLE_S = 75.0  # after which a connection is closed that has not begun, or not completed the head of, a request
 _KEEP_ALIVE_S = 300.0  # how long a connection may wait for its next request to be complete
 _PROBE_S = 60  # of silence, after which the kernel asks whether the other end of a connection still exists
 
@@ -77,7 +78,9 @@ class HttpServer(web.Server):
     """aiohttp's server with `router` as its handler; a client that leaves cancels its request."""
 
     def __init__(self, router: "Router") -> None:
-        super().__init__(router, handler_cancellation=True, access_log=None, auto_decompress=False)
+        super().__init__(
+            router, handler_cancellation=True, access_log=None, auto_decompress=False, keepalive_timeout=_IDLE_S
+        )
 
     def __call__(self) -> web.RequestHandler:
         """The protocol of a new connection."""
