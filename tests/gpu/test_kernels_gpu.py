@@ -14,6 +14,7 @@ from nmoe.worker.kernels import (
     experts_fp8_triton,
     experts_triton,
     fp8_triton,
+    linear_triton,
     norm,
     norm_triton,
     router,
@@ -56,6 +57,19 @@ def test_norms(tokens, hidden):
     )
 
 
+def added(parts, shared):
+    """The sum that the norm behind an expert layer takes of its terms."""
+    nothing = torch.zeros_like(shared)
+    return norm_triton.add_rms_norm(nothing, experts_triton.Terms(parts, shared), random(shared.shape[1]), 1e-6)[0]
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16, 17, 100])
+@pytest.mark.parametrize(("outputs", "inputs"), [(3648, 2048), (2048, 2816), (40, 256), (100, 96)])
+def test_linear(tokens, outputs, inputs):
+    x, weight = random(tokens, inputs + 32)[:, :inputs], random(outputs, inputs)
+    close(linear_triton.linear(x, weight), x.double() @ weight.double().t())
+
+
 @pytest.mark.parametrize("architecture", [MOONLIGHT, V3], ids=["moonlight", "v3"])
 @pytest.mark.parametrize("tokens", [1, 17, 256, 3000])
 def test_router(architecture, tokens):
@@ -94,7 +108,7 @@ def test_experts(tokens, num_experts, hidden, inter, slots, skew):
     gate_up, down = random(num_experts, 2 * inter, hidden, std=0.05), random(num_experts, hidden, inter, std=0.05)
     ids, weights = routing(tokens, num_experts, slots, skew)
     parts = experts_triton.grouped_mlp(x, ids, weights, gate_up, down)
-    actual = experts_triton.sum_experts(parts, shared)
+    actual = added(parts, shared)
     routed = experts.grouped_mlp(x.float(), ids.long(), weights, gate_up.float(), down.float())
     close(actual, experts.sum_experts(routed, shared.float()))
 
@@ -156,7 +170,7 @@ def test_fp8_experts(tokens, num_experts, hidden, inter, slots):
     gate_up, real_gate_up = quantised(num_experts, 2 * inter, hidden, std=0.05)
     down, real_down = quantised(num_experts, hidden, inter, std=0.05)
     ids, weights = routing(tokens, num_experts, slots)
-    actual = experts_triton.sum_experts(experts_fp8_triton.grouped_mlp(x, ids, weights, gate_up, down), shared)
+    actual = added(experts_fp8_triton.grouped_mlp(x, ids, weights, gate_up, down), shared)
     expected, x = shared.double(), rounded(x)
     for expert in range(num_experts):
         token, slot = (ids == expert).nonzero(as_tuple=True)
@@ -249,6 +263,6 @@ def test_a_rank_with_no_tokens():
         nothing, random(64, 512, dtype=torch.float32), random(64, dtype=torch.float32), a
     )
     parts = experts_triton.grouped_mlp(nothing, ids, weights, random(64, 256, 512), random(64, 512, 128))
-    assert experts_triton.sum_experts(parts, nothing).shape == (0, 512)
+    assert added(parts, nothing).shape == (0, 512)
     assert experts_triton.silu_mul(nothing).shape == (0, 256)
     assert fp8_triton.linear(nothing, quantised(256, 512, std=0.02)[0]).shape == (0, 256)

@@ -20,15 +20,15 @@ _HOPPER, _BLACKWELL = (9, 0), (10, 0)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ops:
-    """What a layer is made of, besides plain matrix products; the docstrings are the reference functions'."""
+    """What a layer is made of, as the reference functions say. `sum_experts` gives what `add_rms_norm` adds."""
 
     rms_norm: Callable[[_Tensor, _Tensor, float], _Tensor]
-    add_rms_norm: Callable[[_Tensor, _Tensor | None, _Tensor, float], tuple[_Tensor, _Tensor]]
+    add_rms_norm: Callable[[_Tensor, Any, _Tensor, float], tuple[_Tensor, _Tensor]]
     route: Callable[[_Tensor, _Tensor, _Tensor, Architecture], tuple[_Tensor, _Tensor]]
     linear: Callable[[_Tensor, Any], _Tensor]
     silu_mul: Callable[[_Tensor], _Tensor]
     grouped_mlp: Callable[..., _Tensor]
-    sum_experts: Callable[[_Tensor, _Tensor], _Tensor]
+    sum_experts: Callable[[_Tensor, _Tensor], Any]
 
 
 def ops_for(device: torch.device) -> Ops:
@@ -53,12 +53,19 @@ def _reference() -> Ops:
 
 
 def _triton() -> Ops:
-    from nmoe.worker.kernels import experts_fp8_triton, experts_triton, fp8_triton, norm_triton, router_triton
+    from nmoe.worker.kernels import (
+        experts_fp8_triton,
+        experts_triton,
+        fp8_triton,
+        linear_triton,
+        norm_triton,
+        router_triton,
+    )
 
     def linear(x_TI: _Tensor, weight: Weight) -> _Tensor:
         if isinstance(weight, BlockFP8):
             return fp8_triton.linear(x_TI, weight)
-        return torch.nn.functional.linear(x_TI, weight)
+        return linear_triton.linear(x_TI, weight)
 
     def grouped_mlp(x_TD: _Tensor, ids_TK: _Tensor, weights_TK: _Tensor, w_gate_up: Weight, w_down: Weight) -> _Tensor:
         if isinstance(w_gate_up, BlockFP8) and isinstance(w_down, BlockFP8):
@@ -73,7 +80,7 @@ def _triton() -> Ops:
         linear=linear,
         silu_mul=experts_triton.silu_mul,
         grouped_mlp=grouped_mlp,
-        sum_experts=experts_triton.sum_experts,
+        sum_experts=experts_triton.Terms,
     )
 
 

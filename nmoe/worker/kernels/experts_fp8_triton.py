@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.experts_triton import sort_pairs
 from nmoe.worker.kernels.fp8 import BLOCK, BlockFP8
 from nmoe.worker.kernels.fp8_triton import quantise
@@ -36,6 +37,8 @@ def _gate_up_kernel(
     TRANSPOSED: tl.constexpr,
 ):
     """Rows of the sorted order: silu(x @ gate) * (x @ up), quantised."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     C: tl.constexpr = D // 128
     PER_TILE: tl.constexpr = F // 128
     tile = tl.program_id(0) // PER_TILE
@@ -95,6 +98,8 @@ def _down_kernel(
     TRANSPOSED: tl.constexpr,
 ):
     """hidden @ down times the router's weight, back in the order of the pairs."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     C: tl.constexpr = F // 128
     PER_TILE: tl.constexpr = D // 128
     tile = tl.program_id(0) // PER_TILE
@@ -127,7 +132,7 @@ def _rows(rows_per_expert: float) -> int:
     """Rows of a tile."""
     if rows_per_expert <= 12:
         return 16
-    if rows_per_expert <= 28:
+    if rows_per_expert <= 80:
         return 32
     return 64 if rows_per_expert <= 160 else 128
 
@@ -171,6 +176,7 @@ def grouped_mlp(
         STAGES=3,
         TRANSPOSED=transposed,
         num_warps=4 if few else 8,
+        launch_pdl=early(tokens),
     )
     _down_kernel[(tiles * (hidden // BLOCK),)](
         TensorDescriptor.from_tensor(hidden_NF, [rows, BLOCK]),
@@ -189,5 +195,6 @@ def grouped_mlp(
         STAGES=4,
         TRANSPOSED=transposed,
         num_warps=4 if few else 8,
+        launch_pdl=early(tokens),
     )
     return parts_TKD

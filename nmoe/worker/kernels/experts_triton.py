@@ -16,7 +16,16 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nmoe.worker.kernels.early import early
+
 _SORT_BLOCK = 1024
+
+
+class Terms(NamedTuple):
+    """A token's expert results and its shared experts', to be added in float32 in this order and rounded once."""
+
+    parts_TKD: torch.Tensor
+    shared_TD: torch.Tensor
 
 
 class _Tile(NamedTuple):
@@ -64,6 +73,8 @@ def _sort_kernel(
     ROWS: tl.constexpr,
 ):
     """One program per expert: where its tiles begin follows from all counts, which every program takes for itself."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
     lane = tl.arange(0, BLOCK)
@@ -109,6 +120,8 @@ def _gate_up_kernel(
     TRANSPOSED: tl.constexpr,
 ):
     """Rows of the sorted order: silu(x @ gate) * (x @ up)."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     PER_TILE: tl.constexpr = F // COLUMNS
     tile = tl.program_id(0) // PER_TILE
     column = (tl.program_id(0) % PER_TILE) * COLUMNS
@@ -158,6 +171,8 @@ def _down_kernel(
     TRANSPOSED: tl.constexpr,
 ):
     """hidden @ down times the router's weight, back in the order of the pairs."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     PER_TILE: tl.constexpr = D // COLUMNS
     tile = tl.program_id(0) // PER_TILE
     column = (tl.program_id(0) % PER_TILE) * COLUMNS
@@ -186,19 +201,9 @@ def _down_kernel(
 
 
 @triton.jit
-def _sum_kernel(parts_ptr, shared_ptr, out_ptr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = lane < D
-    acc = tl.zeros([BLOCK], tl.float32)
-    for k in tl.static_range(K):
-        acc += tl.load(parts_ptr + (token * K + k) * D + lane, mask=inside, other=0.0).to(tl.float32)
-    acc += tl.load(shared_ptr + token * D + lane, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * D + lane, acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def _silu_mul_kernel(x_ptr, out_ptr, F: tl.constexpr, BLOCK: tl.constexpr):
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = lane < F
@@ -215,7 +220,16 @@ def sort_pairs(ids_TK: torch.Tensor, num_experts: int, rows: int) -> tuple[torch
     order, tile_expert, num_tiles = (ids_TK.new_empty(size) for size in (most * rows, most, 1))
     bins = triton.next_power_of_2(num_experts)
     _sort_kernel[(num_experts,)](
-        ids_TK, order, tile_expert, num_tiles, pairs, EXPERTS=num_experts, BINS=bins, BLOCK=_SORT_BLOCK, ROWS=rows
+        ids_TK,
+        order,
+        tile_expert,
+        num_tiles,
+        pairs,
+        EXPERTS=num_experts,
+        BINS=bins,
+        BLOCK=_SORT_BLOCK,
+        ROWS=rows,
+        launch_pdl=early(len(ids_TK)),
     )
     return order, tile_expert, num_tiles
 
@@ -225,7 +239,9 @@ def silu_mul(gate_up_TG: torch.Tensor) -> torch.Tensor:
     tokens, intermediate = len(gate_up_TG), gate_up_TG.shape[1] // 2
     out_TF = gate_up_TG.new_empty(tokens, intermediate)
     if tokens:
-        _silu_mul_kernel[(tokens, triton.cdiv(intermediate, 1024))](gate_up_TG, out_TF, F=intermediate, BLOCK=1024)
+        _silu_mul_kernel[(tokens, triton.cdiv(intermediate, 1024))](
+            gate_up_TG, out_TF, F=intermediate, BLOCK=1024, launch_pdl=early(tokens)
+        )
     return out_TF
 
 
@@ -268,6 +284,7 @@ def grouped_mlp(
         STAGES=up.stages,
         TRANSPOSED=shape.transposed,
         num_warps=up.warps,
+        launch_pdl=early(tokens),
     )
     _down_kernel[(tiles * (hidden // down.columns),)](
         TensorDescriptor.from_tensor(hidden_NF, [rows, down.depth]),
@@ -285,15 +302,6 @@ def grouped_mlp(
         STAGES=down.stages,
         TRANSPOSED=shape.transposed,
         num_warps=down.warps,
+        launch_pdl=early(tokens),
     )
     return parts_TKD
-
-
-def sum_experts(parts_TKD: torch.Tensor, shared_TD: torch.Tensor) -> torch.Tensor:
-    """A token's expert results and its shared experts' added in float32 in their order, rounded once: [T, D]."""
-    tokens, slots, hidden = parts_TKD.shape
-    out_TD = torch.empty_like(shared_TD)
-    if tokens:
-        grid = (tokens, triton.cdiv(hidden, 1024))
-        _sum_kernel[grid](parts_TKD, shared_TD, out_TD, D=hidden, K=slots, BLOCK=1024)
-    return out_TD

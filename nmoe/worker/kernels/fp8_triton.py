@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.fp8 import BLOCK, BlockFP8
 
 _GROUPS = 16  # of 128 columns, per program of the quantisation
@@ -20,6 +21,8 @@ _GROUPS = 16  # of 128 columns, per program of the quantisation
 
 @triton.jit(do_not_specialize=["tokens"])
 def _quantise_kernel(x_ptr, out_ptr, scales_ptr, x_stride, tokens, C: tl.constexpr, GROUPS: tl.constexpr):
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     inside = group < C
@@ -45,6 +48,8 @@ def _linear_kernel(
     STAGES: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     column = tl.program_id(0) * 128
     row = tl.program_id(1) * ROWS
     token = row + tl.arange(0, ROWS)
@@ -71,6 +76,8 @@ def _linear_kernel(
 
 @triton.jit(do_not_specialize=["size"])
 def _add_kernel(parts_ptr, out_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)
     for split in tl.static_range(SPLITS):
@@ -93,13 +100,22 @@ def quantise(x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scales_CT = torch.empty(inputs // BLOCK, tokens, dtype=torch.float32, device=x_TI.device)
     if tokens:
         grid = (tokens, triton.cdiv(inputs // BLOCK, _GROUPS))
-        _quantise_kernel[grid](x_TI, values_TI, scales_CT, x_TI.stride(0), tokens, C=inputs // BLOCK, GROUPS=_GROUPS)
+        _quantise_kernel[grid](
+            x_TI,
+            values_TI,
+            scales_CT,
+            x_TI.stride(0),
+            tokens,
+            C=inputs // BLOCK,
+            GROUPS=_GROUPS,
+            launch_pdl=early(tokens),
+        )
     return values_TI, scales_CT
 
 
 def _rows(tokens: int) -> int:
     """Tokens of a tile."""
-    return max(16, min(128, triton.next_power_of_2(tokens))) if tokens <= 64 else 64 if tokens <= 512 else 128
+    return 128 if tokens > 64 else max(16, 1 << (tokens - 1).bit_length())
 
 
 def linear(x_TI: torch.Tensor, weight: BlockFP8) -> torch.Tensor:
@@ -128,7 +144,10 @@ def linear(x_TI: torch.Tensor, weight: BlockFP8) -> torch.Tensor:
         STAGES=4,
         TRANSPOSED=rows < 128,
         num_warps=4 if rows <= 32 else 8,
+        launch_pdl=early(tokens),
     )
     if splits > 1:
-        _add_kernel[(triton.cdiv(tokens * outputs, 1024),)](into, out_TO, tokens * outputs, SPLITS=splits, BLOCK=1024)
+        _add_kernel[(triton.cdiv(tokens * outputs, 1024),)](
+            into, out_TO, tokens * outputs, SPLITS=splits, BLOCK=1024, launch_pdl=early(tokens)
+        )
     return out_TO

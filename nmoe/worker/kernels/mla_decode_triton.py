@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nmoe.worker.kernels.early import early
+
 _TILE = 32  # positions that a program holds at a time; two programs share a multiprocessor
 _STAGES = 5
 _PLAN_ROWS = 256  # the smallest block for per-row vectors: one compiled kernel for all usual batches
@@ -24,6 +26,8 @@ _PLAN_ROWS = 256  # the smallest block for per-row vectors: one compiled kernel 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["positions_ptr"])
 def _contexts_kernel(positions_ptr, contexts_ptr, prefix_ptr, num_rows, PAGE: tl.constexpr, BLOCK: tl.constexpr):
     """contexts = positions + 1; prefix[r] = pages of all rows before r."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     row = tl.arange(0, BLOCK)
     inside = row < num_rows
     context = tl.load(positions_ptr + row, mask=inside, other=-1).to(tl.int32) + 1
@@ -56,6 +60,8 @@ def _decode_kernel(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     latent = tl.arange(0, LATENT)
     rope = tl.arange(0, ROPE)
@@ -103,6 +109,8 @@ def _decode_kernel(
 def _combine_kernel(
     partial_ptr, lse_ptr, prefix_ptr, out_ptr, num_rows, num_parts, HEADS: tl.constexpr, LATENT: tl.constexpr
 ):
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
     head = tl.program_id(1)
     latent = tl.arange(0, LATENT)
@@ -137,7 +145,7 @@ def page_prefix(positions_R: torch.Tensor, page_size: int) -> tuple[torch.Tensor
     contexts_R = positions_R.new_empty(rows, dtype=torch.int32)
     prefix = positions_R.new_empty(rows + 1, dtype=torch.int32)
     block = max(_PLAN_ROWS, triton.next_power_of_2(rows))
-    _contexts_kernel[(1,)](positions_R, contexts_R, prefix, rows, PAGE=page_size, BLOCK=block)
+    _contexts_kernel[(1,)](positions_R, contexts_R, prefix, rows, PAGE=page_size, BLOCK=block, launch_pdl=early(rows))
     return contexts_R, prefix
 
 
@@ -187,7 +195,10 @@ def absorbed_decode(
         TILE=_TILE if few else min(64, page_size),
         STAGES=_STAGES if few else 4,
         num_warps=4 if few else 8,
+        launch_pdl=early(rows),
     )
     out_HRL = torch.empty_like(q_latent_HRL)
-    _combine_kernel[(rows, heads)](partial, lse, prefix, out_HRL, rows, parts, HEADS=heads, LATENT=latent)
+    _combine_kernel[(rows, heads)](
+        partial, lse, prefix, out_HRL, rows, parts, HEADS=heads, LATENT=latent, launch_pdl=early(rows)
+    )
     return out_HRL

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nmoe.worker.kernels.early import early
+
 _HEADS = 16  # per program
 
 
@@ -30,6 +32,8 @@ def _inputs_kernel(
     ROPE: tl.constexpr,
     LATENT: tl.constexpr,
 ):
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     half = tl.arange(0, ROPE // 2)
     table = rope_ptr + tl.load(positions_ptr + token) * (2 * ROPE)
@@ -90,4 +94,5 @@ def rope_and_cache(
             NOPE=query - rope,
             ROPE=rope,
             LATENT=len(weight_L),
+            launch_pdl=early(tokens),
         )

@@ -7,15 +7,36 @@ import torch
 import triton
 import triton.language as tl
 
+from nmoe.worker.kernels.early import early
+from nmoe.worker.kernels.experts_triton import Terms
+
 
 @triton.jit
-def _norm_kernel(x_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, x_stride, eps, D: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_kernel(
+    x_ptr,
+    delta_ptr,
+    parts_ptr,
+    weight_ptr,
+    sum_ptr,
+    out_ptr,
+    x_stride,
+    eps,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inside = lane < D
     x = tl.load(x_ptr + row * x_stride + lane, mask=inside, other=0.0).to(tl.float32)
     if delta_ptr is not None:
-        x += tl.load(delta_ptr + row * D + lane, mask=inside, other=0.0).to(tl.float32)
+        delta = tl.zeros([BLOCK], tl.float32)
+        for k in tl.static_range(K):
+            delta += tl.load(parts_ptr + (row * K + k) * D + lane, mask=inside, other=0.0).to(tl.float32)
+        delta += tl.load(delta_ptr + row * D + lane, mask=inside, other=0.0).to(tl.float32)
+        x += delta.to(sum_ptr.dtype.element_ty).to(tl.float32)
         rounded = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * D + lane, rounded, mask=inside)
         x = rounded.to(tl.float32)
@@ -26,7 +47,7 @@ def _norm_kernel(x_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, x_stride, eps, 
 
 def _launch(
     x_TD: torch.Tensor,
-    delta_TD: torch.Tensor | None,
+    delta: torch.Tensor | Terms | None,
     weight_D: torch.Tensor,
     sum_TD: torch.Tensor | None,
     out_TD: torch.Tensor,
@@ -34,18 +55,22 @@ def _launch(
 ) -> None:
     tokens, hidden = x_TD.shape
     block = triton.next_power_of_2(hidden)
+    delta_TD, parts_TKD = (delta.shared_TD, delta.parts_TKD) if isinstance(delta, Terms) else (delta, None)
     if tokens:
         _norm_kernel[(tokens,)](
             x_TD,
             delta_TD,
+            parts_TKD,
             weight_D,
             sum_TD,
             out_TD,
             x_TD.stride(0),
             eps,
             D=hidden,
+            K=0 if parts_TKD is None else parts_TKD.shape[1],
             BLOCK=block,
             num_warps=8 if block > 4096 else 4,
+            launch_pdl=early(tokens),
         )
 
 
@@ -57,11 +82,11 @@ def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
 
 
 def add_rms_norm(
-    x_TD: torch.Tensor, delta_TD: torch.Tensor | None, weight_D: torch.Tensor, eps: float
+    x_TD: torch.Tensor, delta: torch.Tensor | Terms | None, weight_D: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See norm.py."""
-    if delta_TD is None:
+    """See norm.py; an expert layer's delta may come in its terms, which are added first."""
+    if delta is None:
         return x_TD, rms_norm(x_TD, weight_D, eps)
     sum_TD, out_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
-    _launch(x_TD, delta_TD, weight_D, sum_TD, out_TD, eps)
+    _launch(x_TD, delta, weight_D, sum_TD, out_TD, eps)
     return sum_TD, out_TD

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from nmoe.architecture import Architecture
+from nmoe.worker.kernels.early import early
 
 _PIECE = 128  # of the hidden size, per program
 _BLOCK_T = 16
@@ -29,6 +30,8 @@ def _logits_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     piece = tl.program_id(1)
     expert = tl.arange(0, BLOCK_E)
@@ -61,6 +64,8 @@ def _choose_kernel(
     BLOCK_K: tl.constexpr,
     NORM: tl.constexpr,
 ):
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK_E)
     exists = expert < E
@@ -121,6 +126,7 @@ def route(
         BLOCK_K=64,
         BLOCK_T=_BLOCK_T,
         num_warps=4 if block_e <= 64 else 8,
+        launch_pdl=early(tokens),
     )
     _choose_kernel[(tokens,)](
         logits,
@@ -138,5 +144,6 @@ def route(
         BLOCK_K=triton.next_power_of_2(a.num_experts_per_tok),
         NORM=a.norm_topk_prob,
         num_warps=1,
+        launch_pdl=early(tokens),
     )
     return ids_TK, weights_TK

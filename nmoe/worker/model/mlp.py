@@ -3,6 +3,8 @@
 Shape suffixes: T tokens, D hidden, F intermediate, G = 2F, E experts of this rank.
 """
 
+from typing import Any
+
 import torch
 
 from nmoe.architecture import Architecture
@@ -63,8 +65,8 @@ class MoE:
     def _experts(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         return self._ops.grouped_mlp(x_TD, ids_TK, weights_TK, self._w_gate_up_EGD, self._w_down_EDF)
 
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """[T, D]; the routed and the shared experts are added in float32."""
+    def forward(self, x_TD: torch.Tensor) -> Any:
+        """[T, D], or its terms where `add_rms_norm` takes them; routed and shared experts are added in float32."""
         ids_TK, weights_TK = self._ops.route(x_TD, self._gate_ED, self._bias_E, self._architecture)
         combine = self._exchange.dispatch(self._experts, x_TD, ids_TK, weights_TK)
         shared_TD = self._shared.forward(x_TD)

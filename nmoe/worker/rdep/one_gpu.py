@@ -1,8 +1,8 @@
 """World size 1 on a GPU: every expert is here, and a second stream stands in for the way there and back.
 
 The experts run on the second stream while the caller's shared experts run on its own; both are captured into one graph.
-The terms of a token's sum are handed over as they are, [T, K, D], and added together with the shared experts' in
-`sum_experts`: one pass over memory less.
+(Shared experts beside the router too would slow its small kernels by more than they gain.) The terms of a token's sum
+are handed over as they are, [T, K, D]: the norm behind the layer adds them, one pass over memory less.
 """
 
 import torch

@@ -1,0 +1,13 @@
+"""Programmatic dependent launch: a kernel is made ready while the one before it still runs, and waits on the device.
+
+Every Triton kernel of a step begins with `gdc_wait`, before which it touches nothing, and then lets the next one be
+made ready. That hides a launch's microsecond where a step is a chain of short kernels. Beside the long kernels of a
+prefill, what waits only takes room: measured, 3% of its time.
+"""
+
+_MOST = 512  # tokens
+
+
+def early(tokens: int) -> bool:
+    """`launch_pdl` of a kernel over so many tokens."""
+    return tokens <= _MOST

@@ -1,0 +1,73 @@
+"""x @ weight^T for few tokens, bound by reading the weights; above that, the library's product.
+
+A program takes few outputs, so that there are more programs than multiprocessors whatever the shape, and its warps
+split the inputs between them.
+
+Shape suffixes: T tokens, O outputs, I inputs.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from nmoe.worker.kernels.early import early
+
+_MOST = 16  # tokens; beyond, the activations that every program reads outweigh its weights
+_COLUMNS, _PARTS, _DEPTH = 16, 4, 64
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _few_tokens_kernel(
+    x_ptr,
+    w_ptr,
+    out_ptr,
+    tokens,
+    x_stride,
+    O: tl.constexpr,  # noqa: E741 as everywhere here
+    I: tl.constexpr,  # noqa: E741
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+    SPAN: tl.constexpr = I // PARTS
+    output = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    token = tl.arange(0, ROWS)
+    lane = tl.arange(0, PARTS)[:, None, None] * SPAN + tl.arange(0, DEPTH)[None, None, :]
+    w_at = w_ptr + output[None, :, None] * I + lane
+    x_at = x_ptr + token[None, :, None] * x_stride + lane
+    acc = tl.zeros([PARTS, COLUMNS, ROWS], tl.float32)
+    for k in tl.range(0, SPAN, DEPTH, num_stages=4):
+        w = tl.load(w_at + k, mask=(output < O)[None, :, None], other=0.0)
+        x = tl.load(x_at + k, mask=(token < tokens)[None, :, None], other=0.0)
+        acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc)
+    out = out_ptr + token[None, :] * O + output[:, None]
+    inside = (token < tokens)[None, :] & (output < O)[:, None]
+    tl.store(out, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """x @ weight^T, [T, O]. Rows of `x_TI` may lie apart."""
+    tokens, (outputs, inputs) = len(x_TI), weight_OI.shape
+    if not 0 < tokens <= _MOST or inputs % (_PARTS * _DEPTH):
+        return F.linear(x_TI, weight_OI)
+    out_TO = x_TI.new_empty(tokens, outputs)
+    _few_tokens_kernel[(triton.cdiv(outputs, _COLUMNS),)](
+        x_TI,
+        weight_OI,
+        out_TO,
+        tokens,
+        x_TI.stride(0),
+        O=outputs,
+        I=inputs,
+        ROWS=_MOST,
+        COLUMNS=_COLUMNS,
+        PARTS=_PARTS,
+        DEPTH=_DEPTH,
+        num_warps=_PARTS,
+        launch_pdl=early(tokens),
+    )
+    return out_TO
