@@ -79,7 +79,7 @@ class Endpoints:
     async def _tokenize(self, request: web.BaseRequest, headers: Headers) -> web.StreamResponse:
         asked = await self._requests.read(request, openai.parse_tokenize)
         self._requests.check_model(asked.model)
-        body = await self._requests.tokenize(partial(self._tokens, asked), openai.text_length(asked))
+        body = await self._requests.run(partial(self._tokens, asked), asked.text_length)
         return json_response(body, headers)
 
     def _tokens(self, asked: ToTokenize) -> bytes:
@@ -99,7 +99,7 @@ class Endpoints:
         self._prompts.check_ids(asked.tokens, "tokens")
         if (tokenizer := self._prompts.tokenizer) is None:
             raise RequestError("tokens: this model has no tokenizer.json, so there is no text", param="tokens")
-        text = await self._requests.tokenize(partial(tokenizer.decode, asked.tokens), len(asked.tokens))
+        text = await self._requests.run(partial(tokenizer.decode, asked.tokens), len(asked.tokens))
         return json_response({"prompt": text}, headers)
 
     async def _answer_health(self, request: web.BaseRequest, headers: Headers) -> web.StreamResponse:

@@ -80,8 +80,8 @@ class Generations:
         call = await self._requests.read(request, partial(openai.parse_call, endpoint))
         self._requests.check_model(call.model)
         make_prompts = partial(self._prompts.of, call, self._health.require_serving())
-        if self._prompts.needs_tokenizer(call):
-            prompts = await self._requests.tokenize(make_prompts, openai.text_length(call))
+        if self._prompts.is_long_work(call):
+            prompts = await self._requests.run(make_prompts, call.text_length)
         else:
             prompts = make_prompts()
         max_seq_len = self._health.require_serving()  # asked again, because time has passed

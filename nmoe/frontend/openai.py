@@ -5,6 +5,7 @@ OpenAI's clients send it. What does not exist here is refused, never ignored.
 """
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -61,6 +62,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     profile: str = "production_generate"
     user: str = ""
     metadata: dict[str, str] = {}
+    text_length: int = 0  # characters that will have to be tokenized, at least
 
 
 class ToTokenize(msgspec.Struct, frozen=True):
@@ -70,6 +72,7 @@ class ToTokenize(msgspec.Struct, frozen=True):
     text: str | Conversation
     add_special_tokens: bool
     return_token_strs: bool
+    text_length: int
 
 
 class ToDetokenize(msgspec.Struct, frozen=True):
@@ -92,7 +95,9 @@ def parse_call(endpoint: Endpoint, document: dict[str, Any]) -> Call:
     _settle_numbers(values)
     _settle_profile(values)
     _settle_streaming(values)
-    call = Call(endpoint=endpoint, **values)
+    conversation = values.get("conversation")
+    texts = [message.text for message in conversation.messages] if conversation else values["prompts"]
+    call = Call(endpoint=endpoint, text_length=_text_length(texts), **values)
     if len(call.prompts) * call.n > MAX_CHOICES:
         message = f"prompt: {len(call.prompts)} prompts with n = {call.n} make more than {MAX_CHOICES} choices"
         raise RequestError(message, param="prompt")
@@ -107,12 +112,14 @@ def parse_tokenize(document: dict[str, Any]) -> ToTokenize:
     if "prompt" in values:
         if others := sorted(values.keys() - {"prompt"}):
             raise RequestError(f"{others[0]}: not together with prompt", param=others[0])
-        return ToTokenize(model, values["prompt"], special is not False, strings)
+        return ToTokenize(model, values["prompt"], special is not False, strings, len(values["prompt"]))
     if "messages" not in values:
         raise RequestError(
             "prompt: missing; send prompt or messages", param="prompt", code="missing_required_parameter"
         )
-    return ToTokenize(model, _conversation(values), special is True, strings)
+    conversation = _conversation(values)
+    length = _text_length(message.text for message in conversation.messages)
+    return ToTokenize(model, conversation, special is True, strings, length)
 
 
 def parse_detokenize(document: dict[str, Any]) -> ToDetokenize:
@@ -122,15 +129,8 @@ def parse_detokenize(document: dict[str, Any]) -> ToDetokenize:
     return ToDetokenize(values.get("model", ""), values["tokens"])
 
 
-def text_length(asked: Call | ToTokenize) -> int:
-    """Characters that will have to be tokenized, at least."""
-    if isinstance(asked, ToTokenize):
-        texts = [asked.text] if isinstance(asked.text, str) else [message.text for message in asked.text.messages]
-    elif asked.conversation is not None:
-        texts = [message.text for message in asked.conversation.messages]
-    else:
-        texts = [prompt for prompt in asked.prompts if isinstance(prompt, str)]
-    return sum(len(text or "") for text in texts)
+def _text_length(texts: Iterable[Any]) -> int:
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _read(document: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from nmoe.frontend.template import ChatTemplate
 from nmoe.frontend.tokenizer import Tokenizer
 from nmoe.messages import Sampling, Submit
 
+_FEW_IDS = 8192  # are checked faster than a thread is reached
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may go on to the context's end
 
 
@@ -51,9 +52,9 @@ class Prompts:
             prompts.append(prompt)
         return prompts
 
-    def needs_tokenizer(self, call: Call) -> bool:
-        """Whether `of` is long work."""
-        return call.conversation is not None or call.echo or isinstance(call.prompts[0], str)
+    def is_long_work(self, call: Call) -> bool:
+        """Whether `of` takes longer than a thread is reached."""
+        return bool(call.conversation or call.echo or call.text_length) or sum(map(len, call.prompts)) > _FEW_IDS
 
     def text_ids(
         self, text: str, field: str, most: int, *, add_special_tokens: bool = True, may_be_empty: bool = False

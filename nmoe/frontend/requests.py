@@ -38,8 +38,8 @@ class Requests:
             return parse(parse_object(body))
         return await self._in(self._slow_thread if len(body) > _LONG_TEXT else self._threads, _parse, parse, body)
 
-    async def tokenize(self, work: Callable[[], T], text_length: int) -> T:
-        """The result of `work`, which tokenizes so many characters."""
+    async def run(self, work: Callable[[], T], text_length: int) -> T:
+        """The result of `work`, which is too long for the event loop and tokenizes so many characters."""
         return await self._in(self._slow_thread if text_length > _LONG_TEXT else self._threads, work)
 
     def check_model(self, name: str) -> None:
