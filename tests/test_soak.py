@@ -1,0 +1,23 @@
+"""The soak of benchmarks/soak.py in small: about 20 seconds of random load on two workers, and nothing is left of it.
+
+It is the suite's longest test: what leaks once per request needs some thousand requests to show.
+"""
+
+from benchmarks import soak
+from tests.serving import Server
+
+SECONDS = 15.0
+
+
+def test_nothing_is_left_of_random_load(checkpoint):
+    sections = {
+        "model": {"path": str(checkpoint)},
+        "parallel": {"world_size": 2, "device": "cpu"},
+        "engine": soak.ENGINE,
+    }
+    with Server(sections) as server:
+        result = soak.run(server, SECONDS, clients=16)
+        assert server.healthy()
+    assert result["requests"] > 100
+    assert soak.failures(result) == []
+    assert result["longest_stall_s"] < 5
