@@ -1,6 +1,6 @@
 """What the frontends and the scheduler cost and add, at the speed of GPUs that are simulated.
 
-    python -m benchmarks.control_plane [--cases streams,steps,frontends,requests,round_trip,planning] [--seconds 6]
+    python -m benchmarks.control_plane [--cases streams,steps,...] [--seconds 6]
 
 The server's real processes run against 8 ranks x 256 rows that answer every Step after a given time
 (benchmarks/simulated_ranks.py), under a client whose CPU is not counted (benchmarks/sse_client.py): prompts of 32 ids,
@@ -10,7 +10,9 @@ The server's real processes run against 8 ranks x 256 rows that answer every Ste
     steps       256 streams at steps of 2, 5, 15 and 30 ms
     frontends   2,048 streams at a 15 ms step, by 1, 2 and 4 frontend processes
     requests    64 clients that ask for one token, without streaming
-    round_trip  one stream, one step in flight: from a rank's StepDone to the arrival of its next Step
+    round_trip  one stream, one step in flight, 1 rank and 8: from a rank's StepDone to the arrival of its next Step
+    floor       a write of one event to each of 256 connections that a process reads, and nothing else: microseconds of
+                CPU per event, median over rounds; no server that sends an event per token costs less on this machine
     planning    the policy alone with 2,048 rows (benchmarks/planning.py), CPU microseconds
 `wait_us` is what a step waited for the scheduler after the one before was done, on average over steps and ranks. CPU
 times come from the kernel, in ticks of 10 ms. The last line is JSON.
@@ -21,11 +23,14 @@ import contextlib
 import json
 import os
 import pathlib
+import select
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,17 +41,18 @@ from nmoe import children, launch
 from nmoe.config import Config, Engine, Model, Parallel, Server
 
 DEMO = pathlib.Path(launch.__file__).parent / "demo"
+CASES = ("floor", "streams", "steps", "frontends", "requests", "round_trip", "planning")
 COLUMNS = ("case", "streams", "step_ms", "frontends", "tokens_s", "requests_s", "per_frontend_cpu_s", "per_cpu_s")
 MORE = ("frontend_cpu", "scheduler_cpu", "wait_us", "late", "step_bytes", "done_bytes", "gap_ms", "ttft_ms")
 
 
 @contextlib.contextmanager
-def serving(step_ms: float, frontends: int, overlap: bool) -> Iterator[tuple[int, list[int], int]]:
+def serving(step_ms: float, frontends: int, overlap: bool, ranks: int = 8) -> Iterator[tuple[int, list[int], int]]:
     """The server's processes: its port, the frontends' process ids, the scheduler's."""
     simulated_ranks.step_seconds = step_ms / 1e3
     config = Config(
         model=Model(path=str(DEMO), name="simulated"),
-        parallel=Parallel(world_size=8, device="cpu"),
+        parallel=Parallel(world_size=ranks, device="cpu"),
         engine=Engine(num_pages=simulated_ranks.num_pages, max_batch_size=256, enable_overlap=overlap),
         server=Server(processes=frontends, port=0),
     )
@@ -91,10 +97,11 @@ def measure(
     frontends: int = 1,
     clients: int = 1,
     overlap: bool = True,
+    ranks: int = 8,
     **load: Any,
 ) -> dict[str, Any]:
     """One row of the table."""
-    with serving(step_ms, frontends, overlap) as (port, frontend_pids, scheduler_pid):
+    with serving(step_ms, frontends, overlap, ranks) as (port, frontend_pids, scheduler_pid):
         load = {"tokens": 128, "seconds": arguments.seconds, "warm": arguments.warm} | load
         load |= {"streams": streams // clients, "pids": [*frontend_pids, scheduler_pid]}
         before = _rank_totals()
@@ -135,6 +142,39 @@ def _rank_totals() -> list[float]:
     return [sum(cells[field::width]) for field in range(width)]
 
 
+def write_floor(connections: int = 256, rounds: int = 150) -> float:
+    """CPU microseconds of writing one event to a connection, the reader's share not counted."""
+    event = b"e5\r\ndata: " + bytes(215) + b"\n\n\r\n"
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+        pid = os.fork()
+        if pid == 0:
+            _read_all(listener.getsockname(), connections)
+        accepted = [listener.accept()[0] for _ in range(connections)]
+    took = []
+    for _ in range(rounds):
+        began = time.thread_time()
+        for connection in accepted:
+            connection.send(event)
+        took.append((time.thread_time() - began) / connections * 1e6)
+        time.sleep(0.005)
+    for connection in accepted:
+        connection.close()
+    os.waitpid(pid, 0)
+    return round(statistics.median(took), 2)
+
+
+def _read_all(address: tuple[str, int], connections: int) -> None:
+    """In a child: read until the other end closes."""
+    epoll = select.epoll()
+    sockets = {sock.fileno(): sock for sock in (socket.create_connection(address) for _ in range(connections))}
+    for fd in sockets:
+        epoll.register(fd, select.EPOLLIN)
+    while True:
+        for fd, _ in epoll.poll():
+            if not sockets[fd].recv(1 << 16):
+                os._exit(0)
+
+
 def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """All cases that were asked for."""
     for case in arguments.cases.split(","):
@@ -151,8 +191,10 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             case "requests":
                 yield measure(case, 64, 2, arguments, tokens=1, stream=False)
             case "round_trip":
-                for step_ms in (2, 15):
-                    yield measure(case, 1, step_ms, arguments, overlap=False)
+                for ranks in (1, 8):
+                    yield measure(f"{case} {ranks}", 1, 15, arguments, overlap=False, ranks=ranks)
+            case "floor":
+                yield {"case": case, "write_us": write_floor()}
             case "planning":
                 load = planning.Load(8, 256, 1, True, range(3900, 3901))
                 yield {"case": case, "microseconds": planning.measure(load, 400, False)}
@@ -163,7 +205,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Run the cases and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="streams,steps,frontends,requests,round_trip,planning")
+    parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--seconds", type=float, default=6.0, help="of measuring, per row")
     parser.add_argument("--warm", type=float, default=1.5, help="seconds before it")
     arguments = parser.parse_args()

@@ -38,6 +38,7 @@ from nmoe.scheduler.scheduler import Scheduler
 
 _log = logging.getLogger("nmoe.scheduler")
 _HEARTBEAT_S = 1.0
+_REPORT_S = 0.05  # between two looks at what the policy has counted, while it has work
 _BURST = 64  # requests taken at once, so that a flood of them does not keep results waiting
 
 
@@ -68,6 +69,7 @@ class Process:
         self._policy: Scheduler | None = None  # only while serving
         self._report = Report(boot.board.rows[row_index("scheduler", 0, config.parallel.world_size)])
         self._beat_at = 0.0
+        self._report_at = 0.0
         self._frontends: dict[int, int] = {}  # number -> newest generation seen
         self._greeted: set[int] = set()  # frontends that want to know when the engine serves
         self._ready: dict[int, int] = {}  # rank -> its num_pages
@@ -125,8 +127,10 @@ class Process:
                 gc.collect()
 
     def _rest(self) -> None:
-        """Nothing has come: put the numbers on the board, and sleep until something comes or the heart must beat."""
-        if self._policy:
+        """Nothing has come: sleep until something comes or the heart must beat."""
+        now = time.monotonic()
+        if self._policy and (self._policy.idle or now >= self._report_at):
+            self._report_at = now + _REPORT_S
             self._report.update(self._policy)
         self._poller.poll(max(1, int((self._beat_at - time.monotonic()) * 1000)))
 
