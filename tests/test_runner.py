@@ -19,7 +19,7 @@ from nmoe.profiles import Numerics
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.cache import make_cache
 from nmoe.worker.model import load_model
-from nmoe.worker.process import warm_up
+from nmoe.worker.process import warm_up, warm_up_prefills
 from nmoe.worker.rdep import OneRank
 from nmoe.worker.runner import Runner
 from nmoe.worker.slots import MalformedStep
@@ -314,6 +314,16 @@ def test_warm_up_leaves_nothing_behind():
         warm_up(runner, page)
         with pytest.raises(MalformedStep):
             runner.launch(_step(0, [(0, 2, 1, ROW_SAMPLES)]))
+
+
+def test_warming_up_prefills_leaves_nothing_behind():
+    cache = KVCache(torch.full((1, 13, PAGE, 2), torch.nan, dtype=torch.float64))
+    toy = Toy()
+    runner = Runner(toy, cache, num_slots=SLOTS, max_seq_len=MAX_SEQ_LEN)
+    warm_up_prefills(runner, cache, longest=21, most=70)
+    assert [np.diff(batch.starts).tolist() for batch in toy.batches] == [[16], [21, 11]]  # 64 tokens need 24 pages
+    with pytest.raises(MalformedStep):
+        runner.launch(_step(0, [(0, 21, 1, ROW_SAMPLES)]))
 
 
 ADMIT = [Admit(1, 0, GREEDY)]

@@ -34,6 +34,7 @@ from nmoe.messages import (
     WorkerToScheduler,
 )
 from nmoe.profiles import Numerics
+from nmoe.worker.batch import KVCache
 from nmoe.worker.cache import make_cache
 from nmoe.worker.model import load_model
 from nmoe.worker.runner import Launched, Runner
@@ -197,8 +198,12 @@ def _load(boot: ipc.Boot) -> tuple[Runner, int] | None:
         return None
     warm_up(runner, cache.page_size)
     runner.exchange.check()
-    if device.type == "cuda" and config.engine.enable_cuda_graph:
-        runner.capture(config.engine.max_batch_size)
+    if device.type == "cuda":
+        most = config.engine.max_prefill_tokens // config.parallel.world_size
+        longest = min(checkpoint.max_seq_len, most)
+        warm_up_prefills(runner, cache, longest, min(most, longest * config.engine.max_batch_size))
+        if config.engine.enable_cuda_graph:
+            runner.capture(config.engine.max_batch_size)
     _log.info(
         "worker %d: weights in %.1f s, %d pages of %d tokens and warm-up in %.1f s",
         boot.index,
@@ -246,3 +251,28 @@ def warm_up(runner: Runner, page_size: int) -> None:
     for step in (prefill, decode):
         runner.launch(step).tokens()
     runner.reset()
+
+
+def warm_up_prefills(runner: Runner, cache: KVCache, longest: int, most: int) -> None:
+    """Steps of 16, 32, ... `most` tokens in rows of up to `longest`, as far as the cache holds them. Between them they
+    need every kernel in every shape and as much memory as any step: no request waits for a compiler or lacks room."""
+    per_row = -(-longest // cache.page_size)
+    sizes = [16 << doubling for doubling in range(most.bit_length()) if 16 << doubling < most]
+    for tokens in [*sizes, most]:
+        lengths = [min(longest, tokens - start) for start in range(0, tokens, longest)]
+        if len(lengths) * per_row > cache.num_pages:
+            break
+        pages = [(slot, slot * per_row + page) for slot in range(len(lengths)) for page in range(per_row)]
+        step = Step(
+            generation=0,
+            step_id=0,
+            numerics=Numerics.FAST,
+            channel=CHANNEL_PREFILL,
+            num_tokens=tokens,
+            rows=np.array([(s, 0, n, ROW_SAMPLES | ROW_HAS_IDS) for s, n in enumerate(lengths)], np.int32).tobytes(),
+            ids=bytes(4 * tokens),
+            pages=np.array(pages, np.int32).tobytes(),
+            admits=tuple(Admit(slot, 0, Sampling(temperature=0.0)) for slot in range(len(lengths))),
+        )
+        runner.launch(step).tokens()
+        runner.reset()
