@@ -14,8 +14,9 @@ The server's real processes run against 8 ranks x 256 rows that answer every Ste
     floor       a write of one event to each of 256 connections that a process reads, and nothing else: microseconds of
                 CPU per event, median over rounds; no server that sends an event per token costs less on this machine
     planning    the policy alone with 2,048 rows (benchmarks/planning.py), CPU microseconds
-`wait_us` is what a step waited for the scheduler after the one before was done, on average over steps and ranks. CPU
-times come from the kernel, in ticks of 10 ms. The last line is JSON.
+`wait_us` is what a step waited for the scheduler after the one before was done, on average over steps and ranks;
+`late_us` the median over those that did wait, whose share is `late`. CPU times come from the kernel, in ticks of 10 ms.
+The last line is JSON.
 """
 
 import argparse
@@ -43,7 +44,7 @@ from nmoe.config import Config, Engine, Model, Parallel, Server
 DEMO = pathlib.Path(launch.__file__).parent / "demo"
 CASES = ("floor", "streams", "steps", "frontends", "requests", "round_trip", "planning")
 COLUMNS = ("case", "streams", "step_ms", "frontends", "tokens_s", "requests_s", "per_frontend_cpu_s", "per_cpu_s")
-MORE = ("frontend_cpu", "scheduler_cpu", "wait_us", "late", "step_bytes", "done_bytes", "gap_ms", "ttft_ms")
+MORE = ("frontend_cpu", "scheduler_cpu", "wait_us", "late", "late_us", "step_bytes", "done_bytes", "gap_ms", "ttft_ms")
 
 
 @contextlib.contextmanager
@@ -104,6 +105,7 @@ def measure(
     with serving(step_ms, frontends, overlap, ranks) as (port, frontend_pids, scheduler_pid):
         load = {"tokens": 128, "seconds": arguments.seconds, "warm": arguments.warm} | load
         load |= {"streams": streams // clients, "pids": [*frontend_pids, scheduler_pid]}
+        simulated_ranks.waits[:] = bytes(len(simulated_ranks.waits))
         before = _rank_totals()
         command = [sys.executable, "-m", "benchmarks.sse_client", "127.0.0.1", str(port)]
         running = [
@@ -112,6 +114,7 @@ def measure(
         ]
         outputs = [client.communicate()[0] for client in running]
         ranks = [after - earlier for after, earlier in zip(_rank_totals(), before, strict=True)]
+    waits = [wait for wait in memoryview(simulated_ranks.waits).cast("d").tolist() if wait]
     found = [json.loads(output) for output in outputs]
     *of_frontends, of_scheduler = found[0]["cpu"]
     work = sum(one["events_s" if load.get("stream", True) else "requests_s"] for one in found)
@@ -129,6 +132,7 @@ def measure(
         "scheduler_cpu": round(of_scheduler, 2),
         "wait_us": round(ranks[1] / steps * 1e6),
         "late": round(ranks[2] / steps, 3),
+        "late_us": round(statistics.median(waits) * 1e6) if waits else None,
         "step_bytes": round(ranks[3] / steps),
         "done_bytes": round(ranks[4] / steps),
     }

@@ -23,6 +23,8 @@ FIELDS = ("steps", "waited", "late", "step_bytes", "done_bytes")  # seconds and 
 step_seconds = 0.015
 num_pages = 1 << 14
 token_ids = range(260, 1024)  # of the demo's tokenizer: plain text of more than one byte
+NUM_WAITS = 1024  # the newest of each rank
+waits = mmap.mmap(-1, 8 * NUM_WAITS * 8)  # seconds, float64 [8 ranks, NUM_WAITS], a ring each; 0: none yet
 totals = mmap.mmap(-1, 8 * len(FIELDS) * 8)  # float64 [8 ranks, FIELDS]
 
 _PR_SET_TIMERSLACK = 29
@@ -49,6 +51,7 @@ class Rank:
         self._boot, self._link = boot, link
         self._row = boot.board.rows[row_index("worker", boot.index, boot.config.parallel.world_size)]
         self._totals = memoryview(totals).cast("d")[boot.index * len(FIELDS) :]
+        self._waits = memoryview(waits).cast("d")[boot.index * NUM_WAITS : (boot.index + 1) * NUM_WAITS]
         self._poller = zmq.Poller()
         self._poller.register(link, zmq.POLLIN)
         self._poller.register(boot.control.fileno(), zmq.POLLIN)
@@ -92,6 +95,7 @@ class Rank:
         totals[0] += 1
         if waited and came - self._done_at < _HEARTBEAT_S / 10:  # else the engine was idle
             totals[1] += came - self._done_at
+            self._waits[int(totals[2]) % NUM_WAITS] = came - self._done_at
             totals[2] += 1
         self._done_at = (came if waited else self._done_at) + step_seconds
         tokens = self._rng.integers(token_ids.start, token_ids.stop, self._sampling, np.int32)
