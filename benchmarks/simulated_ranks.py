@@ -87,6 +87,7 @@ class Rank:
     def _compute(self, data: bytes, waited: bool) -> bytes | None:
         """One step; the next one if it came before this one was done."""
         came = time.monotonic()
+        self._row.set("nmoe:heartbeat_seconds", came)
         step = self._decode(data)
         if step.rows is not None:
             flags = np.frombuffer(step.rows, np.int32).reshape(-1, 4)[:, 3]
