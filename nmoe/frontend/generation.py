@@ -137,7 +137,10 @@ class Generations:
     ) -> web.StreamResponse:
         # Only when something has started is the status known.
         started = [choice.stream.started for choice in generation.choices]
-        await asyncio.wait(started, return_when=asyncio.FIRST_COMPLETED)
+        if len(started) == 1:
+            await started[0]
+        else:
+            await asyncio.wait(started, return_when=asyncio.FIRST_COMPLETED)
         _raise_error(generation.choices)
         answer = Answer(generation.call, self._config.model_name, generation.choices)
         events = await EventStream.open(request, headers, answer)

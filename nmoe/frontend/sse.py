@@ -23,6 +23,7 @@ _MAX_UNSENT = 1 << 18  # bytes
 _MAX_BEHIND = 8192  # tokens
 _UNREAD_S = 60.0
 _DONE = b"[DONE]"
+_BETWEEN = b"\n\ndata: "  # two events in one chunk
 
 
 class EventStream:
@@ -63,25 +64,30 @@ class EventStream:
 
     async def follow(self) -> web.StreamResponse:
         """Close each choice as it ends, then the answer; at the first error the whole of it."""
-        for _ in self._answer.choices:
+        for left in reversed(range(len(self._answer.choices))):
             choice, chunks = await self._ended.get()
             choice.stream.on_tokens = None
             if choice.stream.error is not None:
                 self._write(error_body(choice.stream.error))  # no [DONE] follows: the answer is not complete
                 break
-            self._write(chunks.closing(*choice.stream.take()))
-        else:
-            if self._answer.call.include_usage:
-                self._write(self._answer.usage())
-            self._write(_DONE)
+            last = [chunks.closing(*choice.stream.take())]
+            if not left:
+                last += [self._answer.usage(), _DONE] if self._answer.call.include_usage else [_DONE]
+            self._write(_BETWEEN.join(last))
         for choice in self._answer.choices:
             choice.stream.on_tokens = None
+        await self._end()
+        return self._response
+
+    async def _end(self) -> None:
+        if not self._transport.get_write_buffer_size():
+            await self._response.write_eof()
+            return
         try:
             async with asyncio.timeout(_UNREAD_S):
                 await self._response.write_eof()
         except TimeoutError:
             self._drop()
-        return self._response
 
     def give_up(self, error: RequestError) -> web.StreamResponse:
         """End with an error, whatever state the stream is in; the connection is not used again."""
