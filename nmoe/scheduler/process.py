@@ -81,18 +81,18 @@ class Process:
         self._frontend_link = ipc.bind_router(context, ipc.frontend_address(boot.run_dir))
         self._worker_link = ipc.bind_router(context, ipc.worker_address(boot.run_dir))
         self._poller = zmq.Poller()
-        for source in (self._frontend_link, self._worker_link, boot.control.fileno()):
+        self._launcher = boot.control.fileno()
+        for source in (self._frontend_link, self._worker_link, self._launcher):
             self._poller.register(source, zmq.POLLIN)
 
     def run(self) -> None:
         """The loop; returns when the launcher hangs up."""
-        while self._heed_launcher():
-            taken = self._take_results() + self._take_requests()
+        while self._rest():
+            self._take_results()
+            self._take_requests()
             self._plan()
             self._deliver()
             self._beat()
-            if not taken:
-                self._rest()
 
     def close(self) -> None:
         """Put the last numbers on the board; drop the links and what is still queued on them."""
@@ -126,20 +126,22 @@ class Process:
             if self._policy is None or self._policy.idle:
                 gc.collect()
 
-    def _rest(self) -> None:
-        """Nothing has come: sleep until something comes or the heart must beat."""
+    def _rest(self) -> bool:
+        """Sleep until something comes or the heart must beat; False when the launcher has hung up.
+
+        Returns at once when something is left to be taken.
+        """
         now = time.monotonic()
         if self._policy and (self._policy.idle or now >= self._report_at):
             self._report_at = now + _REPORT_S
             self._report.update(self._policy)
-        self._poller.poll(max(1, int((self._beat_at - time.monotonic()) * 1000)))
+        ready = self._poller.poll(max(1, int((self._beat_at - now) * 1000)))
+        return all(source != self._launcher for source, _ in ready) or self._heed_launcher()
 
     # ------------------------------------------------------------------------------------------------------ workers
 
-    def _take_results(self) -> int:
-        taken = 0
+    def _take_results(self) -> None:
         while (data := _receive(self._worker_link)) is not None:
-            taken += 1
             message = self._decode_worker(data[1])
             if message.generation <= self._dead_workers or message.generation < self._workers:
                 _log.info("dropped what life %d of worker %d sent", message.generation, message.rank)
@@ -147,7 +149,6 @@ class Process:
                 self._welcome(message)
             elif self._policy:
                 self._policy.complete(message, time.monotonic())
-        return taken
 
     def _welcome(self, ready: Ready) -> None:
         """A worker has loaded. With the last of them the engine serves."""
@@ -183,11 +184,11 @@ class Process:
 
     # ---------------------------------------------------------------------------------------------------- frontends
 
-    def _take_requests(self) -> int:
-        for taken in range(_BURST):
+    def _take_requests(self) -> None:
+        for _ in range(_BURST):
             data = _receive(self._frontend_link)
             if data is None:
-                return taken
+                return
             frontend, message = int(data[0]), self._decode_frontend(data[1])
             newest = self._frontends.get(frontend, 0)
             if message.generation < newest:
@@ -198,7 +199,6 @@ class Process:
                 if self._policy:
                     self._policy.forget(frontend, message.generation)
             self._handle(frontend, message)
-        return _BURST
 
     def _handle(self, frontend: int, message: FrontendToScheduler) -> None:
         policy = self._policy
