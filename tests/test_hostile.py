@@ -11,6 +11,7 @@ import time
 import pytest
 import pytest_asyncio
 
+from nmoe.errors import RequestError
 from nmoe.frontend import http as frontend_http
 from nmoe.frontend.body import MAX_OUTSIDE, MAX_VALUES, parse_object
 from nmoe.messages import Submit
@@ -167,6 +168,17 @@ def test_large_bodies_are_looked_through_as_small_ones_are():
         body = json.dumps(document).encode()
         assert parse_object(body) == document
         assert parse_object(json.dumps(document, ensure_ascii=False).encode()) == document
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"a":"' + b'\\"' * 16_000, b'{"a":' + b'"\\' * 16_000], ids=["quotes", "backslashes"]
+)
+def test_a_small_body_is_looked_through_in_linear_time(body):
+    """It is parsed in the event loop, so no more than a few milliseconds may pass."""
+    started = time.process_time()
+    with pytest.raises(RequestError, match="not valid JSON"):
+        parse_object(body)
+    assert time.process_time() - started < 0.2
 
 
 HOSTILE = {  # what is in front, what comes again and again, how often, what is behind

@@ -17,7 +17,8 @@ import orjson
 
 from nmoe.errors import RequestError
 
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# Also one that does not end, and nothing is tried twice: looking for strings takes linear time, whatever the bytes.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _INSIDE = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
 _CONTAINERS = {dict, list}
 _SMALL = 1 << 15  # bytes; a body up to this size is harmless
