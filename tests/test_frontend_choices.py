@@ -9,6 +9,8 @@ import pytest
 import pytest_asyncio
 
 import nmoe
+from nmoe.frontend.openai import parse_call
+from nmoe.frontend.prompt import Prompt, make_sampling, make_submit
 from nmoe.frontend.schema import FIELDS
 from nmoe.messages import Abort, Ended, Rejected, Submit, Tokens
 from tests.scripted import BOS, EOS, MAX_SEQ_LEN, TEMPLATE, VOCAB_SIZE, Rig, events, ids_of, ints, run, write_model
@@ -182,6 +184,16 @@ async def test_sampling_fields_reach_the_scheduler(rig):
         assert sampling.repetition_penalty == 1.4 and sampling.logit_bias == ((7, 5.0), (8, -1.5))
         assert sampling.min_tokens == 3 and submit.priority == -4
         assert set(submit.eos_ids) == set(sampling.barred_ids) == {9, EOS}
+
+
+def test_many_prompts_share_their_biases_but_no_random_seed():
+    fields = {"prompt": ["a"] * 3, "logit_bias": {str(token): 1 for token in range(9)}}
+    for seed in (None, 5):
+        call = parse_call("completions", {**fields, "seed": seed})
+        sampling = make_sampling(call, (EOS,))
+        submits = [make_submit(call, 1, uid, Prompt([7], "prompt"), 1, sampling, (EOS,)) for uid in range(3)]
+        assert all(submit.sampling.logit_bias is sampling.logit_bias for submit in submits)
+        assert len({submit.sampling.seed for submit in submits}) == (3 if seed is None else 1)
 
 
 async def test_the_text_of_a_stop_id_is_not_shown(rig):

@@ -14,14 +14,14 @@ from nmoe.frontend import openai, replies
 from nmoe.frontend.health import Health
 from nmoe.frontend.http import Headers, json_response
 from nmoe.frontend.openai import Call
-from nmoe.frontend.prompt import Prompt, Prompts, make_submit, output_limit
+from nmoe.frontend.prompt import Prompt, Prompts, end_ids, make_sampling, make_submit, output_limit
 from nmoe.frontend.replies import Answer, Choice
 from nmoe.frontend.requests import Requests
 from nmoe.frontend.schema import Endpoint
 from nmoe.frontend.sse import EventStream
 from nmoe.frontend.streams import Stream, Streams
 from nmoe.ipc import Boot
-from nmoe.messages import Ended, Submit
+from nmoe.messages import Ended, Sampling, Submit
 from nmoe.metrics import row_index
 from nmoe.trace import Record, Recorder, sampling_fields
 
@@ -86,11 +86,15 @@ class Generations:
             prompts = make_prompts()
         max_seq_len = self._health.require_serving()  # asked again, because time has passed
         generation = Generation(call, arrived, [], [])
+        ends = end_ids(call, self._eos_ids)
+        sampling = make_sampling(call, ends)
         for prompt in prompts:
-            self._add(generation, prompt, output_limit(call, prompt, max_seq_len))
+            self._add(generation, prompt, output_limit(call, prompt, max_seq_len), sampling, ends)
         return generation
 
-    def _add(self, generation: Generation, prompt: Prompt, max_tokens: int) -> None:
+    def _add(
+        self, generation: Generation, prompt: Prompt, max_tokens: int, sampling: Sampling, ends: tuple[int, ...]
+    ) -> None:
         """One prompt's Submit, and a stream for each of its choices."""
         call, tokenizer = generation.call, self._prompts.tokenizer
         silent = frozenset(call.stop_token_ids)
@@ -99,7 +103,7 @@ class Generations:
             detokenizer = tokenizer.detokenizer() if tokenizer is not None else None
             stream = Stream(uid, detokenizer, call.stop, generation.arrived, call.min_tokens, silent)
             generation.choices.append(Choice(len(generation.choices), prompt, stream))
-        submit = make_submit(call, self._generation, uids[0], prompt, max_tokens, self._eos_ids)
+        submit = make_submit(call, self._generation, uids[0], prompt, max_tokens, sampling, ends)
         generation.submits.append(submit)
 
     async def _run(self, generation: Generation, request: web.BaseRequest, headers: Headers) -> web.StreamResponse:

@@ -140,16 +140,18 @@ def output_limit(call: Call, prompt: Prompt, max_seq_len: int) -> int:
     return limit
 
 
-def make_submit(
-    call: Call, generation: int, uid: int, prompt: Prompt, max_tokens: int, eos_ids: tuple[int, ...]
-) -> Submit:
-    """The message to the scheduler. A request without a seed gets a random one."""
-    ends = tuple(dict.fromkeys((*(() if call.ignore_eos else eos_ids), *call.stop_token_ids)))
-    sampling = Sampling(
+def end_ids(call: Call, eos_ids: tuple[int, ...]) -> tuple[int, ...]:
+    """The tokens that end an answer."""
+    return tuple(dict.fromkeys((*(() if call.ignore_eos else eos_ids), *call.stop_token_ids)))
+
+
+def make_sampling(call: Call, ends: tuple[int, ...]) -> Sampling:
+    """How all of a request's tokens are drawn. Made once, because a request may have many prompts and many biases."""
+    return Sampling(
         temperature=call.temperature,
         top_k=call.top_k,
         top_p=call.top_p,
-        seed=random.getrandbits(63) if call.seed is None else call.seed,
+        seed=call.seed or 0,
         min_p=call.min_p,
         presence_penalty=call.presence_penalty,
         frequency_penalty=call.frequency_penalty,
@@ -158,5 +160,13 @@ def make_submit(
         min_tokens=call.min_tokens,
         barred_ids=ends if call.min_tokens else (),
     )
+
+
+def make_submit(
+    call: Call, generation: int, uid: int, prompt: Prompt, max_tokens: int, sampling: Sampling, ends: tuple[int, ...]
+) -> Submit:
+    """The message to the scheduler. A prompt of a request without a seed gets a random one."""
+    if call.seed is None:
+        sampling = msgspec.structs.replace(sampling, seed=random.getrandbits(63))
     ids = array.array("i", prompt.ids).tobytes()
     return Submit(generation, uid, ids, max_tokens, sampling, ends, call.n, call.priority, call.profile)
