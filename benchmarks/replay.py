@@ -51,7 +51,7 @@ def summary(records: list[Record], outcomes: list[Outcome]) -> dict[str, Any]:
     good = [outcome for outcome in outcomes if not outcome.problem and outcome.arrivals]
     result: dict[str, Any] = {"requests": len(outcomes), "failed": len(outcomes) - len(good)}
     for name, values in (
-        ("ttft_recorded_s", [record.ttft for record in records]),
+        ("ttft_recorded_s", [record.ttft for record in records if record.ttft is not None]),
         ("ttft_s", [outcome.ttft for outcome in good]),
         ("e2e_recorded_s", [record.e2e for record in records]),
         ("e2e_s", [outcome.arrivals[-1] for outcome in good]),

@@ -27,7 +27,7 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     sampling: dict[str, Any]  # temperature, top_k, top_p, seed, max_tokens, and what else is not the default
     output_tokens: int
     finish_reason: Reason
-    ttft: float
+    ttft: float | None  # None: its time was up before a token came
     e2e: float
     user: str = ""
     metadata: dict[str, str] = {}

@@ -212,6 +212,17 @@ async def test_finished_requests_are_recorded(tmp_path):
     }
 
 
+async def test_an_answer_whose_time_was_up_before_its_first_token_has_no_time_of_it(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    async with Rig(write_model(tmp_path), trace=Trace(str(path)), request_timeout_s=0.1) as rig:
+        asked = run(rig.post("/v1/completions", prompt="a", n=2, stream=True))
+        await rig.tokens(await rig.next(Submit), "x")
+        async with await asked as response:
+            await response.read()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["output_tokens"], line["ttft"] is None) for line in lines] == [(1, False), (0, True)]
+
+
 # -------------------------------------------------------------------------------------------------------------- process
 
 

@@ -173,7 +173,7 @@ class Generations:
                     sampling=sampling_fields(submit.sampling, submit.max_tokens),
                     output_tokens=stream.num_tokens,
                     finish_reason=stream.reason,
-                    ttft=stream.first_token_at - stream.arrived,
+                    ttft=stream.first_token_at - stream.arrived if stream.num_tokens else None,
                     e2e=latency,
                     user=generation.call.user,
                     metadata=generation.call.metadata,
