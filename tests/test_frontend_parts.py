@@ -1,5 +1,6 @@
 """The frontend's parts on their own: slow readers, chat templates, the trace, and the whole process."""
 
+import array
 import json
 import pathlib
 import time
@@ -18,9 +19,9 @@ from nmoe.frontend.prompt import Prompt
 from nmoe.frontend.replies import Answer, Choice, Chunks
 from nmoe.frontend.schema import ChatMessage, Conversation, TextPart
 from nmoe.frontend.sse import EventStream
-from nmoe.frontend.streams import Stream
+from nmoe.frontend.streams import Stream, Streams
 from nmoe.frontend.template import load_template
-from nmoe.messages import Abort, Ended, FrontendToScheduler, Hello, Sampling, Serving, Submit
+from nmoe.messages import Abort, Ended, FrontendToScheduler, Hello, Sampling, Serving, Submit, Tokens
 from nmoe.metrics import Board
 from nmoe.trace import Record, Recorder, sampling_fields
 from tests.forking import fork_call
@@ -84,6 +85,21 @@ async def test_a_slow_reader_gets_fewer_larger_events():
         ("e", [101]),
     ]
     assert (done, nothing) == (b"data: [DONE]", b"")
+
+
+async def test_what_comes_after_the_end_of_a_stream_is_dropped():
+    """Its time may be up between two steps: what was held back is out, and must not come again with the next token."""
+    sent = []
+    streams = Streams(0, 1, sent.append, Board(3).rows[0])
+    stream = Stream(7, Letters(), ("zz",), 0.0)
+    streams.submit([stream], Submit(1, 7, b"", 9, Sampling()))
+    uid = array.array("q", [7]).tobytes()
+    streams.deliver(Tokens(1, uid, array.array("i", map(ord, "xz")).tobytes(), array.array("i", [2]).tobytes()), 1.0)
+    stream.finish(Ended(7, "abort"))
+    streams.deliver(Tokens(1, uid, array.array("i", [ord("y")]).tobytes()), 2.0)
+    assert stream.take() == ("xz", [*b"xz"]) and stream.num_tokens == 2
+    streams.close(stream)
+    assert sent[1:] == [Abort(1, 7)]
 
 
 # ------------------------------------------------------------------------------------------------------------- template

@@ -172,7 +172,7 @@ class Streams:
         gaps: dict[float, int] = {}  # seconds between two tokens -> how often: nearly all rows of a step have the same
         for uid, mine in zip(uids, _split(tokens, message.counts), strict=True):
             stream = self._live.get(uid)
-            if stream is None or stream.stopped or not mine:
+            if stream is None or stream.stopped or stream.reason is not None or not mine:
                 continue
             if stream.last_token_at:
                 gap = (now - stream.last_token_at) / len(mine)
