@@ -4,7 +4,7 @@
 
 Starts `nmoe serve` (the embedded demo by default), runs greedy SSE streams, and divides each process's CPU time by the
 steps that were made. The worker's share includes the model; what it does beside it is timed in this process, with the
-same batch: the whole of `Runner.launch` less the model's forward and logits. The last line is JSON.
+same batch on one rank: the whole of `Runner.launch` less the model's forward and logits. The last line is JSON.
 """
 
 import argparse
@@ -18,11 +18,13 @@ from collections.abc import Callable
 from typing import Any
 
 import aiohttp
+import msgspec
 import numpy as np
 import psutil
 import torch
 
 from nmoe.checkpoint import open_checkpoint
+from nmoe.config import Parallel
 from nmoe.messages import CHANNEL_DECODE, CHANNEL_PREFILL, ROW_HAS_IDS, ROW_SAMPLES, Admit, Sampling, Step
 from nmoe.profiles import Numerics
 from nmoe.serve import configuration
@@ -90,7 +92,8 @@ def _cpu(launcher: psutil.Process) -> dict[str, float]:
 def measure_worker(path: str | None, rows: int, steps: int = 200) -> dict[str, float]:
     """Microseconds of a decode step of `rows` unchanged greedy rows: all, the model's part, the rest (medians)."""
     torch.set_num_threads(1)
-    config = configuration(path)
+    # One rank, because there are no peers here to exchange tokens with.
+    config = msgspec.structs.replace(configuration(path), parallel=Parallel(world_size=1, device="cpu"))
     checkpoint = open_checkpoint(config)
     device = torch.device("cpu")
     model = load_model(checkpoint, config, 0, device, lambda *_: None)
