@@ -70,7 +70,8 @@ class Children:
         self._wakeup = wakeup
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         for signum in STOPPING:
-            if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            # SIGHUP stays ignored under nohup. SIGINT does not: shells ignore it in all that they start with `&`.
+            if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
                 signal.signal(signum, lambda *_: None)  # the wakeup pipe delivers it
 
     def __iter__(self) -> Iterator[Child]:

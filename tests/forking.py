@@ -205,6 +205,7 @@ def _report(pidfd, pid, channel):
 def _leave_zygote(requests, channel_fd, ended):
     """In the new child: drop the zygote's descriptors, and die with it."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also when the tests themselves run under nohup
     requests.close()
     os.close(channel_fd)
     for pidfd, (_, channel) in ended.items():
