@@ -25,11 +25,11 @@ from nmoe import envs, gpus
 from nmoe.checkpoint import Checkpoint, open_checkpoint, tokenizer_file
 from nmoe.config import Config
 from nmoe.errors import CheckpointError, LaunchError
+from nmoe.memory import CPU_CACHE_SHARE, free_ram, pages_that_fill
 
 _log = logging.getLogger("nmoe.doctor")
 GIB = 1 << 30
 WANTED_TOKENS = 4096  # of cache for each running request; with less, long requests preempt each other
-CPU_CACHE_SHARE = 0.25  # of the free memory, which the cache takes at most where num_pages = 0 (nmoe/worker/cache.py)
 SHARED_BYTES_PER_RANK = 32 << 20  # of /dev/shm, for the peers' rendezvous
 _COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -101,14 +101,7 @@ def _gather(config: Config) -> Facts:
         checkpoint = error
     cuda = config.parallel.device == "cuda"
     survey = gpus.survey(envs.get("CUDA_VISIBLE_DEVICES"), config.parallel.world_size) if cuda else None
-    return Facts(config, checkpoint, survey, _ram_free())
-
-
-def _ram_free() -> int:
-    for line in pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    raise LaunchError("/proc/meminfo has no MemAvailable: a Linux kernel of 3.14 or newer is needed")
+    return Facts(config, checkpoint, survey, free_ram())
 
 
 def _gib(size: float) -> str:
@@ -172,8 +165,7 @@ def _num_pages(facts: Facts, checkpoint: Checkpoint, memory: int) -> int:
     if engine.num_pages:
         return engine.num_pages
     room = (memory - _weight_bytes(facts, checkpoint)) * (CPU_CACHE_SHARE if facts.gpus is None else 1.0)
-    useful = engine.max_batch_size * -(-checkpoint.max_seq_len // engine.page_size)
-    return max(0, min(useful, int(room / _page_bytes(facts, checkpoint)) - 1))
+    return pages_that_fill(engine, checkpoint.max_seq_len, _page_bytes(facts, checkpoint), room)
 
 
 def _page_bytes(facts: Facts, checkpoint: Checkpoint) -> int:
