@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from nmoe import doctor, envs, ipc
+from nmoe.architecture import read_architecture
+from nmoe.arena import ArenaLayout
 from nmoe.checkpoint import open_checkpoint
 from nmoe.children import Child, Children, Died, Said, Signalled
 from nmoe.config import Config
@@ -87,6 +89,7 @@ class _Server:
         self._run_dir = run_dir
         self._board = Board(1 + config.parallel.world_size + config.server.processes)
         self._slabs = _slabs(config)
+        self._arena = ArenaLayout.of(read_architecture(config.model.path), config.parallel.world_size).make()
         self._lives: Counter[tuple[ipc.Role, int]] = Counter()
 
     def run(self) -> None:
@@ -119,6 +122,7 @@ class _Server:
             board=self._board,
             http_socket=self._http_socket if role == "frontend" else None,
             slabs=self._slabs if role == "worker" else None,
+            arena=None if role == "scheduler" else self._arena,
         )
         # Its silence counts from now on, not from its predecessor's last word.
         row = self._board.rows[row_index(role, index, self._config.parallel.world_size)]

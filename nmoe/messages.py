@@ -4,7 +4,7 @@ Fields are only appended, with defaults. Every message carries the `generation` 
 process sent it); a receiver drops what an earlier life sent. Arrays travel as raw little-endian bytes: token ids,
 slots, pages and positions as int32, uids as int64.
 
-    frontend  -> scheduler    Hello, Submit, Finish, Abort            (FrontendToScheduler)
+    frontend  -> scheduler    Hello, Submit, Finish, Abort, Release   (FrontendToScheduler)
     scheduler -> frontend     Serving, Tokens, Rejected               (SchedulerToFrontend)
     scheduler -> worker       Step                                    (SchedulerToWorker)
     worker    -> scheduler    Ready, StepDone                         (WorkerToScheduler)
@@ -17,6 +17,7 @@ from typing import Literal
 
 import msgspec
 
+from nmoe.outputs import Returns
 from nmoe.profiles import Numerics
 
 Reason = Literal["stop", "length", "abort", "error"]
@@ -84,12 +85,13 @@ class Submit(Message, frozen=True, tag="submit"):
 
     uid: int
     prompt: bytes  # int32 [prompt_len], at least one token
-    max_tokens: int  # at least 1; prompt_len + max_tokens <= Serving.max_seq_len
+    max_tokens: int  # 0 scores the prompt alone; prompt_len + max_tokens <= Serving.max_seq_len
     sampling: Sampling
     eos_ids: tuple[int, ...] = ()  # any of them ends the request with reason "stop": EOS unless ignored, and stop ids
     n: int = 1
     priority: int = 0  # lower runs first
     profile: str = "production_generate"
+    returns: Returns = Returns()
 
 
 class Finish(Message, frozen=True, tag="finish"):
@@ -105,7 +107,13 @@ class Abort(Message, frozen=True, tag="abort"):
     uid: int
 
 
-FrontendToScheduler = Hello | Submit | Finish | Abort
+class Release(Message, frozen=True, tag="release"):
+    """The frontend has read the logits in these cells of the arena. `cells` int32."""
+
+    cells: bytes
+
+
+FrontendToScheduler = Hello | Submit | Finish | Abort | Release
 
 # ---------------------------------------------------------------------------------------------- scheduler -> frontend
 
@@ -136,12 +144,16 @@ class Tokens(Message, frozen=True, tag="tokens"):
 
     `uids` int64 [R]; `tokens` int32 [sum of counts], in the order of `uids`; `counts` int32 [R], None when every row
     has one. A request's last tokens and its `ended` entry come in the same message; its EOS token is among the tokens.
+    `blocks` (nmoe/outputs.py) lie end to end in the order of `uids`, `block_sizes` int32 [R] in bytes, 0 where a row
+    returned nothing; None when no row did. A row of prompt alone has a block and no token.
     """
 
     uids: bytes
     tokens: bytes
     counts: bytes | None = None
     ended: tuple[Ended, ...] = ()
+    blocks: bytes = b""
+    block_sizes: bytes | None = None
 
 
 class Rejected(Message, frozen=True, tag="rejected"):
@@ -159,6 +171,7 @@ SchedulerToFrontend = Serving | Tokens | Rejected
 # Flags of a row in Step.rows.
 ROW_SAMPLES = 1  # the row's last position is sampled from; its token comes back in StepDone and becomes the slot's last
 ROW_HAS_IDS = 2  # the row's input ids are in Step.ids; without it the one input is the slot's last sampled token
+ROW_RETURNS = 4  # a block of what the slot's `Admit.returns` asks for comes back in StepDone
 
 CHANNEL_DECODE = 0  # every row of every rank is a decode row
 CHANNEL_PREFILL = 1
@@ -170,6 +183,10 @@ class Admit(msgspec.Struct, frozen=True, array_like=True, gc=False):
     Positions below `cached` are already in shared pages, which the worker never writes, not even when it recomputes the
     last cached token to sample from it. `past` (int32) is the whole of the known tokens, sent only when the sampling
     needs them (penalties); empty otherwise. The first `prompt_len` known tokens are the prompt.
+
+    What the position p returns, the record of token p + 1 and the routing of p, comes back once: not for positions
+    below `returned`, which came back before a preemption. Routing starts there even if the first row starts later,
+    behind a cached prefix.
     """
 
     slot: int
@@ -177,6 +194,8 @@ class Admit(msgspec.Struct, frozen=True, array_like=True, gc=False):
     sampling: Sampling
     past: bytes = b""
     prompt_len: int = 0
+    returns: Returns = Returns()
+    returned: int = 0
 
 
 class Step(Message, frozen=True, tag="step"):
@@ -185,7 +204,8 @@ class Step(Message, frozen=True, tag="step"):
     `rows` is int32 [R, 4]: slot, first position, token count, flags, decode rows before prefill chunks. None means: the
     rows of this rank's previous Step, each going on from where it ended. `ids` is int32, the input ids of the rows with
     ROW_HAS_IDS, concatenated in row order. `pages` is int32 [P, 2]: (slot, page), to be appended to the slot's page
-    list in this order, after `admits` have reset theirs. An idle rank gets rows of length 0.
+    list in this order, after `admits` have reset theirs. An idle rank gets rows of length 0. `cells` int32: where in
+    the arena the logits of each record go that has them, in the order of the rows and their positions.
     """
 
     step_id: int
@@ -196,6 +216,7 @@ class Step(Message, frozen=True, tag="step"):
     ids: bytes = b""
     pages: bytes = b""
     admits: tuple[Admit, ...] = ()
+    cells: bytes = b""
 
 
 SchedulerToWorker = Step
@@ -213,13 +234,16 @@ class Ready(Message, frozen=True, tag="ready"):
 class StepDone(Message, frozen=True, tag="done"):
     """The results of one Step. `tokens` int32: for each row with ROW_SAMPLES, in row order, its new tokens.
 
-    `counts` int32 [rows that sample]: how many tokens each returned; None when every one returned one.
+    `counts` int32 [rows that sample]: how many tokens each returned; None when every one returned one. `blocks`: of
+    each row with ROW_RETURNS, in row order (nmoe/outputs.py); `block_sizes` int32 [those rows], in bytes.
     """
 
     rank: int
     step_id: int
     tokens: bytes
     counts: bytes | None = None
+    blocks: bytes = b""
+    block_sizes: bytes = b""
 
 
 WorkerToScheduler = Ready | StepDone
