@@ -10,9 +10,10 @@ import torch
 from nmoe import __version__
 from nmoe.checkpoint import open_checkpoint
 from nmoe.config import Config
+from nmoe.profiles import Numerics
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.kernels import ops_for
-from nmoe.worker.model import load_model, mlp
+from nmoe.worker.model import deepseek_v3, load_model
 
 
 def setting() -> dict[str, Any]:
@@ -34,14 +35,14 @@ def expert_spread(config: Config, tokens: int) -> dict[str, float]:
     """
     device = torch.device(config.parallel.device)
     loads: list[torch.Tensor] = []
-    ops = ops_for(device)
+    ops = ops_for(device, Numerics.FAST)
 
     def route(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         ids_TK, weights_TK = ops.route(*arguments)
         loads.append(torch.bincount(ids_TK.flatten().long(), minlength=arguments[-1].num_experts).double())
         return ids_TK, weights_TK
 
-    mlp.ops_for = lambda _: dataclasses.replace(ops, route=route)
+    deepseek_v3.ops_for = lambda *_: dataclasses.replace(ops, route=route)
     checkpoint = open_checkpoint(config)
     model = load_model(checkpoint, config, 0, device, lambda *_: None)
     a, size = checkpoint.architecture, config.engine.page_size
@@ -58,7 +59,7 @@ def expert_spread(config: Config, tokens: int) -> dict[str, float]:
         pages_RP=torch.arange(pages, device=device)[None],
         num_decodes=0,
     )
-    model.forward(batch, KVCache(torch.zeros(shape, dtype=model.dtype, device=device)))
+    model.forward(batch, KVCache(torch.zeros(shape, dtype=model.dtype, device=device)), Numerics.FAST)
     spread = torch.stack(loads)
     used, busiest = (spread > 0).double().mean(), (spread.amax(1) / spread.mean(1)).mean()
     return {"experts_used": round(float(used), 3), "busiest_over_mean": round(float(busiest), 2)}

@@ -10,10 +10,12 @@ from nmoe.architecture import read_architecture
 from nmoe.checkpoint import open_checkpoint
 from nmoe.config import Config, Model, Parallel
 from nmoe.errors import LaunchError
+from nmoe.profiles import Numerics
 from nmoe.worker.model import load_model
 from tests.checkpoints import TINY, load_tensors, make_checkpoint, save_shards
 from tests.stepping import Stepper
 
+FAST = Numerics.FAST
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -82,7 +84,7 @@ def at_once(model, tokens):
     """Logits of a prompt prefilled in one step."""
     stepper = Stepper(model.architecture, dtype=model.dtype)
     sequence = stepper.add(tokens)
-    return model.logits(model.forward(stepper.batch([(sequence, len(tokens))]), stepper.cache))
+    return model.logits(model.forward(stepper.batch([(sequence, len(tokens))]), stepper.cache, FAST), FAST)
 
 
 def close(actual, expected):
@@ -104,7 +106,7 @@ def test_logits_are_those_of_transformers(variant, tmp_path):
     steps += [([(sequence, 1), (other, 1)], 2)] * 5
     outs = []
     for rows, decodes in steps:
-        logits = model.logits(model.forward(stepper.batch(rows, decodes=decodes), stepper.cache))
+        logits = model.logits(model.forward(stepper.batch(rows, decodes=decodes), stepper.cache, FAST), FAST)
         parts = zip(rows, logits.split([count for _, count in rows]), strict=True)
         outs += [part for (row, _), part in parts if row is sequence]
     close(torch.cat(outs), expected)
@@ -165,8 +167,8 @@ def test_a_step_without_rows_computes_nothing(tmp_path):
     """An idle rank still takes part in the step."""
     model = ours(make_checkpoint(tmp_path))
     stepper = Stepper(model.architecture)
-    hidden = model.forward(stepper.batch([]), stepper.cache)
-    assert hidden.shape == (0, TINY["hidden_size"]) and model.logits(hidden).shape == (0, TINY["vocab_size"])
+    hidden = model.forward(stepper.batch([]), stepper.cache, FAST)
+    assert hidden.shape == (0, TINY["hidden_size"]) and model.logits(hidden, FAST).shape == (0, TINY["vocab_size"])
     assert stepper.cache.rows_LNSC.isnan().all()
 
 

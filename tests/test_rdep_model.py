@@ -96,9 +96,9 @@ def compute_logits(config, folder):
                 rows.append((sequence, until - sequence.computed))
             batch = stepper.batch(rows, decodes=len(rows) if part == "last" else 0)
             model.exchange.begin(channel, BATCH if part == "last" else 32)
-            hidden_TD = model.forward(batch, stepper.cache)
+            hidden_TD = model.forward(batch, stepper.cache, Numerics.FAST)
             for i, stop in zip(sequences, batch.starts[1:], strict=True):
-                logits[i].append(model.logits(hidden_TD[stop - 1 : stop]))
+                logits[i].append(model.logits(hidden_TD[stop - 1 : stop], Numerics.FAST))
         assert model.exchange.check()
         torch.save({i: torch.cat(rows) for i, rows in logits.items()}, folder / f"{rank}.pt")
 

@@ -43,7 +43,7 @@ class Toy:
         self.device = CPU
         self.batches = []
 
-    def forward(self, batch: Batch, cache: KVCache):
+    def forward(self, batch: Batch, cache: KVCache, numerics):
         self.batches.append(batch)
         rows = cache.rows_LNSC[0].flatten(0, 1)
         rows[batch.write_T] = torch.stack((batch.ids_T, batch.positions_T), 1).double()
@@ -62,7 +62,7 @@ class Toy:
             hidden.append(_digests(seen[:, 0])[-count:, None])
         return torch.cat(hidden)
 
-    def logits(self, hidden_SD):
+    def logits(self, hidden_SD, numerics):
         return _logits(hidden_SD[:, 0])
 
 
@@ -407,7 +407,7 @@ def test_chunks_and_decodes_equal_one_forward(config):
             pages_RP=torch.arange(-(-count // PAGE))[None],
             num_decodes=0,
         )
-        logits = model.logits(model.forward(whole, cache)[request.prompt_len - 1 :])
+        logits = model.logits(model.forward(whole, cache, Numerics.FAST)[request.prompt_len - 1 :], Numerics.FAST)
         assert request.output == logits.argmax(-1).tolist()
 
 

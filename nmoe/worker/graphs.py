@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from nmoe.profiles import Numerics
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.model import Model
 from nmoe.worker.sampler import greedy
@@ -105,7 +106,7 @@ class DecodeGraphs:
             num_decodes=size,
         )
         logits_RV = self._logits_RV[:size]
-        self._model.logits_into(self._model.forward(batch, self._cache), logits_RV)
+        self._model.logits_into(self._model.forward(batch, self._cache, Numerics.FAST), logits_RV, Numerics.FAST)
         tokens_R = greedy(logits_RV)
         self._tokens_R[:size].copy_(tokens_R)
         self._last_S.index_copy_(0, slots_R, tokens_R)

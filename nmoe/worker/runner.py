@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from nmoe.messages import ROW_HAS_IDS, ROW_SAMPLES, Step
+from nmoe.profiles import Numerics
 from nmoe.worker.adjustments import Adjustment, Adjustments
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.graphs import DecodeGraphs
@@ -92,7 +93,7 @@ class Runner:
 
     @torch.inference_mode()
     def capture(self, max_batch_size: int) -> None:
-        """From here on, replay steps of up to `max_batch_size` decode rows from CUDA graphs."""
+        """From here on, replay fast steps of up to `max_batch_size` decode rows from CUDA graphs."""
         self._graphs = DecodeGraphs(
             self._model, self._cache, self._slots.last_S, self._slots.pages.shape[1], max_batch_size
         )
@@ -118,14 +119,15 @@ class Runner:
             raise MalformedStep(f"step {step.step_id}: {error}") from None
         rows = self._rows
         self.exchange.begin(step.channel, step.num_tokens)
-        if self._graphs is not None and self._graphs.covers(rows.num_continued) and not rows.num_ids:
-            return Launched(step.step_id, self._replay(self._graphs, firsts))
+        graphs = self._graphs if step.numerics is Numerics.FAST else None
+        if graphs is not None and graphs.covers(rows.num_continued) and not rows.num_ids:
+            return Launched(step.step_id, self._replay(graphs, firsts))
         batch = self._batch(firsts, ids)
         # An idle rank goes through the layers too: there its experts serve the other ranks' tokens.
-        hidden_TD = self._model.forward(batch, self._cache)
+        hidden_TD = self._model.forward(batch, self._cache, step.numerics)
         if not len(rows.sampling):
             return Launched(step.step_id, rows.sampling_slots)
-        tokens_S = self._sample(self._model.logits(hidden_TD[rows.last_tokens]))
+        tokens_S = self._sample(self._model.logits(hidden_TD[rows.last_tokens], step.numerics))
         self._slots.last_S.index_copy_(0, rows.sampling_slots, tokens_S)
         return Launched(step.step_id, tokens_S)
 

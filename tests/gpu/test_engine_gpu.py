@@ -11,6 +11,7 @@ from nmoe.checkpoint import open_checkpoint
 from nmoe.config import Config, Engine, Model, Parallel
 from nmoe.errors import LaunchError
 from nmoe.messages import Sampling
+from nmoe.profiles import Numerics
 from nmoe.worker.batch import Batch
 from nmoe.worker.cache import make_cache
 from nmoe.worker.graphs import ladder
@@ -83,7 +84,7 @@ def engine_logits(folder, ids):
         pages_RP=pages[None],
         num_decodes=0,
     )
-    return model.logits(model.forward(batch, cache)).double()
+    return model.logits(model.forward(batch, cache, Numerics.FAST), Numerics.FAST).double()
 
 
 def prompts():

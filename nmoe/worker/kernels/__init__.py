@@ -1,7 +1,7 @@
 """The operations of the model. Each has a plain-torch reference with documented shapes, which is what the CPU runs; on
 the GPU it is a Triton kernel in the file beside it, `*_triton.py`, which is tested against the reference.
 
-`ops_for` is the one place where a device gets its operations.
+`ops_for` is the one place where a device and a numerics class get their operations.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import torch
 
 from nmoe.architecture import Architecture
 from nmoe.errors import LaunchError
+from nmoe.profiles import Numerics
 from nmoe.worker.kernels.fp8 import BLOCK, BlockFP8, Weight
 
 _Tensor = torch.Tensor
@@ -31,8 +32,8 @@ class Ops:
     sum_experts: Callable[[_Tensor, _Tensor], Any]
 
 
-def ops_for(device: torch.device) -> Ops:
-    """The operations of a device."""
+def ops_for(device: torch.device, numerics: Numerics) -> Ops:
+    """The operations of a device and a numerics class."""
     if device.type == "cuda":
         return _triton()
     return _reference()

@@ -11,6 +11,7 @@ from nmoe.architecture import Architecture
 from nmoe.checkpoint import Checkpoint
 from nmoe.config import Config
 from nmoe.errors import LaunchError
+from nmoe.profiles import Numerics
 from nmoe.slab import SlabLayout
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.kernels import check_gpu
@@ -32,15 +33,18 @@ class Model(Protocol):
     device: torch.device
     exchange: Exchange
 
-    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
-        """Compute the step's tokens and write their cache rows; hidden states after the final norm, [T, D]."""
+    def forward(self, batch: Batch, cache: KVCache, numerics: Numerics) -> torch.Tensor:
+        """Compute the step's tokens and write their cache rows; hidden states after the final norm, [T, D].
+
+        In the exact class a token's bits do not depend on the rest of the batch (docs/exact.md); so below.
+        """
         ...
 
-    def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden_SD: torch.Tensor, numerics: Numerics) -> torch.Tensor:
         """Next-token logits of chosen hidden states, float32 [S, V]."""
         ...
 
-    def logits_into(self, hidden_SD: torch.Tensor, out_SV: torch.Tensor) -> None:
+    def logits_into(self, hidden_SD: torch.Tensor, out_SV: torch.Tensor, numerics: Numerics) -> None:
         """The same into memory of the model's dtype, which is reused from step to step."""
         ...
 

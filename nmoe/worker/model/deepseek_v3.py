@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from nmoe.architecture import Architecture
+from nmoe.profiles import Numerics
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.kernels import ops_for
 from nmoe.worker.kernels.rope import rope_table
@@ -43,7 +44,7 @@ class DeepseekV3:
         """Load from `source`, layer by layer; `experts` are the ids that live on this rank."""
         a = self.architecture = architecture
         self.dtype, self.device, self.exchange = dtype, device, exchange
-        self._ops = ops_for(device)
+        self._ops = {numerics: ops_for(device, numerics) for numerics in Numerics}
         like_D = torch.empty(a.hidden_size, dtype=dtype, device=device)
         self._embed_VD = like_D.new_empty(a.vocab_size, a.hidden_size)
         source.fill(self._embed_VD, "model.embed_tokens.weight")
@@ -74,24 +75,24 @@ class DeepseekV3:
         return _Layer(attention_norm_D, attention, mlp_norm_D, mlp)
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+    def forward(self, batch: Batch, cache: KVCache, numerics: Numerics) -> torch.Tensor:
         """The last hidden states after the final norm, [T, D]; the step's cache rows are written. T may be 0."""
-        eps, add_rms_norm = self.architecture.rms_norm_eps, self._ops.add_rms_norm
+        ops, eps = self._ops[numerics], self.architecture.rms_norm_eps
         plan = plan_attention(batch, cache, self._rope_M2P, self.architecture, self.dtype)
         x_TD, delta_TD = F.embedding(batch.ids_T, self._embed_VD), None
         for layer, rows_KC in zip(self._layers, cache.rows_LNSC.flatten(1, 2).unbind(), strict=True):
-            x_TD, input_TD = add_rms_norm(x_TD, delta_TD, layer.attention_norm_D, eps)
-            delta_TD = layer.attention.forward(input_TD, plan, rows_KC)
-            x_TD, input_TD = add_rms_norm(x_TD, delta_TD, layer.mlp_norm_D, eps)
-            delta_TD = layer.mlp.forward(input_TD)
-        return add_rms_norm(x_TD, delta_TD, self._norm_D, eps)[1]
+            x_TD, input_TD = ops.add_rms_norm(x_TD, delta_TD, layer.attention_norm_D, eps)
+            delta_TD = layer.attention.forward(input_TD, plan, rows_KC, ops)
+            x_TD, input_TD = ops.add_rms_norm(x_TD, delta_TD, layer.mlp_norm_D, eps)
+            delta_TD = layer.mlp.forward(input_TD, ops)
+        return ops.add_rms_norm(x_TD, delta_TD, self._norm_D, eps)[1]
 
     @torch.inference_mode()
-    def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden_SD: torch.Tensor, numerics: Numerics) -> torch.Tensor:
         """Unnormalised log-probabilities of the next token for chosen hidden states, float32 [S, V]."""
         return F.linear(hidden_SD, self._head_VD).float()
 
     @torch.inference_mode()
-    def logits_into(self, hidden_SD: torch.Tensor, out_SV: torch.Tensor) -> None:
+    def logits_into(self, hidden_SD: torch.Tensor, out_SV: torch.Tensor, numerics: Numerics) -> None:
         """The same, as the product gives them: into memory of the model's dtype."""
         torch.mm(hidden_SD, self._head_VD.t(), out=out_SV)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from nmoe.architecture import Architecture
 from nmoe.worker.batch import Batch, KVCache
-from nmoe.worker.kernels import ops_for
+from nmoe.worker.kernels import Ops
 from nmoe.worker.kernels.fp8 import Weight, empty_weight, rows_of, split_rows
 from nmoe.worker.kernels.mla import (
     Up,
@@ -149,7 +149,6 @@ class Attention:
         """Load from `source`; `like` gives dtype and device, `fp8` says that weights stay quantised."""
         a = self._architecture = architecture
         queries = a.num_heads * a.qk_head_dim
-        self._ops = ops_for(like.device)
         self._split = [a.q_lora_rank or queries, a.cache_dim]
         self._w_in_ID = empty_weight(like, sum(self._split), a.hidden_size, fp8=fp8)
         w_q_ID, w_kv_CD = split_rows(self._w_in_ID, self._split)
@@ -177,11 +176,11 @@ class Attention:
         self._w_o = empty_weight(like, a.hidden_size, a.num_heads * a.v_head_dim, fp8=fp8)
         source.fill(self._w_o, f"{prefix}.o_proj.weight")
 
-    def forward(self, x_TD: torch.Tensor, plan: Plan, rows_KC: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, plan: Plan, rows_KC: torch.Tensor, ops: Ops) -> torch.Tensor:
         """Attention of normalised inputs, [T, D]. `rows_KC`: this layer's cache; the step's rows are written."""
         a = self._architecture
-        q_TA, kv_TC = torch.split(self._ops.linear(x_TD, self._w_in_ID), self._split, dim=-1)
+        q_TA, kv_TC = torch.split(ops.linear(x_TD, self._w_in_ID), self._split, dim=-1)
         if self._w_q_b is not None:
-            q_TA = self._ops.linear(self._ops.rms_norm(q_TA, self._q_norm_A, _LATENT_EPS), self._w_q_b)
+            q_TA = ops.linear(ops.rms_norm(q_TA, self._q_norm_A, _LATENT_EPS), self._w_q_b)
         q_THQ = plan.enter(q_TA.view(len(q_TA), a.num_heads, a.qk_head_dim), kv_TC, self._kv_norm_L, rows_KC)
-        return self._ops.linear(plan.attend(q_THQ, rows_KC, self._up).flatten(1), self._w_o)
+        return ops.linear(plan.attend(q_THQ, rows_KC, self._up).flatten(1), self._w_o)

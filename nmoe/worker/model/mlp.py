@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nmoe.architecture import Architecture
-from nmoe.worker.kernels import ops_for
+from nmoe.worker.kernels import Ops
 from nmoe.worker.kernels.fp8 import Weight, empty_weight, of_expert, rows_of, split_rows
 from nmoe.worker.rdep import Exchange
 from nmoe.worker.weights import Source
@@ -20,15 +20,14 @@ class DenseMLP:
     def __init__(self, source: Source, prefix: str, intermediate: int, like: torch.Tensor, *, fp8: bool) -> None:
         """Load from `source`; `like` [D] gives dtype, device and hidden size, `fp8` keeps the weights quantised."""
         hidden = len(like)
-        self._ops = ops_for(like.device)
         self._w_gate_up_GD = empty_weight(like, 2 * intermediate, hidden, fp8=fp8)
         self._w_down_DF = empty_weight(like, hidden, intermediate, fp8=fp8)
         _fill_mlp(source, prefix, self._w_gate_up_GD, self._w_down_DF)
 
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, ops: Ops) -> torch.Tensor:
         """[T, D]."""
-        hidden_TF = self._ops.silu_mul(self._ops.linear(x_TD, self._w_gate_up_GD))
-        return self._ops.linear(hidden_TF, self._w_down_DF)
+        hidden_TF = ops.silu_mul(ops.linear(x_TD, self._w_gate_up_GD))
+        return ops.linear(hidden_TF, self._w_down_DF)
 
 
 class MoE:
@@ -48,7 +47,6 @@ class MoE:
         """Load from `source`; `experts` are the ids that live here; `like` [D] and `fp8` as in DenseMLP."""
         a = self._architecture = architecture
         self._exchange = exchange
-        self._ops = ops_for(like.device)
         # The router is exact in float32 whatever the model computes in.
         self._gate_ED = like.new_empty(a.num_experts, a.hidden_size, dtype=torch.float32)
         self._bias_E = like.new_empty(a.num_experts, dtype=torch.float32)
@@ -62,15 +60,16 @@ class MoE:
         shared = a.num_shared_experts * a.moe_intermediate_size
         self._shared = DenseMLP(source, f"{prefix}.shared_experts", shared, like, fp8=fp8)
 
-    def _experts(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        return self._ops.grouped_mlp(x_TD, ids_TK, weights_TK, self._w_gate_up_EGD, self._w_down_EDF)
-
-    def forward(self, x_TD: torch.Tensor) -> Any:
+    def forward(self, x_TD: torch.Tensor, ops: Ops) -> Any:
         """[T, D], or its terms where `add_rms_norm` takes them; routed and shared experts are added in float32."""
-        ids_TK, weights_TK = self._ops.route(x_TD, self._gate_ED, self._bias_E, self._architecture)
-        combine = self._exchange.dispatch(self._experts, x_TD, ids_TK, weights_TK)
-        shared_TD = self._shared.forward(x_TD)
-        return self._ops.sum_experts(combine(), shared_TD)
+        ids_TK, weights_TK = ops.route(x_TD, self._gate_ED, self._bias_E, self._architecture)
+
+        def experts(x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+            return ops.grouped_mlp(x_TD, ids_TK, weights_TK, self._w_gate_up_EGD, self._w_down_EDF)
+
+        combine = self._exchange.dispatch(experts, x_TD, ids_TK, weights_TK)
+        shared_TD = self._shared.forward(x_TD, ops)
+        return ops.sum_experts(combine(), shared_TD)
 
 
 def _fill_mlp(source: Source, prefix: str, w_gate_up_GD: Weight, w_down_DF: Weight) -> None:
