@@ -283,7 +283,7 @@ def test_a_seed_repeats_its_tokens_in_any_slot_and_company():
 def test_positions_of_a_request_draw_apart():
     """A model that always says the same draws different tokens at different positions."""
     runner, toy = _runner()
-    toy.logits = lambda hidden_SD: torch.zeros(len(hidden_SD), VOCAB)
+    toy.logits = lambda hidden_SD, numerics: torch.zeros(len(hidden_SD), VOCAB)
     admit = Admit(0, 0, Sampling(seed=1))
     tokens = _tokens(runner.launch(_step(0, [(0, 0, 1, 3)], [5], [(0, page) for page in range(12)], [admit])))
     tokens += _tokens(runner.launch(_step(1, [(0, 1, 1, ROW_SAMPLES)])))
