@@ -16,6 +16,8 @@ from nmoe.errors import RequestError
 from nmoe.messages import FrontendToScheduler, SchedulerToFrontend
 
 _log = logging.getLogger("nmoe.frontend")
+# As plain numbers: zmq's enumerations take longer than the calls.
+_NOWAIT, _EVENTS, _READABLE = int(zmq.NOBLOCK), int(zmq.EVENTS), int(zmq.POLLIN)
 _BURST = 16  # messages per turn of the event loop: HTTP gets its turn in between
 
 
@@ -36,10 +38,10 @@ class Link:
     def send(self, message: FrontendToScheduler) -> None:
         """Send without waiting. Raises RequestError (503) when the scheduler has long stopped to take messages."""
         try:
-            self._socket.send(self._encode(message), zmq.NOBLOCK)
+            self._socket.send(self._encode(message), _NOWAIT)
         except zmq.Again:
             raise RequestError("the engine does not answer", status=503, code="engine_unreachable") from None
-        if self._again is None and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        if self._again is None and int(self._socket.getsockopt(_EVENTS)) & _READABLE:
             self._again = self._loop.call_soon(self._drain)
 
     def reconnect(self) -> None:
@@ -68,7 +70,7 @@ class Link:
         self._again = None
         for _ in range(_BURST):
             try:
-                data = self._socket.recv(zmq.NOBLOCK)
+                data = self._socket.recv(_NOWAIT)
             except zmq.Again:
                 return
             self._handle(data)

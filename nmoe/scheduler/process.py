@@ -13,6 +13,7 @@ first message of its next life, ends the requests of its earlier life.
 import gc
 import logging
 import time
+from typing import Any
 
 import msgspec
 import zmq
@@ -40,6 +41,9 @@ _log = logging.getLogger("nmoe.scheduler")
 _HEARTBEAT_S = 1.0
 _REPORT_S = 0.05  # between two looks at what the policy has counted, while it has work
 _BURST = 64  # requests taken at once, so that a flood of them does not keep results waiting
+# As plain numbers: combining zmq's enumerations takes longer than sending.
+_NOWAIT = int(zmq.NOBLOCK)
+_MORE_NOWAIT = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
 def main(boot: ipc.Boot) -> None:
@@ -87,9 +91,11 @@ class Process:
 
     def run(self) -> None:
         """The loop; returns when the launcher hangs up."""
-        while self._rest():
-            self._take_results()
-            self._take_requests()
+        while (ready := self._rest()) is not None:
+            if self._worker_link in ready:
+                self._take_results()
+            if self._frontend_link in ready:
+                self._take_requests()
             self._plan()
             self._deliver()
             self._beat()
@@ -126,8 +132,9 @@ class Process:
             if self._policy is None or self._policy.idle:
                 gc.collect()
 
-    def _rest(self) -> bool:
-        """Sleep until something comes or the heart must beat; False when the launcher has hung up.
+    def _rest(self) -> list[Any] | None:
+        """Sleep until something comes or the heart must beat: the links that have something. None when the launcher has
+        hung up.
 
         Returns at once when something is left to be taken.
         """
@@ -135,8 +142,8 @@ class Process:
         if self._policy and (self._policy.idle or now >= self._report_at):
             self._report_at = now + _REPORT_S
             self._report.update(self._policy)
-        ready = self._poller.poll(max(1, int((self._beat_at - now) * 1000)))
-        return all(source != self._launcher for source, _ in ready) or self._heed_launcher()
+        ready = [source for source, _ in self._poller.poll(max(1, int((self._beat_at - now) * 1000)))]
+        return None if self._launcher in ready and not self._heed_launcher() else ready
 
     # ------------------------------------------------------------------------------------------------------ workers
 
@@ -241,18 +248,19 @@ class Process:
             self._lose_frontend(frontend)
 
 
-def _receive(link: "zmq.Socket[bytes]") -> list[bytes] | None:
-    """The next message with its sender's identity, if one is there."""
+def _receive(link: "zmq.Socket[bytes]") -> tuple[bytes, bytes] | None:
+    """The next message, behind its sender's identity, if one is there."""
     try:
-        return link.recv_multipart(zmq.NOBLOCK)
-    except zmq.Again:
+        return link.recv(_NOWAIT), link.recv(_NOWAIT)
+    except zmq.Again:  # of the first: the parts of a message arrive together
         return None
 
 
 def _send(link: "zmq.Socket[bytes]", index: int, data: bytes) -> bool:
     """Send to one peer; False if it is not connected, or has long stopped to read."""
     try:
-        link.send_multipart((ipc.identity(index), data), zmq.NOBLOCK)
+        link.send(ipc.identity(index), _MORE_NOWAIT)  # raises when the peer is out of reach
+        link.send(data, _NOWAIT)
     except zmq.ZMQError as error:
         if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
             return False
