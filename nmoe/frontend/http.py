@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import orjson
-from aiohttp import hdrs, web
+from aiohttp import StreamReader, hdrs, web
 
 from nmoe.config import Server
 from nmoe.errors import RequestError
@@ -153,19 +153,28 @@ async def read_json_body(request: web.BaseRequest, max_bytes: int) -> bytes:
         raise _too_large(max_bytes)
     if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue" and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    chunks: list[bytes] = []
-    size = 0
     try:
-        async with asyncio.timeout(_BODY_S):
-            while chunk := await request.content.readany():
-                size += len(chunk)
-                if size > max_bytes:
-                    raise _too_large(max_bytes)
-                chunks.append(chunk)
+        if request.content.is_eof():  # as most are, which come with their heads
+            body = request.content.read_nowait()
+        else:
+            body = await _arriving(request.content, max_bytes)
     except TimeoutError:
         raise RequestError(f"the body did not arrive within {_BODY_S:g} s", status=408, code="timeout") from None
     except web.RequestPayloadError as error:
         raise RequestError(f"the body cannot be read: {error}") from None
+    if len(body) > max_bytes:
+        raise _too_large(max_bytes)
+    return body
+
+
+async def _arriving(content: StreamReader, max_bytes: int) -> bytes:
+    """The body, or somewhat more than `max_bytes` of it. Raises TimeoutError."""
+    chunks: list[bytes] = []
+    left = max_bytes
+    async with asyncio.timeout(_BODY_S):
+        while left >= 0 and (chunk := await content.readany()):
+            chunks.append(chunk)
+            left -= len(chunk)
     return b"".join(chunks)
 
 

@@ -11,7 +11,7 @@ stream, and calls the stream's `on_tokens`, which writes to the client's transpo
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from nmoe.errors import RequestError
 from nmoe.frontend.detokenizer import Detokenizer
@@ -71,7 +71,7 @@ class Stream:
         self._texts, self._ids = [], []
         return text, ids
 
-    def feed(self, tokens: list[int]) -> None:
+    def feed(self, tokens: Sequence[int]) -> None:
         """New tokens, at least one; those after a stop string are dropped."""
         if self._stops is not None:
             tokens = self._feed_until_stop(tokens, self._stops)
@@ -109,7 +109,7 @@ class Stream:
         """End with an error."""
         self._end("error", error)
 
-    def _feed_until_stop(self, tokens: list[int], stops: StopFinder) -> list[int]:
+    def _feed_until_stop(self, tokens: Sequence[int], stops: StopFinder) -> Sequence[int]:
         """The tokens up to the one that completes a stop string."""
         for place, token in enumerate(tokens):
             self.num_tokens += 1
@@ -208,7 +208,7 @@ class Streams:
         except RequestError as error:
             _log.warning("request %x: %s", message.uid, error)
 
-    def _advance(self, stream: Stream, tokens: list[int], now: float) -> bool:
+    def _advance(self, stream: Stream, tokens: Sequence[int], now: float) -> bool:
         """Hand a stream its tokens; whether they completed a stop string."""
         stream.last_token_at = now
         try:
@@ -225,9 +225,9 @@ class Streams:
         return stream.stopped
 
 
-def _split(tokens: list[int], counts: bytes | None) -> list[list[int]]:
+def _split(tokens: list[int], counts: bytes | None) -> Iterable[Sequence[int]]:
     """Each row's tokens."""
     if counts is None:
-        return [[token] for token in tokens]
+        return zip(tokens, strict=True)
     ends = [*itertools.accumulate(memoryview(counts).cast("i").tolist(), initial=0)]
     return [tokens[start:end] for start, end in itertools.pairwise(ends)]
