@@ -31,7 +31,7 @@ def append_results(flight: Flight, ranks: Ranks) -> Results:
 
 def _one_each(flight: Flight, ranks: Ranks, tokens: Ints, live: npt.NDArray[np.bool_]) -> Results:
     slots, uids = flight.slots, flight.uids
-    if not live.all():
+    if np.count_nonzero(live) < len(live):
         slots, uids, tokens = slots[live], uids[live], tokens[live]
     by_eos, by_length = ranks.table.append(slots, tokens)
     return Results(uids, tokens, None, _reasons(slots, by_eos, by_length))
@@ -70,7 +70,9 @@ def _catch_up(flight: Flight, ranks: Ranks, rows: npt.NDArray[np.int64], kept: I
 def _reasons(
     slots: npt.NDArray[np.int64], by_eos: npt.NDArray[np.bool_], by_length: npt.NDArray[np.bool_]
 ) -> list[tuple[int, Reason]]:
-    over = np.flatnonzero(by_eos | by_length)
+    (over,) = (by_eos | by_length).nonzero()
+    if not len(over):
+        return []
     return [
         (slot, "stop" if eos else "length")
         for slot, eos in zip(slots[over].tolist(), by_eos[over].tolist(), strict=True)

@@ -26,9 +26,8 @@ class Outbox:
     def tokens(self, uids: Uids, tokens: Ints, counts: Ints | None) -> None:
         """One step's tokens, in row order; counts None: one per row."""
         frontends = uids // _STRIDE
-        if not uids.size or frontends.min() == frontends.max():
-            if uids.size:
-                self._put(int(frontends[0]), uids, tokens, counts)
+        if uids.size and not np.count_nonzero(frontends != frontends[0]):
+            self._put(int(frontends[0]), uids, tokens, counts)
         else:
             of_token = frontends if counts is None else np.repeat(frontends, counts)
             for frontend in np.unique(frontends).tolist():

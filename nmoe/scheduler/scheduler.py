@@ -148,7 +148,7 @@ class Scheduler:
         slots = ranks.batches[numerics].slots
         last = np.minimum(table.position[slots] + self.limits.lookahead, table.end[slots] - 1)
         short = last >= table.capacity[slots]
-        if not short.any():
+        if not np.count_nonzero(short):
             return
         slots = slots[short]
         counts = (last[short] + 1 - table.capacity[slots] + self.limits.page_size - 1) // self.limits.page_size
