@@ -182,7 +182,8 @@ class Admit(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     Positions below `cached` are already in shared pages, which the worker never writes, not even when it recomputes the
     last cached token to sample from it. `past` (int32) is the whole of the known tokens, sent only when the sampling
-    needs them (penalties); empty otherwise. The first `prompt_len` known tokens are the prompt.
+    needs them (penalties) or records of the prompt are returned (the last of a chunk's positions tells of a token that
+    comes with the next); empty otherwise. The first `prompt_len` known tokens are the prompt.
 
     What the position p returns, the record of token p + 1 and the routing of p, comes back once: not for positions
     below `returned`, which came back before a preemption. Routing starts there even if the first row starts later,

@@ -3,6 +3,7 @@
 import dataclasses
 from collections import deque
 
+import msgspec
 import numpy as np
 
 from nmoe.messages import (
@@ -19,10 +20,12 @@ from nmoe.messages import (
     make_uid,
     uid_frontend,
 )
+from nmoe.outputs import Returns, unpack
+from nmoe.profiles import Lane
 from nmoe.scheduler.limits import Limits
 from nmoe.scheduler.request import Request, State, sibling_seed
 from nmoe.scheduler.scheduler import Scheduler
-from tests.simulated_worker import SimulatedWorker, expected_output
+from tests.simulated_worker import SimulatedWorker, digest, expected_output, record, routing
 
 
 def limits(**overrides) -> Limits:
@@ -50,7 +53,10 @@ class Client:
     max_tokens: int
     seed: int
     eos_ids: tuple[int, ...]
+    returns: Returns
     tokens: list[int] = dataclasses.field(default_factory=list)
+    records: list[bytes] = dataclasses.field(default_factory=list)
+    routed: list[bytes] = dataclasses.field(default_factory=list)
     ended: Ended | None = None
     stopped: str = ""  # "finish" or "abort" when the client asked for it
 
@@ -65,6 +71,8 @@ class Engine:
         self.now = 1.0
         self.next_counter = 0
         self.planned: list[list[Step]] = []
+        self.lanes: list[Lane] = []  # of the planned steps
+        self.missed = dict.fromkeys(Lane, 0)  # steps of others since a lane with streams had its last
         self.requests: list[Request] = []  # all that were ever accepted
         self.parents: dict[bytes, bytes | None] = {}  # of every key seen
         self.boot_workers()
@@ -98,7 +106,8 @@ class Engine:
             for i in range(n):
                 own = sibling_seed(seed, i)
                 self.seeds[own] = len(prompt) + max_tokens
-                self.clients[uid + i] = Client(prompt, max_tokens, own, tuple(eos_ids))
+                returns = message.returns if i == 0 else msgspec.structs.replace(message.returns, prompt=False)
+                self.clients[uid + i] = Client(prompt, max_tokens, own, tuple(eos_ids), returns)
                 self.requests.append(self.request(uid + i))
         self.after()
         return uid if rejected is None else rejected
@@ -180,9 +189,14 @@ class Engine:
             uids = np.frombuffer(message.uids, np.int64).tolist()
             tokens = np.frombuffer(message.tokens, np.int32).tolist()
             counts = [1] * len(uids) if message.counts is None else np.frombuffer(message.counts, np.int32).tolist()
+            sizes = np.frombuffer(message.block_sizes or bytes(4 * len(uids)), np.int32).tolist()
             assert sum(counts) == len(tokens)
-            for uid, count in zip(uids, counts, strict=True):
-                assert count > 0
+            assert sum(sizes) == len(message.blocks)
+            at = 0
+            for uid, count, size in zip(uids, counts, sizes, strict=True):
+                assert count > 0 or size > 0, "a row of nothing"
+                self.take_block(self.clients[uid], memoryview(message.blocks)[at : at + size])
+                at += size
                 assert uid_frontend(uid) == frontend
                 assert self.clients[uid].ended is None, "tokens after the end"
                 self.clients[uid].tokens += tokens[:count]
@@ -194,17 +208,45 @@ class Engine:
         open_uids = {uid for uid, client in self.clients.items() if client.ended is None}
         assert open_uids == self.scheduler._requests.keys()
 
+    def take_block(self, client: Client, data: memoryview) -> None:
+        """Read what one row returned."""
+        if not data:
+            return
+        assert client.returns
+        block, size = unpack(data, client.returns), client.returns.record_bytes
+        client.records += [bytes(block.records[at : at + size]) for at in range(0, len(block.records), size)]
+        client.routed += [bytes(block.routing[at : at + 8]) for at in range(0, len(block.routing), 8)]
+
+    def check_blocks(self, client: Client) -> None:
+        """Every computed position came back once, in order, as far as tokens did."""
+        records, routed, history = [], [], 0
+        ids = client.prompt + client.tokens
+        # The last sampled token is not computed on; without one the whole prompt is, if it ended by itself.
+        for position, token in enumerate(ids):
+            history = digest(history, token)
+            if position < len(ids) - bool(client.tokens):
+                routed.append(routing(position, history))
+            if position + 1 < len(ids) and (client.returns.prompt or position + 1 >= len(client.prompt)):
+                records.append(record(position, ids[position + 1], history, client.returns))
+        records = records if client.returns.records else []
+        routed = routed if client.returns.routing else []
+        whole = client.tokens or client.ended.reason == "length"
+        for given, expected in ((client.records, records), (client.routed, routed)):
+            assert given == (expected if whole else expected[: len(given)])
+
     def check_end(self, client: Client, ended: Ended) -> None:
         """One terminal entry, and the right tokens before it."""
         assert client.ended is None, "two terminal entries"
         client.ended = ended
         expected = expected_output(client.prompt, client.seed, client.max_tokens, client.eos_ids)
         assert client.tokens == expected[: len(client.tokens)]
+        if self.limits.row_tokens == 1:
+            self.check_blocks(client)
         if client.stopped:
             assert ended.reason == {"abort": "abort", "finish": "stop"}[client.stopped]
         elif ended.reason != "error":
             assert client.tokens == expected
-            assert ended.reason == ("stop" if expected[-1] in client.eos_ids else "length")
+            assert ended.reason == ("stop" if expected and expected[-1] in client.eos_ids else "length")
 
     def check_pages(self) -> None:
         """Conservation, counted from the requests' side; private pages in one place; no tree node without parent."""
@@ -251,17 +293,29 @@ class Engine:
             if before[request.uid] is State.DECODE and request.state in (State.DECODE, State.LAUNCHED)
             if request.known_len == known_before[request.uid]  # else preempted and admitted elsewhere in the same step
         ]
-        assert max(chunks) <= s.chunk(decoding=bool(streams))
+        lane = scheduler._turns._last
+        assert head.numerics == lane.numerics
+        protected = lane is not Lane.BULK and any(request.lane is not Lane.BULK for request in streams)
+        assert max(chunks) <= s.chunk(decoding=protected)
+        left_out = lane is Lane.BULK and any(chunks)
         for request in streams:
-            if request.numerics == head.numerics:
+            if request.lane is lane and not left_out:
                 assert request.slot % s.num_slots in [row[0] for row in rows[request.rank] if row[2] == 1]
-        if self.planned and self.planned[-1][0].numerics == head.numerics:
-            assert all(request.numerics == head.numerics for request in streams), "a class missed its turn"
-        self.check_order(head, before)
+        self.check_turns(lane, {request.lane for request in streams})
+        self.check_order(lane, before)
 
-    def check_order(self, head: Step, before: dict[int, State]) -> None:
-        """Whoever was admitted comes before everybody of its class who still waits, those pinned to a rank aside."""
-        mine = [request for request in self.scheduler._requests.values() if request.numerics == head.numerics]
+    def check_turns(self, lane: Lane, streaming: set[Lane]) -> None:
+        """Every second step is PRODUCTION's while it has streams; no other lane with streams waits for long."""
+        if Lane.PRODUCTION in streaming and self.lanes and self.lanes[-1] is not Lane.PRODUCTION:
+            assert lane is Lane.PRODUCTION
+        self.lanes.append(lane)
+        for other in Lane:
+            self.missed[other] = self.missed[other] + 1 if other in streaming and other is not lane else 0
+            assert self.missed[other] <= 2 * (len(Lane) - 1) - 1, f"{other} starves"
+
+    def check_order(self, lane: Lane, before: dict[int, State]) -> None:
+        """Whoever was admitted comes before everybody of its lane who still waits, those pinned to a rank aside."""
+        mine = [request for request in self.scheduler._requests.values() if request.lane is lane]
         admitted = [
             request
             for request in mine

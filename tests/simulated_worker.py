@@ -9,7 +9,8 @@ import dataclasses
 
 import numpy as np
 
-from nmoe.messages import ROW_HAS_IDS, ROW_SAMPLES, Step, StepDone
+from nmoe.messages import ROW_HAS_IDS, ROW_RETURNS, ROW_SAMPLES, Step, StepDone
+from nmoe.outputs import Returns, pack
 
 VOCABULARY = 40
 
@@ -36,6 +37,17 @@ def expected_output(prompt: list[int], seed: int, max_tokens: int, eos_ids: tupl
     return output
 
 
+def record(position: int, token: int, history: int, returns: Returns) -> bytes:
+    """Of the token after `position`, before which lies `history`: it names all three, so that none can be mistaken."""
+    named = np.array([position, token, history % 2**31], np.int32).tobytes()
+    return named + bytes(returns.record_bytes - len(named))
+
+
+def routing(position: int, history: int) -> bytes:
+    """Of a position, history included."""
+    return np.array([position, history % 2**31], np.int32).tobytes()
+
+
 @dataclasses.dataclass
 class Slot:
     """One row of the slot table."""
@@ -44,6 +56,10 @@ class Slot:
     seed: int
     floor: int  # positions below are in shared pages
     end: int  # the next position
+    prompt_len: int
+    past: list[int]
+    returns: Returns
+    returned: int  # what positions below return has come back
     last: int | None = None
     pages: list[int] = dataclasses.field(default_factory=list)
 
@@ -98,18 +114,51 @@ class SimulatedWorker:
         for slot_id, _, _, _ in rows:
             self._check_context(step.step_id, self.slots[slot_id])
         self.previous_rows = rows
+        blocks = [
+            self._block(self.slots[row[0]], row[1], new)
+            for row, new in zip(rows, computed, strict=True)
+            if row[3] & ROW_RETURNS
+        ]
         sampled = [new for new in computed if new is not None]
         tokens_of_all = np.array([token for new in sampled for token in new], np.int32).tobytes()
         counts = None
         if self.row_tokens > 1:
             counts = np.array([len(new) for new in sampled], np.int32).tobytes()
-        return StepDone(1, self.rank, step.step_id, tokens_of_all, counts)
+        sizes = np.array([len(block) for block in blocks], np.int32).tobytes()
+        return StepDone(1, self.rank, step.step_id, tokens_of_all, counts, b"".join(blocks), sizes)
+
+    def _block(self, slot: Slot, first: int, new: list[int] | None) -> bytes:
+        """What the positions before `slot.end` return that has not come back: see `record` and `routing`."""
+        new = new or []
+        known = dict(enumerate(slot.past))
+        known.update(zip(range(slot.end - len(new) + 1, slot.end + 1), new, strict=True))
+        records = []
+        if slot.returns.records:
+            begin = max(first, slot.returned)
+            told = range(begin if slot.returns.prompt else max(begin, slot.prompt_len - 1), slot.end)
+            records = [
+                record(p, known[p + 1], self._history(slot, p + 1), slot.returns) for p in told if p + 1 in known
+            ]
+        routed = []
+        if slot.returns.routing:
+            routed = [routing(p, self._history(slot, p + 1)) for p in range(slot.returned, slot.end)]
+        slot.returned = slot.end
+        return pack(b"", b"".join(records), len(records), b"".join(routed), len(routed))
 
     def _admit(self, step: Step) -> None:
         for admit in step.admits:
             self.tenancies += 1
             assert 0 <= admit.slot < self.num_slots
-            self.slots[admit.slot] = Slot(self.tenancies, admit.sampling.seed, admit.cached, admit.cached)
+            self.slots[admit.slot] = Slot(
+                self.tenancies,
+                admit.sampling.seed,
+                admit.cached,
+                admit.cached,
+                admit.prompt_len,
+                np.frombuffer(admit.past, np.int32).tolist(),
+                admit.returns,
+                admit.returned,
+            )
         with_rows = {row[0] for row in self.rows_of(step)}
         assert {admit.slot for admit in step.admits} <= with_rows
         for slot_id, page in np.frombuffer(step.pages, np.int32).reshape(-1, 2).tolist():
@@ -123,7 +172,7 @@ class SimulatedWorker:
             rows = [tuple(row) for row in np.frombuffer(step.rows, np.int32).reshape(-1, 4).tolist()]
         else:
             assert self.previous_rows
-            assert all(flags == ROW_SAMPLES for *_, flags in self.previous_rows)
+            assert all(flags & ~ROW_RETURNS == ROW_SAMPLES for *_, flags in self.previous_rows)
             rows = [(slot, first + count, 1, flags) for slot, first, count, flags in self.previous_rows]
         decodes = [not row[3] & ROW_HAS_IDS for row in rows]
         assert decodes == sorted(decodes, reverse=True), "decode rows come first"
@@ -138,7 +187,7 @@ class SimulatedWorker:
             assert first <= slot.end, "with several tokens per row, the plan is a lower bound"
             first = slot.end
         limit = self.limits_by_seed[slot.seed]
-        if first >= limit - 1:
+        if first >= limit - 1 and first >= slot.prompt_len:
             assert self.row_tokens > 1, "planned beyond max_tokens"
             return [0]
         history = self._history(slot, first)

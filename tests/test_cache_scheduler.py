@@ -6,6 +6,7 @@ import msgspec
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
+from nmoe.outputs import Returns
 from nmoe.profiles import PROFILES
 from tests.simulated_engine import Engine, limits
 from tests.simulated_worker import VOCABULARY
@@ -43,6 +44,7 @@ SUBMIT = st.fixed_dictionaries(
         "eos": st.sampled_from([0, 0, 1, 3]),
         "priority": st.sampled_from([0, 0, 0, 1, -1]),
         "profile": st.sampled_from(["production_generate", "production_generate", *PROFILES]),
+        "returns": st.integers(0, 7),
     }
 )
 ACTION = st.one_of(
@@ -58,6 +60,18 @@ ACTION = st.one_of(
 )
 
 
+RETURNS = [
+    Returns(),
+    Returns(),
+    Returns(),
+    Returns(records=True),
+    Returns(records=True, top_k=3, scored_ids=(1, 2)),
+    Returns(records=True, prompt=True),
+    Returns(routing=True),
+    Returns(records=True, prompt=True, top_k=1, routing=True),
+]
+
+
 def submit(engine: Engine, fields: dict) -> None:
     """Submit a request that fits the engine's limits, but only just if its numbers are large."""
     room = engine.limits.max_seq_len
@@ -66,7 +80,8 @@ def submit(engine: Engine, fields: dict) -> None:
     stem = fields["stem"]
     prompt = [(stem * 7 + i * i) % VOCABULARY for i in range(length - tail)] + [stem + tail + 1] * tail
     others = {name: fields[name] for name in ("n", "frontend", "priority", "profile")}
-    engine.submit(prompt, 1 + fields["max_tokens"] % (room - length), eos_ids=tuple(range(fields["eos"])), **others)
+    others["returns"] = RETURNS[fields["returns"]]
+    engine.submit(prompt, fields["max_tokens"] % (room - length + 1), eos_ids=tuple(range(fields["eos"])), **others)
 
 
 def act(engine: Engine, action) -> None:
@@ -124,6 +139,7 @@ def long_stream(seed: int, length: int = 150) -> list:
                     "eos": rng.choice([0, 0, 1, 3]),
                     "priority": rng.choice([0, 0, 0, 1, -1]),
                     "profile": rng.choice(profiles),
+                    "returns": rng.randrange(8),
                 }
             )
         else:
@@ -166,7 +182,7 @@ def test_reset_ends_everything_once_and_starts_clean(sizes, before, after):
     play(engine, long_stream(after, 40))
 
 
-PLAIN = {"priority": 0, "profile": "production_generate"}
+PLAIN = {"priority": 0, "profile": "production_generate", "returns": 0}
 
 
 def test_eviction_and_preemption_happen_and_lose_nothing():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from nmoe.messages import ROW_HAS_IDS, Rejected, make_uid
+from nmoe.outputs import Returns
 from nmoe.profiles import Numerics
 from nmoe.scheduler.request import State, sibling_seed
 from tests.simulated_engine import Engine, limits
@@ -315,7 +316,9 @@ def test_refusals_say_why():
     )
     assert refused(engine, [1], n=3)[0] == 400
     assert refused(engine, [], 1)[0] == 400
-    assert refused(engine, [1], 0)[0] == 400
+    assert refused(engine, [1], -1)[0] == 400
+    assert refused(engine, [1], returns=Returns(prompt=True))[0] == 400
+    assert refused(engine, [1], returns=Returns(records=True, top_k=129))[0] == 400
     assert refused(engine, [-1], 1)[0] == 400
     assert refused(engine, [1], 1, profile="nobody")[0] == 400
     assert refused(engine, [1], 1, n=0)[0] == 400

@@ -1,4 +1,4 @@
-"""The decode rows of one numerics class: per rank an explicit, ordered list of slots, and all of them as arrays.
+"""The decode rows of one lane: per rank an explicit, ordered list of slots, and all of them as arrays.
 
 The arrays are built anew only when a row begins or ends, and never changed in place, so a step in flight keeps its own.
 """
@@ -6,7 +6,8 @@ The arrays are built anew only when a row begins or ends, and never changed in p
 import numpy as np
 import numpy.typing as npt
 
-from nmoe.scheduler.slots import Slots, SlotTable
+from nmoe.messages import ROW_RETURNS
+from nmoe.scheduler.slots import Bools, Ints, Slots, SlotTable
 
 
 class Batch:
@@ -17,8 +18,10 @@ class Batch:
         self._rows: list[list[int]] = [[] for _ in range(table.world_size)]
         self._stale = True
         self._slots: Slots = np.empty(0, np.int64)
-        self._local: npt.NDArray[np.int32] = np.empty(0, np.int32)
+        self._local: Ints = np.empty(0, np.int32)
+        self._flags: Ints = np.empty(0, np.int32)
         self._uids: npt.NDArray[np.int64] = np.empty(0, np.int64)
+        self._returns: Bools | None = None
         self._bounds: list[int] = []
         self.changes = [0] * table.world_size  # per rank, how often its rows changed
 
@@ -43,6 +46,9 @@ class Batch:
             self._slots = np.array([slot for rows in self._rows for slot in rows], np.int64)
             self._local = (self._slots % self._table.num_slots).astype(np.int32)
             self._uids = self._table.uid[self._slots]
+            self._flags = self._table.flags[self._slots]
+            returns = self._flags & ROW_RETURNS != 0
+            self._returns = returns if returns.any() else None
             self._bounds = np.cumsum([0, *map(len, self._rows)]).tolist()
             self._stale = False
 
@@ -53,10 +59,22 @@ class Batch:
         return self._slots
 
     @property
-    def local(self) -> npt.NDArray[np.int32]:
+    def local(self) -> Ints:
         """The same rows' slots as their ranks number them."""
         self._refresh()
         return self._local
+
+    @property
+    def flags(self) -> Ints:
+        """The same rows' flags, as in a Step."""
+        self._refresh()
+        return self._flags
+
+    @property
+    def returns(self) -> Bools | None:
+        """Which of the same rows return a block; None if none does."""
+        self._refresh()
+        return self._returns
 
     @property
     def uids(self) -> npt.NDArray[np.int64]:

@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from nmoe.messages import CHANNEL_DECODE, CHANNEL_PREFILL, ROW_HAS_IDS, ROW_SAMPLES, Admit, Step
+from nmoe.messages import CHANNEL_DECODE, CHANNEL_PREFILL, ROW_HAS_IDS, ROW_RETURNS, ROW_SAMPLES, Admit, Step
 from nmoe.profiles import Numerics
 from nmoe.scheduler.batch import Batch
 from nmoe.scheduler.limits import Limits
@@ -21,6 +21,20 @@ class Chunk(msgspec.Struct, frozen=True):
     first: int
     count: int
     last: bool
+    flags: int  # as in a Step
+
+    @classmethod
+    def of(cls, request: Request, first: int, count: int) -> "Chunk":
+        """The next `count` of the request's known tokens."""
+        last = first + count == request.known_len
+        samples = last and request.max_tokens > 0
+        returns = request.returns_in(first + count, samples)
+        return cls(request, first, count, last, ROW_HAS_IDS | ROW_SAMPLES * samples | ROW_RETURNS * returns)
+
+    @property
+    def comes_back(self) -> bool:
+        """Whether its results have anything in them."""
+        return self.flags != ROW_HAS_IDS
 
 
 class Draft:
@@ -59,7 +73,7 @@ class StepWriter:
     def __init__(self, generation: int, table: SlotTable) -> None:
         self._generation = generation
         self._table = table
-        self._last: list[tuple[Numerics, int] | None] = [None] * table.world_size
+        self._last: list[tuple[Batch, int] | None] = [None] * table.world_size
 
     def write(self, step_id: int, numerics: Numerics, batch: Batch, draft: Draft) -> list[Step]:
         """The Steps of all ranks: `batch`'s rows, then the chunks. Positions have not been advanced yet."""
@@ -71,7 +85,7 @@ class StepWriter:
         steps = []
         for r in ranks:
             chunks = draft.chunks[r]
-            state = None if chunks else (numerics, batch.changes[r])
+            state = None if chunks else (batch, batch.changes[r])
             packed: bytes | None = None
             if state is None or state != self._last[r] or bounds[r] == bounds[r + 1]:
                 rows = self._decode_rows(batch) if rows is None else rows
@@ -87,12 +101,11 @@ class StepWriter:
         rows[:, 0] = batch.local
         rows[:, 1] = self._table.position[batch.slots]
         rows[:, 2] = 1
-        rows[:, 3] = ROW_SAMPLES
+        rows[:, 3] = batch.flags
         return rows
 
     def _chunk_rows(self, chunks: list[Chunk]) -> bytes:
         rows = array("i")
         for chunk in chunks:
-            flags = ROW_HAS_IDS | ROW_SAMPLES if chunk.last else ROW_HAS_IDS
-            rows.extend((chunk.request.slot % self._table.num_slots, chunk.first, chunk.count, flags))
+            rows.extend((chunk.request.slot % self._table.num_slots, chunk.first, chunk.count, chunk.flags))
         return rows.tobytes()

@@ -4,18 +4,18 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from nmoe.messages import StepDone
+from nmoe.messages import ROW_RETURNS, ROW_SAMPLES, StepDone
 from nmoe.scheduler.batch import Batch
 from nmoe.scheduler.draft import Draft
 from nmoe.scheduler.request import Request
-from nmoe.scheduler.slots import Ints, Slots
+from nmoe.scheduler.slots import Bools, Ints, Slots
 
 
 class Flight(msgspec.Struct):
-    """Who gets which token when every rank has answered.
+    """Who gets which token and which block when every rank has answered.
 
-    `slots` and `uids` name the rows that sample, rank by rank and in row order; a row whose slot has another uid by now
-    belongs to a request that has ended, and its tokens are dropped.
+    `slots` and `uids` name the rows of which something comes back, rank by rank and in row order; a row whose slot has
+    another uid by now belongs to a request that has ended, and its results are dropped.
     """
 
     step_id: int
@@ -23,34 +23,56 @@ class Flight(msgspec.Struct):
     num_tokens: int  # all ranks
     slots: Slots
     uids: npt.NDArray[np.int64]
-    bounds: list[int]  # rank r's sampling rows are bounds[r] to bounds[r + 1]
+    bounds: list[int]  # rank r's rows are bounds[r] to bounds[r + 1]
+    samples: Bools | None  # which of the rows bring tokens; None: all
+    returns: Bools | None  # which of the rows bring a block; None: none
     prefilled: list[Request]  # those whose last chunk is in this step
     answers: list[StepDone | None]
 
     @classmethod
     def of(cls, step_id: int, now: float, batch: Batch, draft: Draft) -> "Flight":
         """The flight of the step that `batch`'s rows and `draft`'s chunks make."""
-        slots, uids, bounds = batch.slots, batch.uids, batch.bounds
-        prefilled = [[chunk.request for chunk in chunks if chunk.last] for chunks in draft.chunks]
+        slots, uids, bounds, returns = batch.slots, batch.uids, batch.bounds, batch.returns
         num_tokens = len(slots) + sum(chunk.count for chunks in draft.chunks for chunk in chunks)
-        if any(prefilled):
-            ends = [
-                slot for rank, mine in enumerate(prefilled) for slot in (*batch.rows(rank), *(r.slot for r in mine))
+        samples = None
+        back = [[chunk for chunk in chunks if chunk.comes_back] for chunks in draft.chunks]
+        if any(back):
+            each = [
+                slot for rank, mine in enumerate(back) for slot in (*batch.rows(rank), *(c.request.slot for c in mine))
             ]
-            slots = np.array(ends, np.int64)
+            flags = np.concatenate(
+                [
+                    part
+                    for rank, mine in enumerate(back)
+                    for part in (batch.flags[bounds[rank] : bounds[rank + 1]], [chunk.flags for chunk in mine])
+                ]
+            ).astype(np.int32)
+            slots = np.array(each, np.int64)
             uids = batch.uids_of(slots)
-            bounds = [start + sum(map(len, prefilled[:rank])) for rank, start in enumerate(bounds)]
-        requests = [request for mine in prefilled for request in mine]
-        return cls(step_id, now, num_tokens, slots, uids, bounds, requests, [None] * len(prefilled))
+            bounds = [start + sum(map(len, back[:rank])) for rank, start in enumerate(bounds)]
+            samples, returns = flags & ROW_SAMPLES != 0, flags & ROW_RETURNS != 0
+            samples = None if samples.all() else samples
+            returns = returns if returns.any() else None
+        prefilled = [chunk.request for chunks in draft.chunks for chunk in chunks if chunk.last]
+        answers: list[StepDone | None] = [None] * len(back)
+        return cls(step_id, now, num_tokens, slots, uids, bounds, samples, returns, prefilled, answers)
 
     def answer(self, done: StepDone) -> None:
         """Keep one rank's results."""
-        rows = self.bounds[done.rank + 1] - self.bounds[done.rank]
+        mine = slice(self.bounds[done.rank], self.bounds[done.rank + 1])
+        rows = mine.stop - mine.start if self.samples is None else int(np.count_nonzero(self.samples[mine]))
         tokens = rows if done.counts is None else int(np.frombuffer(done.counts, np.int32).sum())
         if self.answers[done.rank] is not None or len(done.tokens) != 4 * tokens or not _plausible(done, rows):
             raise RuntimeError(
                 f"rank {done.rank} answered step {self.step_id} with {len(done.tokens) // 4} tokens for {rows} rows"
                 f"{'' if self.answers[done.rank] is None else ', a second time'}"
+            )
+        blocks = 0 if self.returns is None else int(np.count_nonzero(self.returns[mine]))
+        sizes = np.frombuffer(done.block_sizes, np.int32)
+        if len(sizes) != blocks or int(sizes.sum()) != len(done.blocks) or (sizes <= 0).any():
+            raise RuntimeError(
+                f"rank {done.rank} answered step {self.step_id} with {len(sizes)} blocks of {int(sizes.sum())} bytes"
+                f" in {len(done.blocks)} bytes for {blocks} rows that return one"
             )
         self.answers[done.rank] = done
 
@@ -60,7 +82,7 @@ class Flight(msgspec.Struct):
         return None not in self.answers
 
     def results(self) -> tuple[Ints, Ints | None]:
-        """All ranks' tokens, and how many each row has; None: one each."""
+        """All ranks' tokens, and how many each row that samples has; None: one each."""
         answers = [answer for answer in self.answers if answer is not None]
         tokens = np.frombuffer(b"".join(answer.tokens for answer in answers), np.int32)
         if all(answer.counts is None for answer in answers):
@@ -72,6 +94,30 @@ class Flight(msgspec.Struct):
             for answer in answers
         ]
         return tokens, np.concatenate(counts)
+
+    def blocks(self) -> "Blocks | None":
+        """All ranks' blocks; None if no row has one."""
+        if self.returns is None:
+            return None
+        answers = [answer for answer in self.answers if answer is not None]
+        sizes = np.zeros(len(self.slots), np.int32)
+        sizes[self.returns] = np.frombuffer(b"".join(answer.block_sizes for answer in answers), np.int32)
+        return Blocks(b"".join(answer.blocks for answer in answers), sizes)
+
+
+class Blocks(msgspec.Struct, frozen=True):
+    """The blocks of some rows, end to end; the size of each row's in bytes, 0 for a row without."""
+
+    data: bytes
+    sizes: Ints
+
+    def of(self, rows: Bools) -> "Blocks":
+        """Those of some of the rows."""
+        ends = np.cumsum(self.sizes, dtype=np.int64)
+        chosen = (rows & (self.sizes > 0)).nonzero()[0]
+        view, begins = memoryview(self.data), ends - self.sizes
+        parts = [view[a:b] for a, b in zip(begins[chosen].tolist(), ends[chosen].tolist(), strict=True)]
+        return Blocks(b"".join(parts), self.sizes[rows])
 
 
 def _plausible(done: StepDone, rows: int) -> bool:

@@ -5,10 +5,10 @@ import numpy as np
 import numpy.typing as npt
 
 from nmoe.messages import Reason
-from nmoe.scheduler.flight import Flight
+from nmoe.scheduler.flight import Blocks, Flight
 from nmoe.scheduler.ranks import Ranks
 from nmoe.scheduler.request import State
-from nmoe.scheduler.slots import Ints
+from nmoe.scheduler.slots import Bools, Ints, Slots
 
 
 class Results(msgspec.Struct, frozen=True):
@@ -18,18 +18,33 @@ class Results(msgspec.Struct, frozen=True):
     tokens: Ints
     counts: Ints | None
     ended: list[tuple[int, Reason]]
+    blocks: Blocks | None = None
 
 
 def append_results(flight: Flight, ranks: Ranks) -> Results:
     """Append each live row's tokens to its slot. Tokens after an EOS or beyond max_tokens are dropped."""
     tokens, counts = flight.results()
     live = ranks.table.uid[flight.slots] == flight.uids
-    if counts is None:
-        return _one_each(flight, ranks, tokens, live)
-    return _several(flight, ranks, tokens, counts, live)
+    if flight.samples is None and counts is None:
+        results = _one_each(flight, ranks, tokens, live)
+    else:
+        results = _several(flight, ranks, tokens, _spread(counts, flight), live)
+    blocks = flight.blocks()
+    if blocks and np.count_nonzero(live) < len(live):
+        blocks = blocks.of(live)
+    return msgspec.structs.replace(results, blocks=blocks) if blocks else results
 
 
-def _one_each(flight: Flight, ranks: Ranks, tokens: Ints, live: npt.NDArray[np.bool_]) -> Results:
+def _spread(counts: Ints | None, flight: Flight) -> Ints:
+    """The counts of all rows, from those of the rows that sample."""
+    if flight.samples is None and counts is not None:
+        return counts
+    spread = np.zeros(len(flight.slots), np.int32)
+    spread[flight.samples] = 1 if counts is None else counts
+    return spread
+
+
+def _one_each(flight: Flight, ranks: Ranks, tokens: Ints, live: Bools) -> Results:
     slots, uids = flight.slots, flight.uids
     if np.count_nonzero(live) < len(live):
         slots, uids, tokens = slots[live], uids[live], tokens[live]
@@ -37,7 +52,7 @@ def _one_each(flight: Flight, ranks: Ranks, tokens: Ints, live: npt.NDArray[np.b
     return Results(uids, tokens, None, _reasons(slots, by_eos, by_length))
 
 
-def _several(flight: Flight, ranks: Ranks, tokens: Ints, counts: Ints, live: npt.NDArray[np.bool_]) -> Results:
+def _several(flight: Flight, ranks: Ranks, tokens: Ints, counts: Ints, live: Bools) -> Results:
     """Round j appends the j-th token of every row that has one and has not ended before it."""
     starts = np.cumsum(counts) - counts
     taken = np.zeros(len(tokens), np.bool_)
@@ -67,9 +82,7 @@ def _catch_up(flight: Flight, ranks: Ranks, rows: npt.NDArray[np.int64], kept: I
                 ranks.finish_decode(request)
 
 
-def _reasons(
-    slots: npt.NDArray[np.int64], by_eos: npt.NDArray[np.bool_], by_length: npt.NDArray[np.bool_]
-) -> list[tuple[int, Reason]]:
+def _reasons(slots: Slots, by_eos: Bools, by_length: Bools) -> list[tuple[int, Reason]]:
     (over,) = (by_eos | by_length).nonzero()
     if not len(over):
         return []

@@ -7,7 +7,10 @@ import numpy as np
 
 from nmoe.config import Config
 from nmoe.messages import Rejected, Submit
+from nmoe.outputs import MAX_SCORED, MAX_TOP_K, Returns
 from nmoe.profiles import PROFILES
+
+_RECORDS_BYTES = 1 << 20  # that one request may return in one step
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -60,6 +63,10 @@ class Limits(msgspec.Struct, frozen=True):
         share = max(1, self.max_prefill_tokens // self.world_size)
         return min(share, max(self.page_size, share // 4)) if decoding else share
 
+    def chunk_of(self, returns: Returns) -> int:
+        """The most prompt tokens of one request in one step, so that its records stay within a message's size."""
+        return max(1, _RECORDS_BYTES // returns.record_bytes) if returns.prompt else self.max_prefill_tokens
+
     def refusal(self, submit: Submit, live: Container[int], waiting: int, generation: int) -> Rejected | None:
         """Why `submit` cannot be accepted, if so; `live` has the uids in use, `waiting` is the queue's length."""
         problem = _malformed(submit, live) or self._too_large(submit)
@@ -75,8 +82,8 @@ class Limits(msgspec.Struct, frozen=True):
         both = f"the prompt's {prompt_len} tokens and max_tokens = {submit.max_tokens}"
         if prompt_len + submit.max_tokens > self.max_seq_len:
             return f"{both} together exceed the limit of {self.max_seq_len} tokens"
-        # The last token is sampled but never computed on, so it needs no room.
-        need = self.pages(prompt_len + submit.max_tokens - 1)
+        # The last sampled token is never computed on, so it needs no room.
+        need = self.pages(max(prompt_len, prompt_len + submit.max_tokens - 1))
         if need > self.num_pages:
             return f"{both} need {need} pages of {self.page_size} tokens; the cache has {self.num_pages} per rank"
         if submit.n > self.max_queue:
@@ -85,8 +92,8 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 def _malformed(submit: Submit, live: Container[int]) -> str:
-    if submit.n < 1 or submit.max_tokens < 1:
-        return f"n = {submit.n} and max_tokens = {submit.max_tokens} must be at least 1"
+    if submit.n < 1 or submit.max_tokens < 0:
+        return f"n = {submit.n} must be at least 1, max_tokens = {submit.max_tokens} at least 0"
     if not submit.prompt or len(submit.prompt) % 4:
         return f"the prompt must be int32 token ids, at least one; it has {len(submit.prompt)} bytes"
     if int(np.frombuffer(submit.prompt, np.int32).min()) < 0:
@@ -95,4 +102,12 @@ def _malformed(submit: Submit, live: Container[int]) -> str:
         return f"unknown profile {submit.profile!r}; known: {', '.join(PROFILES)}"
     if any(uid in live for uid in range(submit.uid, submit.uid + submit.n)):
         return f"the uids from {submit.uid} to {submit.uid + submit.n - 1} are not all new"
+    return _malformed_returns(submit.returns)
+
+
+def _malformed_returns(returns: Returns) -> str:
+    if not 0 <= returns.top_k <= MAX_TOP_K or len(returns.scored_ids) > MAX_SCORED:
+        return f"top_k = {returns.top_k} and {len(returns.scored_ids)} scored ids: at most {MAX_TOP_K} and {MAX_SCORED}"
+    if (returns.prompt or returns.logits) and not returns.records:
+        return "records of the prompt, and logits, come with records of the sampled tokens only"
     return ""

@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nmoe.messages import Ended, Tokens, make_uid, uid_frontend
+from nmoe.scheduler.flight import Blocks
 from nmoe.scheduler.slots import Ints
 
 Uids = npt.NDArray[np.int64]
@@ -23,23 +24,26 @@ class Outbox:
         """The terminal entry of a request, whose last tokens are in the next `tokens` at the latest."""
         self._ended.setdefault(uid_frontend(entry.uid), []).append(entry)
 
-    def tokens(self, uids: Uids, tokens: Ints, counts: Ints | None) -> None:
-        """One step's tokens, in row order; counts None: one per row."""
+    def tokens(self, uids: Uids, tokens: Ints, counts: Ints | None, blocks: Blocks | None = None) -> None:
+        """One step's tokens and blocks, in row order; counts None: one per row."""
         frontends = uids // _STRIDE
         if uids.size and not np.count_nonzero(frontends != frontends[0]):
-            self._put(int(frontends[0]), uids, tokens, counts)
+            self._put(int(frontends[0]), uids, tokens, counts, blocks)
         else:
             of_token = frontends if counts is None else np.repeat(frontends, counts)
             for frontend in np.unique(frontends).tolist():
                 mine = frontends == frontend
                 part = None if counts is None else counts[mine]
-                self._put(frontend, uids[mine], tokens[of_token == frontend], part)
+                his = None if blocks is None else blocks.of(mine)
+                self._put(frontend, uids[mine], tokens[of_token == frontend], part, his)
         self._flush()
 
-    def _put(self, frontend: int, uids: Uids, tokens: Ints, counts: Ints | None) -> None:
+    def _put(self, frontend: int, uids: Uids, tokens: Ints, counts: Ints | None, blocks: Blocks | None) -> None:
         ended = tuple(self._ended.pop(frontend, ()))
         packed = None if counts is None or bool((counts == 1).all()) else counts.tobytes()
-        self._messages.append((frontend, Tokens(self._generation, uids.tobytes(), tokens.tobytes(), packed, ended)))
+        data, sizes = (blocks.data, blocks.sizes.tobytes()) if blocks and blocks.data else (b"", None)
+        message = Tokens(self._generation, uids.tobytes(), tokens.tobytes(), packed, ended, data, sizes)
+        self._messages.append((frontend, message))
 
     def _flush(self) -> None:
         for frontend, entries in self._ended.items():

@@ -27,12 +27,12 @@ def place(
     Candidates are the keys of `loads` (tokens, see above). It fits if the pages it lacks of its `num_pages` leave the
     rank `reserves[rank]` pages, so that the requests that run there can grow and nobody is preempted at once.
     """
-    known_len = request.known_len
+    known_len, keys = request.known_len, request.shared_keys(page_size)
     costs = []
     for rank, load in loads.items():
-        cached = pools[rank].tree.match(request.keys)
+        cached = pools[rank].tree.match(keys)
         costs.append((load + max(known_len - cached * page_size, 1), rank, cached))
     for _, rank, cached in sorted(costs):
-        if pools[rank].fits(request.keys[:cached], num_pages - cached + reserves[rank]):
+        if pools[rank].fits(keys[:cached], num_pages - cached + reserves[rank]):
             return rank, cached
     return None

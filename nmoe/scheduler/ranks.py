@@ -1,7 +1,7 @@
 """Who lives on which rank: slots, pages, batches. The moves of a request, without the decisions."""
 
 from nmoe.messages import Admit
-from nmoe.profiles import Numerics
+from nmoe.profiles import Lane
 from nmoe.scheduler.batch import Batch
 from nmoe.scheduler.draft import Draft
 from nmoe.scheduler.limits import Limits
@@ -23,8 +23,9 @@ class Ranks:
         self._limits = limits
         self.table = SlotTable(limits.world_size, limits.num_slots)
         self.pools = [PagePool(limits.num_pages, stats) for _ in range(limits.world_size)]
-        self.batches = {numerics: Batch(self.table) for numerics in Numerics}
-        self.prefills: dict[Numerics, list[Request]] = {numerics: [] for numerics in Numerics}
+        self.batches = {lane: Batch(self.table) for lane in Lane}
+        self.no_rows = Batch(self.table)  # in place of a batch that waits
+        self.prefills: dict[Lane, list[Request]] = {lane: [] for lane in Lane}
         self.running = [0] * limits.world_size
         self.news = [0] * limits.world_size
         self._residents = [0] * limits.world_size  # requests that hold pages
@@ -35,7 +36,7 @@ class Ranks:
 
     def pages_needed(self, request: Request) -> int:
         """The pages with which a request begins: for its known tokens, and what its first row may write beyond."""
-        return self._limits.pages(min(request.known_len + self._limits.lookahead, request.limit - 1))
+        return self._limits.pages(min(request.known_len + self._limits.lookahead, request.last_computed))
 
     def admit(self, request: Request, rank: int, cached: int, draft: Draft) -> None:
         """Place a waiting request on `rank`, where the pages of its first `cached` keys are in the tree."""
@@ -48,12 +49,15 @@ class Ranks:
         request.published, request.publishes = cached, True
         request.state = State.PREFILL
         self.table.capacity[request.slot] = len(request.pages) * self._limits.page_size
-        self.prefills[request.numerics].append(request)
+        self.prefills[request.lane].append(request)
         self.running[rank] += 1
         self._residents[rank] += 1
-        past = request.known if request.sampling.needs_past else b""
-        slot = request.slot % self._limits.num_slots
-        draft.admits[rank].append(Admit(slot, covered, request.sampling, past, request.prompt_len))
+        # What is returned of a prompt's token hangs on the next one, which may be in the next chunk.
+        past = request.known if request.sampling.needs_past or request.returns.prompt else b""
+        slot, wanted = request.slot % self._limits.num_slots, request.returns
+        draft.admits[rank].append(
+            Admit(slot, covered, request.sampling, past, request.prompt_len, wanted, request.returned)
+        )
         draft.give(request, request.pages)
 
     def grow_all(self, needs: list[tuple[Request, int]], demand: list[int], draft: Draft) -> None:
@@ -95,16 +99,16 @@ class Ranks:
 
     def start_decode(self, request: Request) -> None:
         """The request's known tokens are planned: from now on the batch carries it, if it has more to generate."""
-        self.prefills[request.numerics].remove(request)
+        self.prefills[request.lane].remove(request)
         if self.table.position[request.slot] < self.table.end[request.slot]:
             request.state = State.DECODE
-            self.batches[request.numerics].add(request.rank, request.slot)
+            self.batches[request.lane].add(request.rank, request.slot)
         else:
             self._leave(request)
 
     def finish_decode(self, request: Request) -> None:
         """All rows of a decoding request are planned; it only waits for results."""
-        self.batches[request.numerics].remove(request.rank, request.slot)
+        self.batches[request.lane].remove(request.rank, request.slot)
         self._leave(request)
 
     def _leave(self, request: Request) -> None:
@@ -115,7 +119,7 @@ class Ranks:
     def stop(self, request: Request) -> None:
         """Plan no more rows of a request, whatever its state."""
         if request.state is State.PREFILL:
-            self.prefills[request.numerics].remove(request)
+            self.prefills[request.lane].remove(request)
             self._leave(request)
         elif request.state is State.DECODE:
             self.finish_decode(request)

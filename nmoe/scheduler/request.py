@@ -5,7 +5,8 @@ import enum
 import msgspec
 
 from nmoe.messages import Sampling, Submit
-from nmoe.profiles import PROFILES, Numerics
+from nmoe.outputs import Returns
+from nmoe.profiles import PROFILES, Lane, Numerics
 
 _MASK64 = (1 << 64) - 1
 
@@ -39,14 +40,16 @@ class Request(msgspec.Struct, eq=False):
     max_tokens: int
     sampling: Sampling
     eos_ids: tuple[int, ...]
-    numerics: Numerics
+    lane: Lane
     caches_outputs: bool
+    returns: Returns
     arrived_at: float
     known: bytes  # int32, the prompt, and after a preemption the output too: what is computed with ids
     keys: list[bytes] = []  # names of its full pages in the prefix tree, see nmoe/scheduler/prefix.py
     siblings: "list[Request]" = []  # those that wait for this one's prompt
     pinned: int | None = None  # the rank it must be placed on
     state: State = State.WAITING
+    returned: int = 0  # positions whose block came back before the last preemption
     output: bytes = b""  # int32; the newest tokens are still in the slot's tail
     misfits: dict[int, int] = {}  # rank -> the rank's news when it did not fit there
 
@@ -60,6 +63,11 @@ class Request(msgspec.Struct, eq=False):
     cached_tokens: int = 0
     scheduled_at: float = 0.0
     first_token_at: float = 0.0
+
+    @property
+    def numerics(self) -> Numerics:
+        """The class of its steps."""
+        return self.lane.numerics
 
     @property
     def prompt_len(self) -> int:
@@ -76,6 +84,25 @@ class Request(msgspec.Struct, eq=False):
         """Tokens of prompt and output when it ends by length."""
         return self.prompt_len + self.max_tokens
 
+    @property
+    def last_computed(self) -> int:
+        """Positions that are computed when it ends by length: the last sampled token is not, the whole prompt is."""
+        return max(self.limit - 1, self.prompt_len)
+
+    def shared_keys(self, page_size: int) -> list[bytes]:
+        """The pages that it may take from the prefix cache.
+
+        Records of the prompt come of computing it, so what has not returned is computed whatever the cache holds.
+        """
+        if not self.returns.prompt or self.returned >= self.prompt_len - 1:
+            return self.keys
+        return self.keys[: self.returned // page_size]
+
+    def returns_in(self, end: int, samples: bool) -> bool:
+        """Whether a row with ids that ends before position `end` has something to return."""
+        wanted = self.returns
+        return bool(wanted) and (samples or ((wanted.prompt or wanted.routing) and end > self.returned))
+
 
 def sibling_seed(seed: int, index: int) -> int:
     """The seed of sibling `index`: the request's own for 0, else 63 bits of splitmix64's output `index` after `seed`.
@@ -91,18 +118,25 @@ def sibling_seed(seed: int, index: int) -> int:
 
 
 def siblings(submit: Submit, arrival: int, now: float) -> list[Request]:
-    """The `n` requests of a Submit, in order; their arrivals are consecutive."""
+    """The `n` requests of a Submit, in order; their arrivals are consecutive.
+
+    What the prompt returns comes back once: with the first.
+    """
     profile = PROFILES[submit.profile]
+    # In the lane that keeps the order of arrivals, priorities count for nothing.
+    priority = 0 if profile.lane is Lane.EVALUATION else submit.priority
+    later = msgspec.structs.replace(submit.returns, prompt=False)
     return [
         Request(
             uid=submit.uid + index,
-            order=(submit.priority, arrival + index),
+            order=(priority, arrival + index),
             prompt=submit.prompt,
             max_tokens=submit.max_tokens,
             sampling=msgspec.structs.replace(submit.sampling, seed=sibling_seed(submit.sampling.seed, index)),
             eos_ids=submit.eos_ids,
-            numerics=profile.numerics,
+            lane=profile.lane,
             caches_outputs=profile.caches == "prompts and outputs",
+            returns=later if index else submit.returns,
             arrived_at=now,
             known=submit.prompt,
         )

@@ -17,24 +17,26 @@ What holds at all times:
 - Every accepted uid gets one terminal entry: `_end` is the only way out of `_requests`.
 """
 
-import math
 from collections import deque
 
 import msgspec
-import numpy as np
 
 from nmoe.messages import Abort, Ended, Finish, Reason, Rejected, Step, StepDone, Submit, Tokens, make_uid, uid_frontend
-from nmoe.profiles import Numerics
+from nmoe.profiles import PROFILES, Lane
 from nmoe.scheduler.admission import Admission
-from nmoe.scheduler.draft import Chunk, Draft, StepWriter
+from nmoe.scheduler.batch import Batch
+from nmoe.scheduler.draft import Draft, StepWriter
 from nmoe.scheduler.flight import Flight
 from nmoe.scheduler.landing import append_results
 from nmoe.scheduler.limits import Limits
 from nmoe.scheduler.outbox import Outbox
+from nmoe.scheduler.planner import Planner
+from nmoe.scheduler.preemption import Preemption
 from nmoe.scheduler.prefix import extend_keys
 from nmoe.scheduler.ranks import Ranks
 from nmoe.scheduler.request import Request, State, siblings
 from nmoe.scheduler.stats import Stats
+from nmoe.scheduler.turns import Turns
 
 _LIFE = make_uid(0, 1, 0)  # the uids of one life of a frontend are a range of this length
 
@@ -61,16 +63,17 @@ class Scheduler:
         self._admission = Admission(self.limits, self._ranks)
         self._writer = StepWriter(self._generation, self._ranks.table)
         self._flights: deque[Flight] = deque()
-        self._draining: list[tuple[int, Request]] = []  # (last step with a row of it, request)
-        self._waiting_siblings = 0
-        self._turn = Numerics.EXACT  # the class of the last step
+        self._preemption = Preemption(self._ranks, self._admission, self.stats)
+        self._planner = Planner(self.limits, self._ranks, self._admission, self._preemption, self.stats)
+        self._turns = Turns()
+        self._waiting_siblings = dict.fromkeys(Lane, 0)
 
     # ------------------------------------------------------------------------------------------------------- events
 
     def submit(self, submit: Submit, now: float) -> Rejected | None:
         """Accept a request and its siblings, or say why not."""
         limits = self.limits
-        rejected = limits.refusal(submit, self._requests, self.num_waiting, self._generation)
+        rejected = limits.refusal(submit, self._requests, self._num_waiting_beside(submit), self._generation)
         if rejected is not None:
             return rejected
         requests = siblings(submit, self._arrivals, now)
@@ -86,11 +89,16 @@ class Scheduler:
                 self._admission.push(request)
         return None
 
+    def _num_waiting_beside(self, submit: Submit) -> int:
+        """The length of the queue that `submit` would join: each lane has its own, so that none fills another's."""
+        profile = PROFILES.get(submit.profile)
+        return self._admission.waiting(profile.lane) + self._waiting_siblings[profile.lane] if profile else 0
+
     def _lead(self, requests: list[Request]) -> None:
         """Queue the first; the others wait until it has computed the prompt that they share."""
         first, *others = requests
         for other in others:
-            self._waiting_siblings += other.state is not State.SIBLING
+            self._waiting_siblings[other.lane] += other.state is not State.SIBLING
             other.state = State.SIBLING
             other.keys = list(first.keys)
         first.siblings = others
@@ -128,98 +136,29 @@ class Scheduler:
     def plan(self, now: float) -> list[Step] | None:
         """The next step, one message per rank in rank order; None if enough are in flight or no rank has work.
 
-        The numerics classes take turns when both have work.
+        It is one lane's (nmoe/scheduler/turns.py).
         """
         if len(self._flights) >= self.limits.steps_in_flight:
             return None
-        for numerics in sorted(Numerics, key=lambda numerics: numerics is self._turn):
-            batch = self._ranks.batches[numerics]
-            draft = Draft(self.limits)
-            self._extend(numerics, draft)
-            self._prefill(numerics, draft, now)
-            if batch.slots.size or draft.has_chunks():
-                self._turn = numerics
-                return self._launch(numerics, draft, now)
+        for lane in self._turns.order():
+            if self._planner.has_work(lane):
+                batch, draft = self._planner.plan(lane, now)
+                if batch.slots.size or draft.has_chunks():
+                    self._turns.took(lane)
+                    return self._launch(lane, batch, draft, now)
         return None
 
-    def _extend(self, numerics: Numerics, draft: Draft) -> None:
-        """Make sure that every running row has the pages for its next token."""
-        ranks, table = self._ranks, self._ranks.table
-        slots = ranks.batches[numerics].slots
-        last = np.minimum(table.position[slots] + self.limits.lookahead, table.end[slots] - 1)
-        short = last >= table.capacity[slots]
-        if not np.count_nonzero(short):
-            return
-        slots = slots[short]
-        counts = (last[short] + 1 - table.capacity[slots] + self.limits.page_size - 1) // self.limits.page_size
-        demand = np.bincount(slots // self.limits.num_slots, counts, self.limits.world_size).astype(int).tolist()
-        needs = [(table.request(slot), count) for slot, count in zip(slots.tolist(), counts.tolist(), strict=True)]
-        if all(need <= pool.available for need, pool in zip(demand, ranks.pools, strict=True)):
-            ranks.grow_all(needs, demand, draft)
-        else:
-            self._grow_by_age(needs, draft)
-
-    def _grow_by_age(self, needs: list[tuple[Request, int]], draft: Draft) -> None:
-        """Oldest first: whoever is preempted is younger than who needs the page, so it was given none in this step."""
-        ranks = self._ranks
-        for request, count in sorted(needs, key=lambda need: need[0].order):
-            while request.state is State.DECODE and ranks.pools[request.rank].available < count:
-                self._preempt(ranks.youngest(request.rank))
-            if request.state is State.DECODE:
-                ranks.grow(request, ranks.pools[request.rank].take(count), draft)
-
-    def _preempt(self, request: Request) -> None:
-        """Take a request's pages; it requeues at its old place when its rows in flight have returned."""
-        self._ranks.stop(request)
-        self._ranks.release(request)
-        self._ranks.table.position[request.slot] = self._ranks.table.end[request.slot]
-        request.state = State.DRAINING
-        self.stats.preemptions += 1
-        if self._flights:
-            self._draining.append((self._flights[-1].step_id, request))
-        else:
-            self._requeue(request)
-
-    def _requeue(self, request: Request) -> None:
-        self._ranks.table.vacate(request)
-        request.known = request.prompt + request.output
-        request.pinned = None
-        self._admission.push(request)
-
-    def _prefill(self, numerics: Numerics, draft: Draft, now: float) -> None:
-        """Fill the budget with chunks; a waiting request goes before those begun that come after it in the order."""
-        draft.set_budget(self.limits.chunk(any(batch.slots.size for batch in self._ranks.batches.values())))
-        for request in sorted(self._ranks.prefills[numerics], key=lambda request: request.order):
-            self._admit(numerics, draft, request.order, now)
-            self._chunk(request, draft)
-        self._admit(numerics, draft, (math.inf, 0), now)
-
-    def _admit(self, numerics: Numerics, draft: Draft, before: tuple[float, float], now: float) -> None:
-        for request in self._admission.admit(numerics, draft, before):
-            if not request.scheduled_at:
-                request.scheduled_at = now
-                request.cached_tokens = int(self._ranks.table.position[request.slot])
-                self._count_admitted(request)
-            self._chunk(request, draft)
-
-    def _chunk(self, request: Request, draft: Draft) -> None:
-        first = int(self._ranks.table.position[request.slot])
-        count = min(draft.left[request.rank], request.known_len - first)
-        if count:
-            draft.left[request.rank] -= count
-            draft.chunks[request.rank].append(Chunk(request, first, count, first + count == request.known_len))
-
-    def _launch(self, numerics: Numerics, draft: Draft, now: float) -> list[Step]:
-        batch = self._ranks.batches[numerics]
-        steps = self._writer.write(self._next_step, numerics, batch, draft)
+    def _launch(self, lane: Lane, batch: Batch, draft: Draft, now: float) -> list[Step]:
+        steps = self._writer.write(self._next_step, lane.numerics, batch, draft)
         self._flights.append(Flight.of(self._next_step, now, batch, draft))
+        self._preemption.sent(self._next_step)
         self._next_step += 1
-        self._advance(numerics, draft)
+        self._advance(batch, draft)
         return steps
 
-    def _advance(self, numerics: Numerics, draft: Draft) -> None:
+    def _advance(self, batch: Batch, draft: Draft) -> None:
         ranks, table = self._ranks, self._ranks.table
-        slots = ranks.batches[numerics].slots
+        slots = batch.slots
         positions = table.position[slots] + 1
         table.position[slots] = positions
         for slot in slots[positions >= table.end[slots]].tolist():
@@ -237,7 +176,7 @@ class Scheduler:
         for sibling in request.siblings:
             if sibling.state is State.SIBLING:
                 sibling.pinned = rank
-                self._waiting_siblings -= 1
+                self._waiting_siblings[request.lane] -= 1
                 self._admission.push(sibling)
         request.siblings = []
 
@@ -253,20 +192,23 @@ class Scheduler:
             self._land(self._flights.popleft(), now)
 
     def _land(self, flight: Flight, now: float) -> None:
-        for request in flight.prefilled:
-            if request.state is not State.ENDED and not request.first_token_at:
-                request.first_token_at = now
-                self.stats.prefill_times.append(now - request.scheduled_at)
         results = append_results(flight, self._ranks)
+        for request in flight.prefilled:
+            if request.state is not State.ENDED:
+                self._begin_output(request, now)
         for slot, reason in results.ended:
             self._end(self._ranks.table.request(slot), reason)
-        self._outbox.tokens(results.uids, results.tokens, results.counts)
+        self._outbox.tokens(results.uids, results.tokens, results.counts, results.blocks)
         self._count_landed(flight, len(results.tokens), now)
-        drained = [request for step, request in self._draining if step <= flight.step_id]
-        self._draining = [(step, request) for step, request in self._draining if step > flight.step_id]
-        for request in drained:
-            if request.state is State.DRAINING:
-                self._requeue(request)
+        self._preemption.landed(flight.step_id)
+
+    def _begin_output(self, request: Request, now: float) -> None:
+        """Its known tokens have been computed."""
+        if not request.max_tokens:
+            self._end(request, "length")
+        elif not request.first_token_at:
+            request.first_token_at = now
+            self.stats.prefill_times.append(now - request.scheduled_at)
 
     def _end(
         self,
@@ -284,7 +226,7 @@ class Scheduler:
         ranks = self._ranks
         if request.state is State.WAITING:
             self._admission.remove(request)
-        self._waiting_siblings -= request.state is State.SIBLING
+        self._waiting_siblings[request.lane] -= request.state is State.SIBLING
         if request.slot >= 0:
             if request.caches_outputs and request.pages and self.limits.enable_prefix_cache and reason != "error":
                 ranks.publish_output(request, request.limit if keep is None else request.prompt_len + keep)
@@ -298,16 +240,10 @@ class Scheduler:
             times = request.scheduled_at, request.first_token_at
             self._outbox.end(Ended(request.uid, reason, request.cached_tokens, detail, *times))
         if orphans := [sibling for sibling in request.siblings if sibling.state is State.SIBLING]:
-            self._waiting_siblings -= 1
+            self._waiting_siblings[request.lane] -= 1
             self._lead(orphans)
 
     # ------------------------------------------------------------------------------------------------------ numbers
-
-    def _count_admitted(self, request: Request) -> None:
-        self.stats.prompt_tokens += request.prompt_len
-        self.stats.prefix_queries += request.prompt_len * self.limits.enable_prefix_cache
-        self.stats.prefix_hits += request.cached_tokens
-        self.stats.queue_times.append(request.scheduled_at - request.arrived_at)
 
     def _count_landed(self, flight: Flight, num_tokens: int, now: float) -> None:
         self.stats.generation_tokens += num_tokens
@@ -341,7 +277,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Requests that are in no batch: queued, or waiting for a sibling's prompt."""
-        return len(self._admission) + self._waiting_siblings
+        return len(self._admission) + sum(self._waiting_siblings.values())
 
     @property
     def num_running(self) -> int:

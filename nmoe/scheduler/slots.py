@@ -5,14 +5,17 @@ whole sequence, prompt and output:
 
     0 ........ known_len ........ position ........ known ........ limit
     |-- computed with ids --|-- rows planned --|
-    a decode row at position p takes token p and returns token p + 1, so rows are planned while position < limit - 1
+    a decode row at position p takes token p and returns token p + 1, so rows are planned while position < limit - 1;
+    with max_tokens = 0 all of the prompt is computed and nothing returned, so they are while position < limit
 """
 
 import numpy as np
 import numpy.typing as npt
 
+from nmoe.messages import ROW_RETURNS, ROW_SAMPLES
 from nmoe.scheduler.request import Request
 
+Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int32]
 Slots = npt.NDArray[np.int64]
 
@@ -31,6 +34,7 @@ class SlotTable:
         self.prefilled = np.zeros(size, np.int32)  # rows below this position have their ids sent
         self.end = np.zeros(size, np.int32)  # no row begins here or later
         self.capacity = np.zeros(size, np.int32)  # tokens that its pages hold
+        self.flags = np.zeros(size, np.int32)  # of its decode rows, as in a Step
         self.known = np.zeros(size, np.int32)  # tokens whose ids are here
         self.eos = np.full((2, size), -1, np.int32)  # padded with -1; as high as the longest list seen
         self.tail = np.zeros((size, TAIL), np.int32)
@@ -53,7 +57,8 @@ class SlotTable:
         self.uid[slot] = request.uid
         self.position[slot] = position
         self.prefilled[slot] = self.known[slot] = request.known_len
-        self.end[slot] = request.limit - 1
+        self.end[slot] = request.last_computed
+        self.flags[slot] = ROW_SAMPLES | ROW_RETURNS if request.returns else ROW_SAMPLES
         # By position, so that rows that began together do not fill their tails together.
         self.tail_begin[slot] = self.tail_len[slot] = request.known_len % TAIL
         if (more := len(request.eos_ids) - len(self.eos)) > 0:
@@ -91,7 +96,7 @@ class SlotTable:
             raise RuntimeError(f"slot {slot} is free but was planned")
         return request
 
-    def append(self, slots: Slots, tokens: Ints) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    def append(self, slots: Slots, tokens: Ints) -> tuple[Bools, Bools]:
         """One new token for each of `slots` (all different, all occupied); which ended by EOS, and which by length."""
         lengths = self.tail_len[slots]
         self.tail[slots, lengths] = tokens

@@ -1,4 +1,4 @@
-"""The requests of one numerics class that wait for a rank, in (priority, arrival) order.
+"""The requests of one lane that wait for a rank, in (priority, arrival) order.
 
 One queue for all ranks: a request is bound to a rank only when it is admitted. Siblings are the exception: they are
 pinned to the rank that has their prompt. A pinned request that finds no room there must not stop the other ranks, so

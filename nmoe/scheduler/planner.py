@@ -1,0 +1,130 @@
+"""What one lane does in a step: pages for the rows that go on, chunks for prompts, admissions as long as there is room.
+
+In every lane but BULK running rows come first, then the chunks within the budget that is left beside them. In BULK
+prompts come first, with the whole budget: its rows go on when nobody else can be admitted, with a batch as full as it
+gets.
+"""
+
+import math
+
+import numpy as np
+
+from nmoe.profiles import Lane
+from nmoe.scheduler.admission import Admission
+from nmoe.scheduler.batch import Batch
+from nmoe.scheduler.draft import Chunk, Draft
+from nmoe.scheduler.limits import Limits
+from nmoe.scheduler.preemption import Preemption
+from nmoe.scheduler.ranks import Ranks
+from nmoe.scheduler.request import Request, State
+from nmoe.scheduler.slots import Bools, Slots
+from nmoe.scheduler.stats import Stats
+
+
+class Planner:
+    """Fills drafts."""
+
+    def __init__(
+        self, limits: Limits, ranks: Ranks, admission: Admission, preemption: Preemption, stats: Stats
+    ) -> None:
+        self._limits = limits
+        self._ranks = ranks
+        self._admission = admission
+        self._preemption = preemption
+        self._stats = stats
+
+    def has_work(self, lane: Lane) -> bool:
+        """Whether the lane has anything to plan, room aside."""
+        ranks = self._ranks
+        return bool(ranks.prefills[lane] or self._admission.waiting(lane) or ranks.batches[lane].slots.size)
+
+    def plan(self, lane: Lane, now: float) -> tuple[Batch, Draft]:
+        """The rows that go on and everything else that the lane does in the next step; both may be empty."""
+        draft = Draft(self._limits)
+        batch = self._ranks.batches[lane]
+        if lane is not Lane.BULK:
+            self._extend(batch, draft)
+            self._prefill(lane, draft, now)
+            return batch, draft
+        self._prefill(lane, draft, now)
+        # Rows that must take pages from others wait for a step without chunks: the others may have one in this step.
+        if draft.has_chunks() and (self._admission.continues(lane, draft) or self._lacks_pages(batch)):
+            return self._ranks.no_rows, draft
+        self._extend(batch, draft)
+        return batch, draft
+
+    def _short(self, batch: Batch) -> Bools:
+        """Which rows need a page for their next token."""
+        table, slots = self._ranks.table, batch.slots
+        last = np.minimum(table.position[slots] + self._limits.lookahead, table.end[slots] - 1)
+        short: Bools = last >= table.capacity[slots]
+        return short
+
+    def _page_counts(self, slots: Slots) -> tuple[list[int], list[int]]:
+        """How many pages each of `slots`, which are short of some, needs, and each rank for them together."""
+        table, limits = self._ranks.table, self._limits
+        last = np.minimum(table.position[slots] + limits.lookahead, table.end[slots] - 1)
+        counts = (last + 1 - table.capacity[slots] + limits.page_size - 1) // limits.page_size
+        demand = np.bincount(slots // limits.num_slots, counts, limits.world_size).astype(int)
+        return counts.tolist(), demand.tolist()
+
+    def _covered(self, demand: list[int]) -> bool:
+        return all(need <= pool.available for need, pool in zip(demand, self._ranks.pools, strict=True))
+
+    def _lacks_pages(self, batch: Batch) -> bool:
+        slots = batch.slots[self._short(batch)]
+        return bool(len(slots)) and not self._covered(self._page_counts(slots)[1])
+
+    def _extend(self, batch: Batch, draft: Draft) -> None:
+        """Make sure that every running row has the pages for its next token."""
+        short = self._short(batch)
+        if not np.count_nonzero(short):
+            return
+        slots = batch.slots[short]
+        counts, demand = self._page_counts(slots)
+        needs = [(self._ranks.table.request(slot), count) for slot, count in zip(slots.tolist(), counts, strict=True)]
+        if self._covered(demand):
+            self._ranks.grow_all(needs, demand, draft)
+        else:
+            self._grow_by_age(needs, draft)
+
+    def _grow_by_age(self, needs: list[tuple[Request, int]], draft: Draft) -> None:
+        """Oldest first: whoever is preempted is younger than who needs the page, so it was given none in this step."""
+        ranks = self._ranks
+        for request, count in sorted(needs, key=lambda need: need[0].order):
+            while request.state is State.DECODE and ranks.pools[request.rank].available < count:
+                self._preemption.preempt(ranks.youngest(request.rank))
+            if request.state is State.DECODE:
+                ranks.grow(request, ranks.pools[request.rank].take(count), draft)
+
+    def _prefill(self, lane: Lane, draft: Draft, now: float) -> None:
+        """Fill the budget with chunks; a waiting request goes before those begun that come after it in the order."""
+        batches = self._ranks.batches
+        decoding = lane is not Lane.BULK and any(batches[other].slots.size for other in Lane if other is not Lane.BULK)
+        draft.set_budget(self._limits.chunk(decoding))
+        for request in sorted(self._ranks.prefills[lane], key=lambda request: request.order):
+            self._admit(lane, draft, request.order, now)
+            self._chunk(request, draft)
+        self._admit(lane, draft, (math.inf, 0), now)
+
+    def _admit(self, lane: Lane, draft: Draft, before: tuple[float, float], now: float) -> None:
+        for request in self._admission.admit(lane, draft, before):
+            if not request.scheduled_at:
+                request.scheduled_at = now
+                request.cached_tokens = int(self._ranks.table.position[request.slot])
+                self._count_admitted(request)
+            self._chunk(request, draft)
+
+    def _chunk(self, request: Request, draft: Draft) -> None:
+        first = int(self._ranks.table.position[request.slot])
+        most = min(draft.left[request.rank], self._limits.chunk_of(request.returns))
+        count = min(most, request.known_len - first)
+        if count:
+            draft.left[request.rank] -= count
+            draft.chunks[request.rank].append(Chunk.of(request, first, count))
+
+    def _count_admitted(self, request: Request) -> None:
+        self._stats.prompt_tokens += request.prompt_len
+        self._stats.prefix_queries += request.prompt_len * self._limits.enable_prefix_cache
+        self._stats.prefix_hits += request.cached_tokens
+        self._stats.queue_times.append(request.scheduled_at - request.arrived_at)
