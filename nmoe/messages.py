@@ -13,6 +13,8 @@ The life of a request: `Submit` is answered by `Rejected`, or by `Tokens` whose 
 terminal entry comes exactly once for every accepted uid, also after `Finish` and `Abort`.
 """
 
+import array
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
@@ -59,14 +61,28 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True, gc=False):
     presence_penalty: float = 0.0  # subtracted for every token that is in the output
     frequency_penalty: float = 0.0  # subtracted for every time that it is
     repetition_penalty: float = 1.0  # scales down every token that is in the prompt or the output
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), each id once
+    bias_ids: bytes = b""  # int32: the tokens whose logits are biased, each once
     min_tokens: int = 0  # until the output has so many tokens, none of `barred_ids` is sampled
     barred_ids: tuple[int, ...] = ()
+    biases: bytes = b""  # float32: what is added to the logits of `bias_ids`
+
+    @property
+    def logit_bias(self) -> dict[int, float]:
+        """Token id -> what is added to its logit."""
+        ids, biases = memoryview(self.bias_ids).cast("i"), memoryview(self.biases).cast("f")
+        return dict(zip(ids, biases, strict=True))
 
     @property
     def needs_past(self) -> bool:
         """Whether the draw depends on which tokens came before."""
         return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1
+
+
+def bias_fields(logit_bias: Mapping[int, float]) -> dict[str, bytes]:
+    """The fields of `Sampling` that add so much to these tokens' logits. As bytes, because a request may have a
+    thousand of them for each of its prompts."""
+    ids, biases = array.array("i", logit_bias), array.array("f", logit_bias.values())
+    return {"bias_ids": ids.tobytes(), "biases": biases.tobytes()}
 
 
 # ---------------------------------------------------------------------------------------------- frontend -> scheduler

@@ -8,6 +8,7 @@ import logging
 import os
 import queue
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from nmoe.messages import Reason, Sampling
 
 _log = logging.getLogger("nmoe.trace")
 _ALWAYS = ("temperature", "top_k", "top_p", "seed")
+_INTERNAL = ("barred_ids", "bias_ids", "biases")  # not by these names in the API
 
 
 class Record(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -39,10 +41,10 @@ def sampling_fields(sampling: Sampling, max_tokens: int) -> dict[str, Any]:
     fields = {
         name: value
         for name, value in msgspec.structs.asdict(sampling).items()
-        if name in _ALWAYS or (value != getattr(plain, name) and name != "barred_ids")
+        if name in _ALWAYS or (value != getattr(plain, name) and name not in _INTERNAL)
     }
-    if sampling.logit_bias:
-        fields["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
+    if sampling.bias_ids:
+        fields["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
     return fields | {"max_tokens": max_tokens}
 
 
@@ -55,13 +57,13 @@ class Recorder:
         except OSError as error:
             raise NmoeError(f"[trace] record = {path!r}: cannot be opened: {error.strerror}") from error
         self._path = path
-        self._records: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
+        self._records: queue.SimpleQueue[Callable[[], Record] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="trace", daemon=True)
         self._thread.start()
 
-    def add(self, record: Record) -> None:
-        """Queue a record; never blocks."""
-        self._records.put(record)
+    def add(self, make: Callable[[], Record]) -> None:
+        """Queue a record, which is made in the recorder's thread: one with many biases takes a while. Never blocks."""
+        self._records.put(make)
 
     def close(self) -> None:
         """Write what is queued, then close the file."""
@@ -71,8 +73,8 @@ class Recorder:
 
     def _write(self) -> None:
         encoder = msgspec.json.Encoder()
-        while (record := self._records.get()) is not None:
+        while (make := self._records.get()) is not None:
             try:
-                os.write(self._fd, encoder.encode(record) + b"\n")
+                os.write(self._fd, encoder.encode(make()) + b"\n")
             except OSError as error:
                 _log.error("%s: a request could not be recorded: %s", self._path, error.strerror)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmoe.messages import Admit, Sampling
+from nmoe.messages import Admit, Sampling, bias_fields
 from nmoe.worker.adjustments import Adjustments
 from nmoe.worker.philox import uniforms
 from nmoe.worker.sampler import greedy, make_plan, sample
@@ -62,7 +62,7 @@ def tokens_of(samplings, logits, positions, state=None):
 def adjusted(logits, sampling, prompt, output):
     """The definitions, one token at a time, in float64."""
     logits = [float(logit) for logit in logits]
-    for token, bias in sampling.logit_bias:
+    for token, bias in sampling.logit_bias.items():
         logits[token] += bias
     if len(output) < sampling.min_tokens:
         for token in sampling.barred_ids:
@@ -104,7 +104,7 @@ def assert_fits(counts, expected):
         assert ((observed - wanted) ** 2 / wanted).sum() < quantile
 
 
-BIAS = ((2, 3.5), (7, -100.0), (9, -1.0), (20, 2.0))
+BIAS = bias_fields({2: 3.5, 7: -100.0, 9: -1.0, 20: 2.0})
 CASES = {
     "min_p": {"min_p": 0.1},
     "min_p 1": {"min_p": 1.0},
@@ -114,7 +114,7 @@ CASES = {
     "frequency, negative": {"frequency_penalty": -0.5},
     "repetition": {"repetition_penalty": 1.6},
     "repetition below 1": {"repetition_penalty": 0.7},
-    "bias": {"logit_bias": BIAS},
+    "bias": BIAS,
     "minimum length": {"min_tokens": len(OUTPUT) + 1, "barred_ids": (0, 7, 11)},
     "minimum length reached": {"min_tokens": len(OUTPUT), "barred_ids": (0, 7, 11)},
     "min_p, temperature": {"min_p": 0.2, "temperature": 1.8},
@@ -128,7 +128,7 @@ CASES = {
         "presence_penalty": 0.6,
         "frequency_penalty": 0.4,
         "repetition_penalty": 1.2,
-        "logit_bias": BIAS,
+        **BIAS,
         "min_tokens": 50,
         "barred_ids": (0, 5, 20),
     },
@@ -169,7 +169,7 @@ def test_draws_follow_the_exact_distribution_beside_greedy_rows(case):
 
 def sampling_strategy():
     return st.builds(
-        Sampling,
+        lambda bias, **others: Sampling(**bias, **others),
         temperature=st.sampled_from([0.0, 0.7, 1.0, 1.6]),
         top_k=st.sampled_from([0, 1, 5]),
         top_p=st.sampled_from([0.3, 0.9, 1.0]),
@@ -178,7 +178,7 @@ def sampling_strategy():
         presence_penalty=st.sampled_from([0.0, 0.0, 1.1, -2.0]),
         frequency_penalty=st.sampled_from([0.0, 0.0, 0.5]),
         repetition_penalty=st.sampled_from([1.0, 1.0, 1.4]),
-        logit_bias=st.sampled_from([(), BIAS]),
+        bias=st.sampled_from([{}, BIAS]),
         min_tokens=st.sampled_from([0, 3, 40]),
         barred_ids=st.sampled_from([(), (0,), (3, 4, 5)]),
     )
@@ -230,7 +230,7 @@ def reference(sampling, count):
 
 def test_places_are_used_again_and_only_by_slots_with_penalties():
     state = Adjustments(40, VOCAB, CPU)
-    penalised, plain = Sampling(presence_penalty=1.0), Sampling(logit_bias=BIAS)
+    penalised, plain = Sampling(presence_penalty=1.0), Sampling(**BIAS)
     for turn in range(30):
         slots = range(turn % 3, 40, 3)
         state.admit([Admit(slot, 0, penalised, np.array([1, 2], np.int32).tobytes(), 1) for slot in slots])

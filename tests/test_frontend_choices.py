@@ -181,7 +181,7 @@ async def test_sampling_fields_reach_the_scheduler(rig):
         assert (await asked)[0] == 200
         sampling = submit.sampling
         assert (sampling.min_p, sampling.presence_penalty, sampling.frequency_penalty) == (0.1, 0.2, 0.3)
-        assert sampling.repetition_penalty == 1.4 and sampling.logit_bias == ((7, 5.0), (8, -1.5))
+        assert sampling.repetition_penalty == 1.4 and sampling.logit_bias == {7: 5.0, 8: -1.5}
         assert sampling.min_tokens == 3 and submit.priority == -4
         assert set(submit.eos_ids) == set(sampling.barred_ids) == {9, EOS}
 
@@ -192,7 +192,7 @@ def test_many_prompts_share_their_biases_but_no_random_seed():
         call = parse_call("completions", {**fields, "seed": seed})
         sampling = make_sampling(call, (EOS,))
         submits = [make_submit(call, 1, uid, Prompt([7], "prompt"), 1, sampling, (EOS,)) for uid in range(3)]
-        assert all(submit.sampling.logit_bias is sampling.logit_bias for submit in submits)
+        assert all(submit.sampling.biases is sampling.biases for submit in submits)
         assert len({submit.sampling.seed for submit in submits}) == (3 if seed is None else 1)
 
 

@@ -3,8 +3,10 @@
 import array
 import json
 import pathlib
+import threading
 import time
 import urllib.request
+from functools import partial
 
 import msgspec
 import psutil
@@ -173,11 +175,17 @@ def test_a_broken_template_is_the_checkpoints_fault(tmp_path):
 def test_trace_lines_of_several_recorders_do_not_mix(tmp_path):
     path = tmp_path / "trace.jsonl"
     recorders = [Recorder(str(path)) for _ in range(3)]
+    makers = []
+
+    def make(seed):
+        makers.append(threading.current_thread())
+        return Record(1.0, [seed] * 5000, sampling_fields(Sampling(seed=seed), 5), 5, "stop", 0.1, 0.2)
+
     for i in range(60):
-        sampling = sampling_fields(Sampling(seed=i), 5)
-        recorders[i % 3].add(Record(1.0, [i] * 5000, sampling, 5, "stop", 0.1, 0.2))
+        recorders[i % 3].add(partial(make, i))
     for recorder in recorders:
         recorder.close()
+    assert len(set(makers)) == 3 and threading.current_thread() not in makers
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert sorted(line["sampling"]["seed"] for line in lines) == [*range(60)]
     assert all(line["prompt_token_ids"] == [line["sampling"]["seed"]] * 5000 for line in lines)

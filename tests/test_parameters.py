@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import nmoe
-from nmoe.messages import Sampling
+from nmoe.messages import Sampling, bias_fields
 from tests.serving import Server
 from tests.test_adjustments import adjusted
 
@@ -292,13 +292,13 @@ def test_penalties_survive_preemption(small_server, checkpoint):
     from transformers import DeepseekV3ForCausalLM
 
     oracle = DeepseekV3ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
-    few = tuple((token, 15.0) for token in range(100, 108))  # so that tokens come again and again
+    few = bias_fields(dict.fromkeys(range(100, 108), 15.0))  # so that tokens come again and again
     rows = [
-        Sampling(0.0, presence_penalty=1.7, frequency_penalty=0.3, logit_bias=few),
-        Sampling(0.0, repetition_penalty=1.5, logit_bias=few),
-        Sampling(0.0, repetition_penalty=1.2, frequency_penalty=0.9, logit_bias=((5, 3.0), (9, -2.0))),
+        Sampling(0.0, presence_penalty=1.7, frequency_penalty=0.3, **few),
+        Sampling(0.0, repetition_penalty=1.5, **few),
+        Sampling(0.0, repetition_penalty=1.2, frequency_penalty=0.9, **bias_fields({5: 3.0, 9: -2.0})),
         Sampling(0.0),
-        Sampling(0.0, presence_penalty=-1.0, min_tokens=30, barred_ids=(EOS,), logit_bias=((EOS, 9.0),)),
+        Sampling(0.0, presence_penalty=-1.0, min_tokens=30, barred_ids=(EOS,), **bias_fields({EOS: 9.0})),
         Sampling(0.0, repetition_penalty=0.8, presence_penalty=0.5),
     ]
     prompts = [[(7 * row + 3 * i) % 250 for i in range(9 + row)] for row in range(len(rows))]
@@ -313,7 +313,7 @@ def test_penalties_survive_preemption(small_server, checkpoint):
             "presence_penalty": row.presence_penalty,
             "frequency_penalty": row.frequency_penalty,
             "repetition_penalty": row.repetition_penalty,
-            "logit_bias": {str(token): bias for token, bias in row.logit_bias},
+            "logit_bias": {str(token): bias for token, bias in row.logit_bias.items()},
             "min_tokens": row.min_tokens,
         }
 

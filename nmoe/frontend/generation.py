@@ -166,19 +166,7 @@ class Generations:
         self._row.observe("nmoe:e2e_request_latency_seconds", latency)
         self._observe(stream, submit, len(choice.prompt.ids))
         if self._recorder is not None:
-            self._recorder.add(
-                Record(
-                    arrived=time.time() - latency,
-                    prompt_token_ids=choice.prompt.ids,
-                    sampling=sampling_fields(submit.sampling, submit.max_tokens),
-                    output_tokens=stream.num_tokens,
-                    finish_reason=stream.reason,
-                    ttft=stream.first_token_at - stream.arrived if stream.num_tokens else None,
-                    e2e=latency,
-                    user=generation.call.user,
-                    metadata=generation.call.metadata,
-                )
-            )
+            self._recorder.add(partial(_record, generation.call, choice, submit, time.time() - latency, latency))
 
     def _observe(self, stream: Stream, submit: Submit, prompt_len: int) -> None:
         """Sizes and times of a complete answer."""
@@ -193,6 +181,23 @@ class Generations:
         observe("nmoe:request_generation_tokens", stream.num_tokens)
         observe("nmoe:request_params_max_tokens", submit.max_tokens)
         observe("nmoe:request_params_n", submit.n)
+
+
+def _record(call: Call, choice: Choice, submit: Submit, arrived: float, latency: float) -> Record:
+    """What the trace says of a choice that is complete; `arrived` is seconds since the epoch."""
+    stream = choice.stream
+    assert stream.reason is not None
+    return Record(
+        arrived=arrived,
+        prompt_token_ids=choice.prompt.ids,
+        sampling=sampling_fields(submit.sampling, submit.max_tokens),
+        output_tokens=stream.num_tokens,
+        finish_reason=stream.reason,
+        ttft=stream.first_token_at - stream.arrived if stream.num_tokens else None,
+        e2e=latency,
+        user=call.user,
+        metadata=call.metadata,
+    )
 
 
 def _raise_error(choices: Sequence[Choice]) -> None:

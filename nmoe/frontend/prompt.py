@@ -13,7 +13,7 @@ from nmoe.frontend.openai import Call
 from nmoe.frontend.schema import Conversation
 from nmoe.frontend.template import ChatTemplate
 from nmoe.frontend.tokenizer import Tokenizer
-from nmoe.messages import Sampling, Submit
+from nmoe.messages import Sampling, Submit, bias_fields
 
 _FEW_IDS = 8192  # are checked faster than a thread is reached
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may go on to the context's end
@@ -156,9 +156,9 @@ def make_sampling(call: Call, ends: tuple[int, ...]) -> Sampling:
         presence_penalty=call.presence_penalty,
         frequency_penalty=call.frequency_penalty,
         repetition_penalty=call.repetition_penalty,
-        logit_bias=tuple((token, bias) for token, bias in call.logit_bias.items() if bias),
         min_tokens=call.min_tokens,
         barred_ids=ends if call.min_tokens else (),
+        **bias_fields({token: bias for token, bias in call.logit_bias.items() if bias}),
     )
 
 

@@ -46,16 +46,16 @@ class Adjustment:
 class _Wish:
     """What one slot asks for besides penalties."""
 
-    bias_ids: Array  # int64
-    biases: Array  # float64
+    bias_ids: Array  # int32
+    biases: Array  # float32
     barred_ids: Array  # int64
     barred_until: int  # position
 
     @classmethod
     def of(cls, sampling: Sampling, prompt_len: int) -> "_Wish":
-        bias = np.array(sampling.logit_bias, np.float64).reshape(-1, 2)
+        bias_ids, biases = np.frombuffer(sampling.bias_ids, np.int32), np.frombuffer(sampling.biases, np.float32)
         barred = np.array(sampling.barred_ids, np.int64)
-        return cls(bias[:, 0].astype(np.int64), bias[:, 1], barred, prompt_len + sampling.min_tokens)
+        return cls(bias_ids, biases, barred, prompt_len + sampling.min_tokens)
 
 
 _NOTHING = _Wish.of(Sampling(), 0)
@@ -92,7 +92,7 @@ class Adjustments:
             if self._penalised[slot]:
                 self._free.append(int(self._places[slot]))
             self._penalised[slot] = sampling.needs_past
-            self.active[slot] = sampling.needs_past or bool(sampling.logit_bias or sampling.barred_ids)
+            self.active[slot] = sampling.needs_past or bool(sampling.bias_ids or sampling.barred_ids)
             self._wishes[slot] = _Wish.of(sampling, admit.prompt_len) if self.active[slot] else _NOTHING
             if sampling.needs_past:
                 self._powers[slot] = sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty

@@ -10,9 +10,9 @@ from tests.test_adjustments import BIAS, LOGITS, OUTPUT, PROMPT, VOCAB
 SAMPLINGS = [
     Sampling(presence_penalty=1.5, frequency_penalty=-0.4),
     Sampling(0.0),
-    Sampling(repetition_penalty=1.6, logit_bias=BIAS),
+    Sampling(repetition_penalty=1.6, **BIAS),
     Sampling(min_tokens=len(OUTPUT) + 2, barred_ids=(0, 7, 11)),
-    Sampling(frequency_penalty=0.7, repetition_penalty=0.8, min_tokens=3, barred_ids=(2,), logit_bias=BIAS),
+    Sampling(frequency_penalty=0.7, repetition_penalty=0.8, min_tokens=3, barred_ids=(2,), **BIAS),
 ]
 
 
