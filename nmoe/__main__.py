@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 
 from nmoe import __version__, doctor, serve
@@ -21,12 +22,20 @@ def main(argv: list[str] | None = None) -> int:
     examining.add_argument("--json", action="store_true", help="print the checks as JSON")
     examining.set_defaults(run=lambda arguments: doctor.run(serve.configuration(arguments.config), arguments.json))
     arguments = parser.parse_args(argv)
+    _open_standard_streams()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     try:
         return int(arguments.run(arguments))
     except NmoeError as error:
         sys.stderr.write(f"nmoe: {error}\n")
         return 1
+
+
+def _open_standard_streams() -> None:
+    """One that came closed (`nmoe serve >&-`) leaves its number to the next socket, and prints would go there."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for the life of the process)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import os
 import pathlib
 import socket
 import sys
-import tempfile
 import time
 from collections import Counter
 
@@ -28,6 +27,7 @@ from nmoe.children import Child, Children, Died, Said, Signalled
 from nmoe.config import Config
 from nmoe.errors import LaunchError
 from nmoe.metrics import Board, row_index
+from nmoe.run_dir import run_dir
 from nmoe.slab import SlabLayout, make_slabs
 from nmoe.supervision import Supervisor
 
@@ -43,21 +43,31 @@ def serve(config: Config) -> None:
     envs.set_for_children(config)
     with (
         _bind(config.server.host, config.server.port) as http_socket,
-        tempfile.TemporaryDirectory(prefix="nmoe-") as run_dir,
+        run_dir() as folder,
     ):
-        _check_run_dir(run_dir)
-        server = _Server(config, http_socket, pathlib.Path(run_dir))
+        _check_run_dir(folder)
+        server = _Server(config, http_socket, folder)
         try:
             server.run()
         finally:
             server.children.stop(_GRACE_S)
 
 
-def _check_run_dir(run_dir: str) -> None:
-    address = ipc.frontend_address(pathlib.Path(run_dir)).removeprefix("ipc://")
+def _announce(line: str) -> None:
+    """Print a line for whoever waits for it; that nobody does must not end the server."""
+    try:
+        sys.stdout.write(line)
+        sys.stdout.flush()
+    except OSError as error:
+        _log.warning("standard output cannot be written (%s): %s", error.strerror, line.strip())
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
+
+
+def _check_run_dir(folder: pathlib.Path) -> None:
+    address = ipc.frontend_address(folder).removeprefix("ipc://")
     if len(os.fsencode(address)) > _SOCKET_PATH:
         raise LaunchError(
-            f"{run_dir}: too long a path for a socket in it; set TMPDIR to a shorter folder, /tmp for example"
+            f"{folder}: too long a path for a socket in it; set TMPDIR to a shorter folder, /tmp for example"
         )
 
 
@@ -102,8 +112,7 @@ class _Server:
         if not self._wait_until_up():
             return
         host, port = self._config.server.host, self._http_socket.getsockname()[1]
-        sys.stdout.write(f"nmoe ready on http://{f'[{host}]' if ':' in host else host}:{port}\n")
-        sys.stdout.flush()
+        _announce(f"nmoe ready on http://{f'[{host}]' if ':' in host else host}:{port}\n")
         supervisor = Supervisor(self.children, self._board, self._config.parallel.world_size, self._fork)
         supervisor.run()
         self._drain(supervisor)

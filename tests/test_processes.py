@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ import pytest
 from nmoe import launch
 from nmoe.__main__ import main
 from nmoe.errors import LaunchError
+from nmoe.run_dir import run_dir
 from tests.checkpoints import make_checkpoint
 from tests.forking import fork_call
 from tests.serving import READY, Server, write_config
@@ -56,7 +59,7 @@ def test_a_signal_stops_every_process_and_leaves_nothing(start: Callable[..., Se
     assert len(_run_dirs() - before) == 1
     assert server.stop(signum) == 0, server.output
     assert psutil.wait_procs(family, timeout=1)[1] == []
-    assert _run_dirs() == before
+    assert not _run_dirs() - before
     assert server.output.count(READY) == 1
     assert "Traceback" not in server.output
 
@@ -66,6 +69,65 @@ def test_children_die_with_a_killed_launcher(start: Callable[..., Server]) -> No
     family = server.family()
     server.stop(signal.SIGKILL)
     assert psutil.wait_procs(family, timeout=5)[1] == []
+
+
+def _hold_run_dir(parent: str) -> None:
+    tempfile.tempdir = parent
+    with run_dir() as folder:
+        sys.stdout.write(f"{folder}\n")
+        sys.stdout.flush()
+        time.sleep(60)
+
+
+def test_what_a_killed_server_leaves_is_removed_by_the_next(tmp_path: pathlib.Path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    outputs = [tmp_path / name for name in ("killed", "alive")]
+    holders = [fork_call(_hold_run_dir, str(tmp_path), output=output) for output in outputs]
+    try:
+        while not all(output.exists() and output.read_text() for output in outputs):
+            time.sleep(0.01)
+        killed, alive = (pathlib.Path(output.read_text().strip()) for output in outputs)
+        holders[0].kill(signal.SIGKILL)
+        holders[0].wait(5)
+        with run_dir():
+            assert killed.exists()  # it is so young that it may be about to be locked
+        for folder in (killed, alive):
+            (folder / "workers").touch()
+            os.utime(folder, (0, 0))
+        with run_dir() as own:
+            assert not killed.exists() and alive.exists() and own.exists()
+        assert not own.exists()
+    finally:
+        for holder in holders:
+            holder.end()
+
+
+@pytest.mark.parametrize("redirection", ["<&- >&- 2>&-", "| true"])
+def test_nobody_has_to_read_what_the_server_prints(
+    checkpoint: pathlib.Path, tmp_path: pathlib.Path, redirection
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    config = write_config(tmp_path, {"model": {"path": str(checkpoint)}, "server": {"port": port}})
+    command = f"exec {sys.executable} -m nmoe.serve --config {config} {redirection}"
+    with subprocess.Popen(["bash", "-c", command], start_new_session=True) as shell:
+        try:
+            _wait_for_health(port)
+        finally:
+            os.killpg(shell.pid, signal.SIGTERM)
+        shell.wait(10)
+
+
+def _wait_for_health(port: int) -> None:
+    deadline = time.monotonic() + 15
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
+                assert response.status == 200
+                return
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def test_two_servers_run_side_by_side(server: Server, checkpoint: pathlib.Path) -> None:
@@ -167,9 +229,9 @@ def broken(checkpoint: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def test_a_folder_too_deep_for_sockets_is_refused() -> None:
-    launch._check_run_dir("/tmp/nmoe-12345678")
+    launch._check_run_dir(pathlib.Path("/tmp/nmoe-run-12345678"))
     with pytest.raises(LaunchError, match="set TMPDIR to a shorter folder"):
-        launch._check_run_dir("/tmp/" + "d" * 100)
+        launch._check_run_dir(pathlib.Path("/tmp/" + "d" * 100))
 
 
 def test_a_missing_shard_is_named(tmp_path: pathlib.Path) -> None:
