@@ -12,7 +12,7 @@ import nmoe
 from nmoe.frontend.openai import parse_call
 from nmoe.frontend.prompt import Prompt, make_sampling, make_submit
 from nmoe.frontend.schema import FIELDS
-from nmoe.messages import Abort, Ended, Rejected, Submit, Tokens
+from nmoe.messages import Abort, Ended, Finish, Rejected, Submit, Tokens
 from tests.scripted import BOS, EOS, MAX_SEQ_LEN, TEMPLATE, VOCAB_SIZE, Rig, events, ids_of, ints, run, write_model
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -208,6 +208,16 @@ async def test_stop_strings_wait_for_the_minimum_length(rig):
     asked = run(rig.ask(COMPLETIONS, prompt="a", stop="b", min_tokens=3))
     await rig.tokens(await rig.next(Submit), "abbab", "length")
     assert (await asked)[2]["choices"][0]["text"] == "abba"
+
+
+async def test_a_stop_string_may_begin_before_the_minimum_length(rig):
+    asked = run(rig.ask(COMPLETIONS, prompt="a", stop="bcd", min_tokens=3))
+    submit = await rig.next(Submit)
+    await rig.tokens(submit, "abcdef")
+    assert (await rig.next(Finish)).count == 4
+    await rig.tokens(submit, "", "stop")
+    choice = (await asked)[2]["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("a", "stop")
 
 
 @pytest.mark.parametrize(

@@ -322,6 +322,40 @@ async def test_the_death_of_the_scheduler(tmp_path):
         assert rig.launcher.receive() is None  # Up is said once
 
 
+async def text_of(rig, **body):
+    async with rig.post(COMPLETIONS, **body) as response:
+        return response.status, await response.text()
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("workers_only", [False, True])
+async def test_what_a_stop_string_has_completed_survives_the_engine(tmp_path, streams, workers_only):
+    async with Rig(write_model(tmp_path)) as rig:
+        asked = run(text_of(rig, prompt="a", stop="c", stream=streams))
+        submit = await rig.next(Submit)
+        await rig.tokens(submit, "abcd")
+        assert (await rig.next(Finish)).count == 3
+        if workers_only:
+            await rig.tokens(submit, "", "error")
+        else:
+            rig.restart_scheduler()
+        status, text = await asked
+        assert status == 200 and '"ab"' in text and '"finish_reason":"stop"' in text
+        assert ("[DONE]" in text) == streams and '"error"' not in text
+
+
+async def test_more_answers_than_the_queue_holds_are_refused_for_good(tmp_path):
+    async with Rig(write_model(tmp_path), max_queue=3) as rig:
+        for fields, param in (({"prompt": ["a"] * 2, "n": 2}, "prompt"), ({"prompt": "a", "n": 4}, "n")):
+            status, headers, document = await rig.ask(COMPLETIONS, **fields)
+            assert status == 400 and "Retry-After" not in headers
+            assert document["error"]["param"] == param and "max_queue = 3" in document["error"]["message"]
+        asked = run(rig.ask(COMPLETIONS, prompt=["a"] * 3))
+        for _ in range(3):
+            await rig.tokens(await rig.next(Submit), "x", "length")
+        assert (await asked)[0] == 200
+
+
 async def test_a_new_scheduler_ends_what_the_old_one_had(tmp_path):
     async with Rig(write_model(tmp_path)) as rig:
         asked = run(rig.ask(COMPLETIONS, prompt="a"))

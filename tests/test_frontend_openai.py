@@ -57,6 +57,7 @@ WRONG = [
     ("repetition_penalty", 0.001, ">= 0.01"),
     ("logit_bias", {"1": 101}, "<= 100"),
     ("logit_bias", {"a": 1}, "matching regex"),
+    ("logit_bias", {"1\n": 1}, "matching regex"),
     ("logit_bias", {"1": 1, "01": 1}, "more than once"),
     ("min_tokens", -1, ">= 0"),
     ("stop_token_ids", [*range(17)], "<= 16"),

@@ -1,7 +1,9 @@
 """A real scheduler process over real sockets; the test plays the launcher, the frontends and the workers."""
 
+import os
 import pathlib
 import select
+import signal
 import time
 
 import msgspec
@@ -371,6 +373,23 @@ def test_a_new_life_takes_back_what_the_earlier_one_said_of_its_steps():
     assert row.get("nmoe:step_deadline_seconds") == 0.0
     assert row.get("nmoe:num_requests_running") == row.get("nmoe:kv_cache_usage_perc") == 0.0
     assert row.get("nmoe:steps") == 0.5
+
+
+def test_requests_of_one_moment_do_not_fill_the_queue_that_they_leave_at_once(tmp_path):
+    """The batch has room for all of them, the queue only for some."""
+    with Rig(tmp_path, msgspec.structs.replace(CONFIG, server=Server(max_queue=2))) as rig:
+        frontend, workers = rig.serving()
+        os.kill(rig.child.pid, signal.SIGSTOP)
+        uids = [frontend.submit() for _ in range(4)]
+        time.sleep(0.1)
+        os.kill(rig.child.pid, signal.SIGCONT)
+        while len(frontend.ended) < len(uids):
+            for worker in workers:
+                while worker.link.poll(0):
+                    worker.run(worker.receive())
+            if frontend.link.poll(1):
+                assert isinstance(frontend.receive(), Tokens)
+        assert frontend.ended == dict.fromkeys(uids, "length")
 
 
 def test_an_idle_scheduler_sleeps(tmp_path):

@@ -79,6 +79,7 @@ class Generations:
         """Everything up to the scheduler. Raises RequestError."""
         call = await self._requests.read(request, partial(openai.parse_call, endpoint))
         self._requests.check_model(call.model)
+        self._check_number(max(1, len(call.prompts)), call.n)
         make_prompts = partial(self._prompts.of, call, self._health.require_serving())
         if self._prompts.is_long_work(call):
             prompts = await self._requests.run(make_prompts, call.text_length)
@@ -91,6 +92,13 @@ class Generations:
         for prompt in prompts:
             self._add(generation, prompt, output_limit(call, prompt, max_seq_len), sampling, ends)
         return generation
+
+    def _check_number(self, prompts: int, n: int) -> None:
+        """Raises RequestError (400) for more answers than may ever wait: asking again would not help."""
+        if prompts * n > (most := self._config.server.max_queue):
+            field = "n" if prompts == 1 else "prompt"
+            message = f"{field}: {prompts} prompts with n = {n} exceed [server] max_queue = {most}; ask for fewer"
+            raise RequestError(message, param=field)
 
     def _add(
         self, generation: Generation, prompt: Prompt, max_tokens: int, sampling: Sampling, ends: tuple[int, ...]

@@ -92,7 +92,7 @@ _SHARED: dict[str, Any] = {
     "frequency_penalty": Annotated[float, Meta(ge=-2, le=2)],
     "repetition_penalty": Annotated[float, Meta(ge=0.01, le=2)],  # divides logits: a smaller one makes them infinite
     "logit_bias": Annotated[
-        dict[Annotated[str, Meta(pattern="^[0-9]{1,9}$")], Annotated[float, Meta(ge=-100, le=100)]],
+        dict[Annotated[str, Meta(pattern=r"^[0-9]{1,9}$(?!\n)")], Annotated[float, Meta(ge=-100, le=100)]],
         Meta(max_length=MAX_BIASES),
     ],
     "seed": Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)],

@@ -13,17 +13,19 @@ class StopFinder:
         self._held = ""  # the longest end of the text so far that a stop string begins with
         self.found = False
 
-    def feed(self, text: str) -> str:
-        """The text that is certain not to belong to a stop string.
+    def feed(self, text: str, *, early: bool = False) -> str:
+        """The text that is certain not to belong to a stop string; one that ends in an `early` text does not count.
 
         Of several stop strings the one that is complete first counts, and of those the longest: so it does not matter
         how the text was cut into pieces. What follows it is dropped.
         """
-        text = self._held + text
-        ends = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
-        if ends:
-            self.found = True
-            return text[: min(ends)[1]]
+        before, text = len(self._held), self._held + text
+        if not early:
+            # What is held has been looked through: a stop string ends behind it.
+            places = [(text.find(stop, max(0, before + 1 - len(stop))), len(stop)) for stop in self._stops]
+            if ends := [(place + length, place) for place, length in places if place >= 0]:
+                self.found = True
+                return text[: min(ends)[1]]
         held = max(self._overlap(stop, text) for stop in self._stops)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

@@ -37,7 +37,8 @@ class Stream:
         min_tokens: int = 0,
         silent_ids: frozenset[int] = frozenset(),
     ) -> None:
-        """`min_tokens`: stop strings are looked for after so many; `silent_ids` have no text: they end the request."""
+        """`min_tokens`: a stop string ends after so many, wherever it begins; `silent_ids` have no text: they end the
+        request."""
         loop = asyncio.get_running_loop()
         self.uid = uid
         self.num_siblings = 1
@@ -92,7 +93,7 @@ class Stream:
         """The scheduler's terminal entry."""
         self.cached_tokens = ended.cached_tokens
         self.scheduled_at = ended.scheduled_at
-        if ended.reason == "error" and not self.stopped:
+        if ended.reason == "error":
             # The scheduler's one reason: the workers are gone. Whoever asks again will be served.
             self.fail(RequestError(ended.detail or "the request failed", status=503, code="engine_restarted"))
             return
@@ -106,8 +107,11 @@ class Stream:
         self._end("stop" if self.stopped else ended.reason, None)
 
     def fail(self, error: RequestError) -> None:
-        """End with an error."""
-        self._end("error", error)
+        """End with an error; an output that a stop string has completed is complete all the same."""
+        if self.stopped:
+            self._end("stop", None)
+        else:
+            self._end("error", error)
 
     def _feed_until_stop(self, tokens: Sequence[int], stops: StopFinder) -> Sequence[int]:
         """The tokens up to the one that completes a stop string."""
@@ -122,7 +126,7 @@ class Stream:
         return tokens
 
     def _show(self, text: str, stops: StopFinder) -> None:
-        self._texts.append(stops.feed(text) if self.num_tokens > self._min_tokens else text)
+        self._texts.append(stops.feed(text, early=self.num_tokens <= self._min_tokens))
         self.stopped = stops.found
 
     def _end(self, reason: Reason, error: RequestError | None) -> None:

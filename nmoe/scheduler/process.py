@@ -216,12 +216,10 @@ class Process:
                     policy.forget(frontend, None)  # what it asked for before, it has given up
                     self._send(frontend, Serving(self._boot.generation, policy.limits.max_seq_len, self._workers))
             case Submit():
-                if policy is None:
-                    rejected: Rejected | None = Rejected(
-                        self._boot.generation, message.uid, 503, "the engine is starting"
-                    )
-                else:
-                    rejected = policy.submit(message, time.monotonic())
+                rejected = self._submit(message)
+                if rejected and rejected.status == 429:
+                    self._plan()  # those that came just before it may have been waiting for no more than that
+                    rejected = self._submit(message)
                 if rejected:
                     self._send(frontend, rejected)
             case Finish():
@@ -230,6 +228,11 @@ class Process:
             case Abort():
                 if policy:
                     policy.abort(message)
+
+    def _submit(self, submit: Submit) -> Rejected | None:
+        if self._policy is None:
+            return Rejected(self._boot.generation, submit.uid, 503, "the engine is starting")
+        return self._policy.submit(submit, time.monotonic())
 
     def _lose_frontend(self, frontend: int) -> None:
         """Nobody is there to read what its requests bring."""
