@@ -9,8 +9,9 @@ import pytest
 import pytest_asyncio
 
 import nmoe
+from nmoe.errors import RequestError
 from nmoe.frontend.openai import parse_call
-from nmoe.frontend.prompt import Prompt, make_sampling, make_submit
+from nmoe.frontend.prompt import Prompt, check_returned, make_sampling, make_submit
 from nmoe.frontend.schema import FIELDS
 from nmoe.messages import Abort, Ended, Finish, Rejected, Submit, Tokens
 from tests.scripted import BOS, EOS, MAX_SEQ_LEN, TEMPLATE, VOCAB_SIZE, Rig, events, ids_of, ints, run, write_model
@@ -218,6 +219,27 @@ async def test_a_stop_string_may_begin_before_the_minimum_length(rig):
     await rig.tokens(submit, "", "stop")
     choice = (await asked)[2]["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == ("a", "stop")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "asked", "n", "param"),
+    [
+        ("completions", {"prompt": "a", "echo": True}, 10, "echo"),
+        ("completions", {"prompt": "a", "return_token_ids": True}, 10, "return_token_ids"),
+        ("completions", {"prompt": "a"}, 10, None),
+        ("completions", {"prompt": "a", "echo": True, "return_token_ids": True}, 1, None),
+        ("chat", {"messages": [{"role": "user", "content": "a"}], "return_token_ids": True}, 10, None),
+    ],
+)
+def test_prompts_that_every_answer_repeats_are_bounded(endpoint, asked, n, param):
+    """Against 1 MiB: a prompt of 200,000 bytes as text, as much as ids."""
+    call = parse_call(endpoint, {**asked, "n": n})
+    prompt = Prompt([123456] * 28_000, "prompt", "y" * 200_000 if call.echo else "")
+    if param is None:
+        check_returned(call, [prompt], 1 << 20)
+    else:
+        with pytest.raises(RequestError, match=rf"^{param}: .* n = 10 .* 1 MiB, more than .* max_body_mb = 1;"):
+            check_returned(call, [prompt], 1 << 20)
 
 
 @pytest.mark.parametrize(

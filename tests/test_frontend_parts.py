@@ -7,6 +7,7 @@ import threading
 import time
 import urllib.request
 from functools import partial
+from types import SimpleNamespace
 
 import msgspec
 import psutil
@@ -16,6 +17,7 @@ import zmq
 from nmoe import ipc
 from nmoe.config import Config, Model, Parallel, Trace
 from nmoe.errors import CheckpointError, NmoeError, RequestError
+from nmoe.frontend import sse
 from nmoe.frontend.openai import parse_call
 from nmoe.frontend.prompt import Prompt
 from nmoe.frontend.replies import Answer, Choice, Chunks
@@ -60,9 +62,45 @@ class Letters:
 
 class Response:
     chunked = False
+    content_type = ""
+
+    async def prepare(self, request):
+        pass
 
     async def write_eof(self):
         pass
+
+    def force_close(self):
+        pass
+
+
+@pytest.mark.parametrize("asked", [{"echo": True}, {"return_token_ids": True}])
+async def test_repeated_prompts_wait_for_their_reader(asked):
+    """Eight answers that each repeat a prompt of more than the buffer is to hold."""
+    call = parse_call("completions", {"prompt": "a", "n": 8, **asked})
+    prompt = Prompt([7] * 200_000, "prompt", "y" * 400_000 if call.echo else "")
+    choices = [Choice(i, prompt, Stream(i, Letters(), (), 0.0)) for i in range(8)]
+    transport = Transport()
+    most = []
+
+    async def drain():
+        most.append(transport.unsent)
+        transport.unsent = 0
+
+    def write(data):
+        transport.written.append(data)
+        transport.unsent += len(data)
+
+    transport.write = write
+    request = SimpleNamespace(version=(1, 0), transport=transport, writer=SimpleNamespace(drain=drain))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sse.web, "StreamResponse", lambda headers: Response())
+        events = await EventStream.open(request, {}, Answer(call, "tiny", choices))
+    for choice in choices:
+        choice.stream.finish(Ended(choice.stream.uid, "length"))
+    await events.follow()
+    assert sum(map(len, transport.written)) > 8 * 400_000
+    assert most and max(most) < 1_500_000
 
 
 async def test_a_slow_reader_gets_fewer_larger_events():
@@ -71,7 +109,11 @@ async def test_a_slow_reader_gets_fewer_larger_events():
     transport = Transport()
     choice = Choice(0, Prompt([5], "prompt"), stream)
     answer = Answer(call, "tiny", [choice])
-    events = EventStream(Response(), transport, answer)
+
+    async def drain():
+        transport.unsent = 0
+
+    events = EventStream(Response(), transport, answer, drain)
     events._begin(choice, Chunks(answer, choice))
     for token, unsent in ((97, 0), (98, 1 << 20), (99, 1 << 20), (100, 0), (101, 1 << 20)):
         transport.unsent = unsent

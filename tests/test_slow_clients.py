@@ -6,6 +6,7 @@ import socket
 import time
 
 import psutil
+import pytest
 import pytest_asyncio
 
 from nmoe.frontend import http as frontend_http
@@ -21,6 +22,7 @@ MANY = ids_of("x") * 40_000  # tokens of one message, so that few of them fill t
 async def rig(tmp_path, monkeypatch):
     monkeypatch.setattr(frontend_http, "_HEAD_S", 0.2)
     monkeypatch.setattr(sse, "_UNREAD_S", 0.2)
+    monkeypatch.setattr(frontend_http, "_UNREAD_S", 0.2)
     async with Rig(write_model(tmp_path)) as running:
         yield running
 
@@ -36,9 +38,9 @@ def connect(rig, receive_buffer=None):
     return sock
 
 
-async def ask(rig, sock):
+async def ask(rig, sock, **fields):
     """Send the request for a stream; its Submit."""
-    data = json.dumps(BODY).encode()
+    data = json.dumps(BODY | fields).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
     await asyncio.get_running_loop().sock_sendall(sock, head.encode() + b"\r\n\r\n" + data)
     return await rig.next(Submit)
@@ -98,6 +100,18 @@ async def test_an_answer_whose_end_nobody_reads_does_not_stay(rig):
     tasks = len(asyncio.all_tasks())
     await until(lambda: len(asyncio.all_tasks()) < tasks)
     await closed(stalled)
+
+
+@pytest.mark.parametrize("size", [1, 200])  # in the kernel's buffers, and beyond
+async def test_a_whole_answer_that_nobody_reads_does_not_stay(rig, size):
+    stalled = connect(rig, receive_buffer=4096)
+    submit = await ask(rig, stalled, stream=False)
+    tasks, descriptors = len(asyncio.all_tasks()), psutil.Process().num_fds()
+    for _ in range(size):
+        await rig.tokens(submit, MANY)
+    await rig.tokens(submit, "", reason="length")
+    await until(lambda: psutil.Process().num_fds() < descriptors and len(asyncio.all_tasks()) < tasks)
+    stalled.close()
 
 
 async def test_a_head_that_does_not_come_has_a_deadline(rig):

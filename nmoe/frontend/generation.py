@@ -14,7 +14,7 @@ from nmoe.frontend import openai, replies
 from nmoe.frontend.health import Health
 from nmoe.frontend.http import Headers, json_response
 from nmoe.frontend.openai import Call
-from nmoe.frontend.prompt import Prompt, Prompts, end_ids, make_sampling, make_submit, output_limit
+from nmoe.frontend.prompt import Prompt, Prompts, check_returned, end_ids, make_sampling, make_submit, output_limit
 from nmoe.frontend.replies import Answer, Choice
 from nmoe.frontend.requests import Requests
 from nmoe.frontend.schema import Endpoint
@@ -85,6 +85,7 @@ class Generations:
             prompts = await self._requests.run(make_prompts, call.text_length)
         else:
             prompts = make_prompts()
+        check_returned(call, prompts, self._config.server.max_body_mb << 20)
         max_seq_len = self._health.require_serving()  # asked again, because time has passed
         generation = Generation(call, arrived, [], [])
         ends = end_ids(call, self._eos_ids)

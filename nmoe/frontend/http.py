@@ -27,6 +27,7 @@ _HEAD_S = 60.0  # within which a new connection's first head must have arrived
 _BODY_S = 60.0  # within which a body must have arrived
 _IDLE_S = 75.0  # after which a connection is closed that has not begun, or not completed the head of, a request
 _KEEP_ALIVE_S = 300.0  # how long a connection may wait for its next request to be complete
+_UNREAD_S = 60  # after which a client that reads nothing of what was sent to it is dropped
 _PROBE_S = 60  # of silence, after which the kernel asks whether the other end of a connection still exists
 
 
@@ -42,6 +43,7 @@ class _Connection(web.RequestHandler):
         sock = transport.get_extra_info("socket")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _PROBE_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_S // 4)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(_UNREAD_S * 1000))
         self._head_due = self._loop.call_later(_HEAD_S, self._give_up_on_head)
 
     def connection_lost(self, exc: BaseException | None) -> None:

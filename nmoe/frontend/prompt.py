@@ -5,6 +5,7 @@
 
 import array
 import random
+from collections.abc import Sequence
 
 import msgspec
 
@@ -16,6 +17,7 @@ from nmoe.frontend.tokenizer import Tokenizer
 from nmoe.messages import Sampling, Submit, bias_fields
 
 _FEW_IDS = 8192  # are checked faster than a thread is reached
+_ID_BYTES = 7  # of a token id in JSON, with its comma
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may go on to the context's end
 
 
@@ -138,6 +140,20 @@ def output_limit(call: Call, prompt: Prompt, max_seq_len: int) -> int:
         )
         raise RequestError(message, param="min_tokens")
     return limit
+
+
+def check_returned(call: Call, prompts: Sequence[Prompt], max_bytes: int) -> None:
+    """Raises RequestError (400) when the prompts that every answer repeats are more than `max_bytes` altogether."""
+    per_id = _ID_BYTES if call.return_token_ids else 0
+    copies = call.n if call.endpoint == "completions" else 1  # a chat has its prompt beside the choices
+    size = copies * sum(len(prompt.text) + per_id * len(prompt.ids) for prompt in prompts)
+    if size > max_bytes:
+        param = "echo" if call.echo else "return_token_ids"
+        raise RequestError(
+            f"{param}: the prompts, returned with each of n = {call.n} answers, are {size >> 20} MiB, more than"
+            f" [server] max_body_mb = {max_bytes >> 20}; ask for fewer answers at once",
+            param=param,
+        )
 
 
 def end_ids(call: Call, eos_ids: tuple[int, ...]) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ chunk framing around it.
 import asyncio
 import functools
 import logging
+from collections.abc import Awaitable, Callable
 
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
@@ -29,9 +30,17 @@ _BETWEEN = b"\n\ndata: "  # two events in one chunk
 class EventStream:
     """Prepared once the answer has begun without an error; `follow` writes it to its end."""
 
-    def __init__(self, response: web.StreamResponse, transport: asyncio.Transport, answer: Answer) -> None:
+    def __init__(
+        self,
+        response: web.StreamResponse,
+        transport: asyncio.Transport,
+        answer: Answer,
+        drain: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`drain` waits until little of what was written is left; raises ConnectionError when the client leaves."""
         self._response = response
         self._transport = transport
+        self._drain = drain
         self._chunked = response.chunked
         self._answer = answer
         self._ended: asyncio.Queue[tuple[Choice, Chunks]] = asyncio.Queue()
@@ -48,8 +57,9 @@ class EventStream:
         await response.prepare(request)
         if request.transport is None:
             raise ConnectionResetError("the client left")
-        events = cls(response, request.transport, answer)
+        events = cls(response, request.transport, answer, request.writer.drain)
         for choice in answer.choices:
+            await events._room()  # an opening may hold the prompt
             events._begin(choice, Chunks(answer, choice))
         return events
 
@@ -67,6 +77,7 @@ class EventStream:
         for left in reversed(range(len(self._answer.choices))):
             choice, chunks = await self._ended.get()
             choice.stream.on_tokens = None
+            await self._room()  # a closing has all that was held back, and may hold the prompt
             if choice.stream.error is not None:
                 self._write(error_body(choice.stream.error))  # no [DONE] follows: the answer is not complete
                 break
@@ -78,6 +89,17 @@ class EventStream:
             choice.stream.on_tokens = None
         await self._end()
         return self._response
+
+    async def _room(self) -> None:
+        """Wait while too much of what was written has not been read, but not for ever."""
+        if self._transport.get_write_buffer_size() < _MAX_UNSENT:
+            return
+        try:
+            async with asyncio.timeout(_UNREAD_S):
+                await self._drain()
+        except TimeoutError:
+            self._drop()
+            raise ConnectionResetError("the client does not read") from None
 
     async def _end(self) -> None:
         if not self._transport.get_write_buffer_size():
