@@ -1,4 +1,4 @@
-"""The command line: `nmoe serve` and `nmoe doctor`."""
+"""The command line: `nmoe serve`, `nmoe batch` and `nmoe doctor`."""
 
 import argparse
 import logging
@@ -6,17 +6,21 @@ import os
 import sys
 
 from nmoe import __version__, doctor, serve
+from nmoe.batch import command as batch
 from nmoe.errors import NmoeError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 failed with a message, 2 wrong usage."""
+    """Run one command; returns the exit code: 0 done, 1 failed with a message, 2 wrong usage; a batch has more."""
     parser = argparse.ArgumentParser(prog="nmoe", description=sys.modules["nmoe"].__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     serving = commands.add_parser("serve", help="serve a model over HTTP")
     serve.add_arguments(serving)
     serving.set_defaults(run=serve.run)
+    batching = commands.add_parser("batch", help="answer a file of requests", description=batch.__doc__)
+    batch.add_arguments(batching)
+    batching.set_defaults(run=batch.run)
     examining = commands.add_parser("doctor", help="say what is wrong before the GPUs are touched")
     examining.add_argument("--config", metavar="X.toml", help="the configuration; without it the embedded demo's")
     examining.add_argument("--json", action="store_true", help="print the checks as JSON")

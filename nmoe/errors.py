@@ -53,3 +53,10 @@ class RequestError(NmoeError):
         self.status = status
         self.param = param
         self.code = code
+
+    @property
+    def type(self) -> str:
+        """OpenAI's word for the kind of the error."""
+        if self.status >= 500:
+            return "server_error"
+        return {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, "invalid_request_error")

@@ -15,7 +15,9 @@ import socket
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
@@ -41,16 +43,34 @@ def serve(config: Config) -> None:
     """Serve until SIGTERM, SIGINT or SIGHUP. Raises NmoeError when the server cannot start or a process of it dies."""
     doctor.require(config)
     envs.set_for_children(config)
-    with (
-        _bind(config.server.host, config.server.port) as http_socket,
-        run_dir() as folder,
-    ):
+    host, port = config.server.host, config.server.port
+    with _bind(host, port) as http_socket, run_dir() as folder:
+        address = f"{f'[{host}]' if ':' in host else host}:{http_socket.getsockname()[1]}"
+        _serve_on(config, http_socket, folder, lambda: _announce(f"nmoe ready on http://{address}\n"))
+
+
+def serve_privately(config: Config, announce: Callable[[pathlib.Path], None]) -> None:
+    """The same on a Unix socket in the run directory, which nobody but this user can reach; `announce` gets its path
+    once it serves. [server] host, port and api_keys have no effect."""
+    server = msgspec.structs.replace(config.server, port=0, api_keys=())
+    config = msgspec.structs.replace(config, server=server)
+    doctor.require(config)
+    envs.set_for_children(config)
+    with run_dir() as folder, socket.socket(socket.AF_UNIX) as http_socket:
         _check_run_dir(folder)
-        server = _Server(config, http_socket, folder)
-        try:
-            server.run()
-        finally:
-            server.children.stop(_GRACE_S)
+        path = folder / "http"
+        http_socket.bind(str(path))
+        http_socket.listen(_BACKLOG)
+        _serve_on(config, http_socket, folder, lambda: announce(path))
+
+
+def _serve_on(config: Config, http_socket: socket.socket, folder: pathlib.Path, announce: Callable[[], None]) -> None:
+    _check_run_dir(folder)
+    server = _Server(config, http_socket, folder)
+    try:
+        server.run(announce)
+    finally:
+        server.children.stop(_GRACE_S)
 
 
 def _announce(line: str) -> None:
@@ -102,7 +122,7 @@ class _Server:
         self._arena = ArenaLayout.of(read_architecture(config.model.path), config.parallel.world_size).make()
         self._lives: Counter[tuple[ipc.Role, int]] = Counter()
 
-    def run(self) -> None:
+    def run(self, announce: Callable[[], None]) -> None:
         """The whole life of the server; returns when it was told to stop and has drained."""
         self._fork("scheduler", 0)
         for rank in range(self._config.parallel.world_size):
@@ -111,8 +131,7 @@ class _Server:
             self._fork("frontend", index)
         if not self._wait_until_up():
             return
-        host, port = self._config.server.host, self._http_socket.getsockname()[1]
-        _announce(f"nmoe ready on http://{f'[{host}]' if ':' in host else host}:{port}\n")
+        announce()
         supervisor = Supervisor(self.children, self._board, self._config.parallel.world_size, self._fork)
         supervisor.run()
         self._drain(supervisor)

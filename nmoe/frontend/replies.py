@@ -38,18 +38,12 @@ def error_body(error: RequestError) -> bytes:
         {
             "error": {
                 "message": str(error)[:_MAX_MESSAGE],
-                "type": _error_type(error.status),
+                "type": error.type,
                 "param": error.param and error.param[:_MAX_PARAM],
                 "code": error.code,
             }
         }
     )
-
-
-def _error_type(status: int) -> str:
-    if status >= 500:
-        return "server_error"
-    return {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
 
 
 def models_body(name: str, created: int, max_seq_len: int | None) -> dict[str, Any]:

@@ -1,0 +1,111 @@
+"""Finished requests, written so that an interruption at any moment loses and doubles none (nmoe/batch/folder.py).
+
+All of it runs in one thread, in the order in which requests finish. Lines without tensors are written at once; the
+others wait for their shard, which is complete when it is large or old enough.
+"""
+
+import os
+import pathlib
+import time
+from typing import Any
+
+import msgspec
+
+from nmoe.batch.folder import INDEX, OUTPUT, Finished, output_id
+from nmoe.batch.shards import MAX_BYTES, Shard, Stored
+
+_MAX_AGE_S = 60.0  # of a shard: what an interruption costs at most is computed again
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of an input line. `error` is of a line that was never answered."""
+
+    number: int
+    custom_id: str | None
+    status: int = 0
+    body: msgspec.Raw | dict[str, Any] = {}
+    error: dict[str, Any] | None = None
+    tensors: list[Stored] = []
+    num_tokens: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is what was asked for."""
+        return self.error is None and self.status == 200
+
+    def line(self, shard: str = "") -> bytes:
+        """OpenAI's output line."""
+        name = output_id(self.number)
+        body = {**self.body, "shard": shard} if isinstance(self.body, dict) and shard else self.body
+        response = {"status_code": self.status, "request_id": name, "body": body}
+        whole = {
+            "id": name,
+            "custom_id": self.custom_id,
+            "response": response if self.error is None else None,
+            "error": self.error,
+        }
+        return msgspec.json.encode(whole) + b"\n"
+
+
+class Results:
+    """The files of a batch that runs."""
+
+    def __init__(self, folder: pathlib.Path, finished: Finished, max_shard_bytes: int = MAX_BYTES) -> None:
+        self._folder = folder
+        self._max_shard_bytes = max_shard_bytes
+        self._num_shards = finished.num_shards
+        self._output = os.open(folder / OUTPUT, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._index = os.open(folder / INDEX, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._shard: Shard | None = None
+        self._shard_begun = 0.0
+        self._waiting: list[Result] = []  # for the shard's end
+
+    def add(self, result: Result) -> None:
+        """Keep a result. Raises OSError when it cannot be written."""
+        if not result.tensors:
+            _write(self._output, result.line())
+            return
+        if self._shard is not None and not self._shard.has_room(result.tensors):
+            self.commit()
+        if self._shard is None:
+            self._num_shards += 1
+            self._shard = Shard(self._folder, self._num_shards, result.tensors, self._max_shard_bytes)
+            self._shard_begun = time.monotonic()
+        self._shard.add(result.tensors)
+        for tensor in result.tensors:
+            tensor.data.close()
+        self._waiting.append(result)
+        if self._shard.is_full:
+            self.commit()
+
+    def commit_if_old(self) -> None:
+        """Complete the shard when its first request has waited for long."""
+        if self._shard is not None and time.monotonic() - self._shard_begun > _MAX_AGE_S:
+            self.commit()
+
+    def commit(self) -> None:
+        """Complete the shard: its file, its requests' output lines, its line in the index, in this order."""
+        if self._shard is None:
+            return
+        shard, waiting = self._shard, self._waiting
+        shard.finish()
+        _write(self._output, b"".join(result.line(shard.name) for result in waiting))
+        os.fsync(self._output)
+        keys = {str(result.custom_id): [tensor.key for tensor in result.tensors] for result in waiting}
+        entry = {"shard": shard.name, "num_bytes": shard.num_bytes, "tensors": keys}
+        _write(self._index, msgspec.json.encode(entry) + b"\n")
+        os.fsync(self._index)
+        self._shard, self._waiting = None, []
+
+    def close(self) -> None:
+        """Complete what can be, and make it last."""
+        self.commit()
+        os.fsync(self._output)
+        os.close(self._output)
+        os.close(self._index)
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]

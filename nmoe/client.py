@@ -1,0 +1,290 @@
+"""A client of `POST /v1/generate`, synchronous and asynchronous; tensors are numpy arrays.
+
+    from nmoe.client import Client
+
+    with Client("http://127.0.0.1:8000") as client:
+        answer = client.generate("The answer is", max_tokens=0, prompt_logprobs=0, logits=True)
+        answer.choices[0].prompt_logits  # float32 [prompt tokens - 1, vocabulary]
+
+`generate` returns the whole answer; `parts` gives it piece by piece, for logits that do not fit into memory. Both take
+the fields of the request as keywords (docs/generate.md). A refusal or an error raises RequestError, a connection that
+ends too early ConnectionError.
+"""
+
+import http.client
+import urllib.parse
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, NoReturn, Self, TypeVar
+
+import aiohttp
+import msgspec
+import numpy as np
+
+from nmoe.errors import RequestError
+from nmoe.native import (
+    CONTENT_TYPE,
+    FRAME_HEAD,
+    FRAMES_CONTENT_TYPE,
+    Answer,
+    Choice,
+    Failure,
+    Logits,
+    Tensor,
+    frame_length,
+)
+
+PATH = "/v1/generate"
+_LIMIT = 1 << 20  # bytes of an answer that wait for whoever reads its parts
+_NO_HEADERS: Mapping[str, str] = {}
+T = TypeVar("T")
+Array = np.ndarray[Any, Any]
+Part = Answer[Array] | Logits[Array]
+
+
+def as_array(tensor: Tensor) -> Array:
+    """The elements where they are; the array cannot be written to."""
+    return np.frombuffer(tensor.data, np.dtype(tensor.dtype).newbyteorder("<")).reshape(tensor.shape)
+
+
+def _array_hook(kind: type, value: Any) -> Any:
+    if kind is np.ndarray:
+        return as_array(msgspec.convert(value, Tensor))
+    raise NotImplementedError(kind)
+
+
+# Part of arrays, and the same of bytes, for whoever passes them on.
+decode_arrays: Callable[[bytes], Part | Failure] = msgspec.msgpack.Decoder(
+    Answer[np.ndarray] | Logits[np.ndarray] | Failure, dec_hook=_array_hook
+).decode
+decode_tensors: Callable[[bytes], Answer[Tensor] | Logits[Tensor] | Failure] = msgspec.msgpack.Decoder(
+    Answer[Tensor] | Logits[Tensor] | Failure
+).decode
+
+
+def request_body(fields: Mapping[str, Any]) -> bytes:
+    """The msgpack of a request. Token ids of a prompt (a list of numbers, an array) travel as int32 bytes."""
+    return msgspec.msgpack.encode({**fields, "prompt": _packed_prompt(fields["prompt"])})
+
+
+def _packed_prompt(prompt: Any) -> Any:
+    if isinstance(prompt, str | bytes):
+        return prompt
+    if isinstance(prompt, np.ndarray) or (prompt and all(type(item) is int for item in prompt)):
+        ids = np.asarray(prompt)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise ValueError(f"prompt: one prompt's token ids are one row of integers, not {ids.dtype} {ids.shape}")
+        if ids.size and not (ids.min() >= 0 and ids.max() < 1 << 31):
+            raise ValueError("prompt: token ids are from 0 to 2**31 - 1")
+        return ids.astype("<i4").tobytes()
+    return [_packed_prompt(item) for item in prompt]
+
+
+def error_of(status: int, error: Mapping[str, Any]) -> RequestError:
+    """What a server said, as it raised it."""
+    return RequestError(str(error.get("message")), status=status, param=error.get("param"), code=error.get("code"))
+
+
+def _refusal(status: int, body: bytes) -> RequestError:
+    try:
+        return error_of(status, msgspec.json.decode(body)["error"])
+    except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
+        return RequestError(f"status {status}: {body[:200].decode(errors='replace')}", status=status)
+
+
+def _raise(failure: Failure) -> NoReturn:
+    raise error_of(failure.status, failure.error)
+
+
+class _Whole:
+    """An answer, put together from its parts."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[int, str], list[Array]] = {}
+
+    def add(self, part: Part) -> Answer[Array] | None:
+        """The answer, once its last part is here."""
+        if isinstance(part, Logits):
+            self._rows.setdefault((part.index, part.name), []).append(part.rows)
+            return None
+        return msgspec.structs.replace(part, choices=[self._complete(choice) for choice in part.choices])
+
+    def _complete(self, choice: Choice[Array]) -> Choice[Array]:
+        names = [name for index, name in self._rows if index == choice.index]
+        return msgspec.structs.replace(
+            choice, **{name: np.concatenate(self._rows.pop((choice.index, name))) for name in names}
+        )
+
+
+def _headers(api_key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+_CUT_OFF = "the connection ended before the answer did"
+
+
+class Client:
+    """One connection, for one request at a time. `timeout` in seconds is for each read, None: no limit."""
+
+    def __init__(self, url: str, *, api_key: str = "", timeout: float | None = None) -> None:
+        parts = urllib.parse.urlsplit(url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._connection = kind(parts.netloc, timeout=timeout)
+        self._path = parts.path.rstrip("/") + PATH
+        self._headers = _headers(api_key)
+
+    def generate(self, prompt: Any, **fields: Any) -> Answer[Array]:
+        """The whole answer."""
+        whole = _Whole()
+        for part in self.parts(prompt, **fields):
+            if (answer := whole.add(part)) is not None:
+                return answer
+        raise ConnectionError(_CUT_OFF)
+
+    def parts(self, prompt: Any, **fields: Any) -> Iterator[Part]:
+        """Logits as they come, then the answer without them. A caller that stops early closes the connection."""
+        complete = False
+        try:
+            for payload in self._payloads(request_body({"prompt": prompt, **fields})):
+                part = decode_arrays(payload)
+                if isinstance(part, Failure):
+                    _raise(part)
+                complete = isinstance(part, Answer)
+                yield part
+            if not complete:
+                raise ConnectionError(_CUT_OFF)
+        except http.client.HTTPException as error:
+            raise ConnectionError(f"{_CUT_OFF}: {error!r}") from error
+        finally:
+            if not complete:
+                self.close()
+
+    def _payloads(self, body: bytes) -> Iterator[bytes]:
+        headers = {"Content-Type": CONTENT_TYPE, **self._headers}
+        self._connection.request("POST", self._path, body, headers)
+        response = self._connection.getresponse()
+        if response.status != 200:
+            raise _refusal(response.status, response.read())
+        if response.headers.get_content_type() != FRAMES_CONTENT_TYPE:
+            yield response.read()
+            return
+        while head := response.read(FRAME_HEAD.size):
+            if len(head) < FRAME_HEAD.size or len(payload := response.read(length := frame_length(head))) < length:
+                raise ConnectionError(_CUT_OFF)
+            yield payload
+
+    def close(self) -> None:
+        """Close the connection; the next request opens another."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class AsyncClient:
+    """Any number of requests at a time. `unix_socket` is the path of a socket that takes the place of the URL's host;
+    `timeout` in seconds is for each read, None: no limit."""
+
+    def __init__(
+        self,
+        url: str = "http://localhost",
+        *,
+        api_key: str = "",
+        unix_socket: str = "",
+        timeout: float | None = None,
+    ) -> None:
+        self._url = url.rstrip("/")
+        self._unix_socket = unix_socket
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_read=timeout)
+        self._headers = _headers(api_key)
+        self._session: aiohttp.ClientSession
+
+    async def generate(self, prompt: Any, **fields: Any) -> Answer[Array]:
+        """The whole answer."""
+        whole = _Whole()
+        async for part in self.parts(prompt, **fields):
+            if (answer := whole.add(part)) is not None:
+                return answer
+        raise ConnectionError(_CUT_OFF)
+
+    async def parts(self, prompt: Any, **fields: Any) -> AsyncIterator[Part]:
+        """Logits as they come, then the answer without them."""
+        async for part in self._parts(request_body({"prompt": prompt, **fields}), decode_arrays):
+            yield part
+
+    async def raw_parts(self, body: bytes, request_id: str) -> AsyncIterator[Answer[Tensor] | Logits[Tensor]]:
+        """The same for an encoded request, with tensors as they travel."""
+        async for part in self._parts(body, decode_tensors, {"X-Request-Id": request_id}):
+            yield part
+
+    async def post_json(self, path: str, body: bytes, request_id: str) -> tuple[int, bytes]:
+        """Status and body of another endpoint's answer."""
+        headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
+        try:
+            async with self._session.post(self._url + path, data=body, headers=headers) as response:
+                return response.status, await response.read()
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
+            raise ConnectionError(f"{_CUT_OFF}: {error!r}") from error
+
+    async def is_healthy(self) -> bool:
+        """Whether the server serves."""
+        try:
+            async with self._session.get(self._url + "/health") as response:
+                return response.status == 200
+        except aiohttp.ClientConnectionError:
+            return False
+
+    async def _parts(
+        self,
+        body: bytes,
+        decode: Callable[[bytes], Answer[T] | Logits[T] | Failure],
+        headers: Mapping[str, str] = _NO_HEADERS,
+    ) -> AsyncIterator[Answer[T] | Logits[T]]:
+        complete = False
+        try:
+            async with self._session.post(
+                self._url + PATH, data=body, headers={"Content-Type": CONTENT_TYPE, **headers}
+            ) as response:
+                async for payload in _payloads(response):
+                    part = decode(payload)
+                    if isinstance(part, Failure):
+                        _raise(part)
+                    complete = isinstance(part, Answer)
+                    yield part
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, EOFError) as error:
+            raise ConnectionError(f"{_CUT_OFF}: {error!r}") from error
+        if not complete:
+            raise ConnectionError(_CUT_OFF)
+
+    async def __aenter__(self) -> Self:
+        connector = (
+            aiohttp.UnixConnector(self._unix_socket, limit=0) if self._unix_socket else aiohttp.TCPConnector(limit=0)
+        )
+        self._session = aiohttp.ClientSession(
+            connector=connector, timeout=self._timeout, headers=self._headers, read_bufsize=_LIMIT
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._session.close()
+
+
+async def _payloads(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """The msgpack objects of an answer. Raises EOFError when it ends within one."""
+    if response.status != 200:
+        raise _refusal(response.status, await response.read())
+    if response.content_type != FRAMES_CONTENT_TYPE:
+        yield await response.read()
+        return
+    while not response.content.at_eof():
+        head = await response.content.read(FRAME_HEAD.size)
+        if not head:
+            return
+        if len(head) < FRAME_HEAD.size:
+            head += await response.content.readexactly(FRAME_HEAD.size - len(head))
+        yield await response.content.readexactly(frame_length(head))

@@ -1,0 +1,110 @@
+"""What `POST /v1/generate` answers: msgpack, with tensors as raw little-endian bytes (docs/generate.md).
+
+An answer without logits is one `Answer`. One with logits is a sequence of frames, sent while they are computed: any
+number of `Logits`, then the `Answer`, or a `Failure` in its place. A frame is a msgpack `bin 32` whose bytes are one
+msgpack object, so every msgpack library reads the sequence as it comes, and so does whoever takes five bytes and then
+as many as they say.
+"""
+
+import struct
+from typing import Any, Generic, Literal, TypeVar
+
+import msgspec
+
+CONTENT_TYPE = "application/msgpack"
+FRAMES_CONTENT_TYPE = "application/x-msgpack-frames"
+FRAME_HEAD = struct.Struct(">BI")  # msgpack's bin 32: its marker, and the number of bytes that follow
+_BIN_32 = 0xC6
+
+ItemType = Literal["int32", "float32", "uint8", "uint16"]
+ITEM_BYTES: dict[ItemType, int] = {"int32": 4, "float32": 4, "uint8": 1, "uint16": 2}
+LogitsName = Literal["logits", "prompt_logits"]
+T = TypeVar("T")
+
+
+class Tensor(msgspec.Struct, frozen=True):
+    """An array: `data` is its elements, little-endian, the last dimension first."""
+
+    dtype: ItemType
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class Choice(msgspec.Struct, Generic[T], frozen=True, omit_defaults=True, kw_only=True):
+    """One output of `n` tokens for a prompt of `p`; what was not asked for is absent.
+
+    What is about the prompt has a row for each of its tokens but the first, which nothing comes before, and is in the
+    first choice of each prompt only. K is the request's `top_k_logprobs`, S the number of its `logprob_token_ids`.
+    """
+
+    index: int
+    text: str
+    finish_reason: str
+    token_ids: T  # int32 [n]
+    prompt_token_ids: T | None = None  # int32 [p]
+    logprobs: T | None = None  # float32 [n], by the model's own distribution
+    drawn_logprobs: T | None = None  # float32 [n], by the distribution that the token was drawn from
+    ranks: T | None = None  # int32 [n]: 1 is the likeliest token
+    top_k_ids: T | None = None  # int32 [n, K]
+    top_k_logprobs: T | None = None  # float32 [n, K]
+    token_id_logprobs: T | None = None  # float32 [n, S]
+    prompt_logprobs: T | None = None  # float32 [p - 1]
+    prompt_ranks: T | None = None  # int32 [p - 1]
+    prompt_top_k_ids: T | None = None  # int32 [p - 1, K]
+    prompt_top_k_logprobs: T | None = None  # float32 [p - 1, K]
+    prompt_token_id_logprobs: T | None = None  # float32 [p - 1, S]
+    routed_experts: T | None = None  # uint8 or uint16 [computed positions, layers with experts, experts per token]
+    logits: T | None = None  # float32 [n, vocabulary]; on the wire in `Logits`, never here
+    prompt_logits: T | None = None  # float32 [p - 1, vocabulary]; the same
+
+
+class Answer(msgspec.Struct, Generic[T], frozen=True, omit_defaults=True, tag="answer"):
+    """The whole of an answer but its logits, and its end. `created` is in seconds since the epoch."""
+
+    id: str
+    model: str
+    created: int
+    choices: list[Choice[T]]
+    usage: dict[str, Any]  # OpenAI's
+    seed: int | None = None  # the one that was drawn, where the profile promises that the output can be repeated
+
+
+class Logits(msgspec.Struct, Generic[T], frozen=True, tag="logits"):
+    """Rows of a choice's logits: float32 [rows, vocabulary], of which the first is row `first` of `name`.
+
+    The rows of one `name` of one choice come in order and without gaps.
+    """
+
+    index: int  # of the choice
+    name: LogitsName
+    first: int
+    rows: T
+
+
+class Failure(msgspec.Struct, frozen=True, tag="error"):
+    """The answer ends here, unfinished. `error` is OpenAI's error object, `status` what its HTTP status would be."""
+
+    status: int
+    error: dict[str, Any]
+
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+def pack(answer: Answer[Tensor]) -> bytes:
+    """An answer that is one object."""
+    return _encode(answer)
+
+
+def frame(part: Answer[Tensor] | Logits[Tensor] | Failure) -> bytes:
+    """One frame of an answer that is a sequence of them."""
+    payload = _encode(part)
+    return FRAME_HEAD.pack(_BIN_32, len(payload)) + payload
+
+
+def frame_length(head: bytes) -> int:
+    """How many bytes follow a frame's five first ones. Raises ValueError when they are not a frame's."""
+    marker, length = FRAME_HEAD.unpack(head)
+    if marker != _BIN_32:
+        raise ValueError(f"an answer's frame begins with the byte {marker:#x}, not with {_BIN_32:#x}")
+    return int(length)
