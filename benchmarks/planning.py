@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 
 from nmoe.messages import ROW_SAMPLES, Sampling, Step, StepDone, Submit, WorkerToScheduler, make_uid
+from nmoe.scheduler.cells import Cells
 from nmoe.scheduler.limits import Limits
 from nmoe.scheduler.scheduler import Scheduler
 
@@ -60,8 +61,10 @@ class Load:
             max_prefill_tokens=1 << 20,  # everything begins in the first step
             max_seq_len=4096,
             max_queue=1 << 20,
+            cells_per_rank=519,
+            vocab_size=129_280,
         )
-        self.scheduler = Scheduler(limits)
+        self.scheduler = Scheduler(limits, Cells(ranks, limits.cells_per_rank))
         self._workers = Workers(ranks)
         self._rng = np.random.default_rng(0)
         self._submitted = 0

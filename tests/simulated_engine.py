@@ -22,10 +22,11 @@ from nmoe.messages import (
 )
 from nmoe.outputs import Returns, unpack
 from nmoe.profiles import Lane
+from nmoe.scheduler.cells import Cells, life_of
 from nmoe.scheduler.limits import Limits
 from nmoe.scheduler.request import Request, State, sibling_seed
 from nmoe.scheduler.scheduler import Scheduler
-from tests.simulated_worker import SimulatedWorker, digest, expected_output, record, routing
+from tests.simulated_worker import VOCABULARY, SimulatedWorker, digest, expected_output, record, routing
 
 
 def limits(**overrides) -> Limits:
@@ -37,6 +38,8 @@ def limits(**overrides) -> Limits:
         "max_batch_size": 4,
         "max_prefill_tokens": 16,
         "max_queue": 64,
+        "cells_per_rank": 8,
+        "vocab_size": VOCABULARY,
     } | overrides
     derived = {
         "num_slots": 2 * sizes["max_batch_size"],
@@ -66,7 +69,11 @@ class Engine:
 
     def __init__(self, sizes: Limits) -> None:
         self.limits = sizes
-        self.scheduler = Scheduler(sizes)
+        self.cells = Cells(sizes.world_size, sizes.cells_per_rank)
+        self.scheduler = Scheduler(sizes, self.cells)
+        self.arena: dict[int, bytes] = {}  # outlives the workers
+        self.unread: dict[int, tuple[int, bytes]] = {}  # cell at a frontend -> (frontend, what it must have)
+        self.stubborn: set[int] = set()  # frontends that release nothing
         self.clients: dict[int, Client] = {}
         self.now = 1.0
         self.next_counter = 0
@@ -83,7 +90,8 @@ class Engine:
         self.seeds: dict[int, int] = getattr(self, "seeds", {})
         first_step = len(self.planned)
         self.workers = [
-            SimulatedWorker(rank, s.num_slots, s.page_size, s.row_tokens, self.seeds) for rank in range(s.world_size)
+            SimulatedWorker(rank, s.num_slots, s.page_size, s.row_tokens, self.seeds, self.arena)
+            for rank in range(s.world_size)
         ]
         for worker in self.workers:
             worker.last_step = first_step
@@ -126,6 +134,15 @@ class Engine:
         self.scheduler.finish(Finish(1, uid, count))
         self.after()
 
+    def release(self, most: int | None = None) -> None:
+        """The frontends read cells and give them back, the last ones they got first."""
+        willing = [cell for cell, (frontend, _) in self.unread.items() if frontend not in self.stubborn]
+        for cell in willing[::-1][:most]:
+            frontend, content = self.unread.pop(cell)
+            assert self.arena[cell] == content, "a cell was written while a frontend had it"
+            assert self.cells.release(np.array([cell], np.int32).tobytes(), life_of(frontend, 1)) == 0
+        self.after()
+
     def plan(self) -> list[Step] | None:
         """Plan and send one step; the workers run it at once, their answers wait for `answer`."""
         self.now += 1.0
@@ -164,6 +181,7 @@ class Engine:
     def run(self, most: int = 20_000) -> None:
         """Plan and answer, two steps in flight, until nothing is left to do."""
         for _ in range(most):
+            self.release()
             if self.plan() is None and not any(self.unanswered):
                 break
             if all(len(answers) == self.limits.steps_in_flight for answers in self.unanswered) or self.starved():
@@ -195,7 +213,7 @@ class Engine:
             at = 0
             for uid, count, size in zip(uids, counts, sizes, strict=True):
                 assert count > 0 or size > 0, "a row of nothing"
-                self.take_block(self.clients[uid], memoryview(message.blocks)[at : at + size])
+                self.take_block(frontend, self.clients[uid], memoryview(message.blocks)[at : at + size])
                 at += size
                 assert uid_frontend(uid) == frontend
                 assert self.clients[uid].ended is None, "tokens after the end"
@@ -205,15 +223,21 @@ class Engine:
                 assert uid_frontend(ended.uid) == frontend
                 self.check_end(self.clients[ended.uid], ended)
         self.check_pages()
+        self.check_cells()
         open_uids = {uid for uid, client in self.clients.items() if client.ended is None}
         assert open_uids == self.scheduler._requests.keys()
 
-    def take_block(self, client: Client, data: memoryview) -> None:
+    def take_block(self, frontend: int, client: Client, data: memoryview) -> None:
         """Read what one row returned."""
         if not data:
             return
         assert client.returns
         block, size = unpack(data, client.returns), client.returns.record_bytes
+        assert len(block.cells) == (len(block.records) // size if client.returns.logits else 0)
+        for i, cell in enumerate(block.cells):
+            assert cell not in self.unread, "a cell has two readers"
+            self.unread[cell] = frontend, bytes(block.records[i * size : (i + 1) * size])
+            assert self.arena[cell] == self.unread[cell][1], "a cell was written before it was read"
         client.records += [bytes(block.records[at : at + size]) for at in range(0, len(block.records), size)]
         client.routed += [bytes(block.routing[at : at + 8]) for at in range(0, len(block.routing), 8)]
 
@@ -274,6 +298,16 @@ class Engine:
             request.state in (State.WAITING, State.SIBLING) for request in scheduler._requests.values()
         )
 
+    def check_cells(self) -> None:
+        """Conservation, counted from the frontends' side and from the steps in flight."""
+        flights = self.scheduler._flights
+        flying = [cell for flight in flights if flight.cargo for cell in flight.cargo.cells.tolist()]
+        free = [cell for mine in self.cells._free for cell in mine]
+        everywhere = [*free, *flying, *self.unread]
+        assert sorted(everywhere) == list(range(self.limits.world_size * self.limits.cells_per_rank))
+        per_rank = self.limits.cells_per_rank
+        assert all(cell // per_rank == rank for rank, mine in enumerate(self.cells._free) for cell in mine)
+
     def check_steps(self, steps: list[Step], before: dict[int, State], known_before: dict[int, int]) -> None:
         """All ranks alike; the budget; nobody who streams is left out; nobody is overtaken."""
         s, scheduler = self.limits, self.scheduler
@@ -292,6 +326,7 @@ class Engine:
             for request in scheduler._requests.values()
             if before[request.uid] is State.DECODE and request.state in (State.DECODE, State.LAUNCHED)
             if request.known_len == known_before[request.uid]  # else preempted and admitted elsewhere in the same step
+            if not request.stalled
         ]
         lane = scheduler._turns._last
         assert head.numerics == lane.numerics
@@ -314,7 +349,10 @@ class Engine:
             assert self.missed[other] <= 2 * (len(Lane) - 1) - 1, f"{other} starves"
 
     def check_order(self, lane: Lane, before: dict[int, State]) -> None:
-        """Whoever was admitted comes before everybody of its lane who still waits, those pinned to a rank aside."""
+        """Whoever was admitted comes before everybody of its lane who still waits.
+
+        But for those pinned to a rank, and those whose logits may have found no cell.
+        """
         mine = [request for request in self.scheduler._requests.values() if request.lane is lane]
         admitted = [
             request
@@ -327,4 +365,5 @@ class Engine:
             if before[request.uid] is State.WAITING and request.state is State.WAITING and request.pinned is None
         ]
         for request in admitted:
-            assert all(request.order < other.order for other in waiting), "overtaken in the queue"
+            rivals = [other for other in waiting if request.returns.logits or not other.returns.logits]
+            assert all(request.order < other.order for other in rivals), "overtaken in the queue"

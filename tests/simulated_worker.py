@@ -78,13 +78,20 @@ class SimulatedWorker:
     """One rank. `limits_by_seed` says how long the request with a seed may get, which a device need not know."""
 
     def __init__(
-        self, rank: int, num_slots: int, page_size: int, row_tokens: int, limits_by_seed: dict[int, int]
+        self,
+        rank: int,
+        num_slots: int,
+        page_size: int,
+        row_tokens: int,
+        limits_by_seed: dict[int, int],
+        arena: dict[int, bytes] | None = None,
     ) -> None:
         self.rank = rank
         self.num_slots = num_slots
         self.page_size = page_size
         self.row_tokens = row_tokens
         self.limits_by_seed = limits_by_seed
+        self.arena = {} if arena is None else arena  # cell -> the record whose logits it has
         self.slots: dict[int, Slot] = {}
         self.cache: dict[tuple[int, int], Entry] = {}  # (page, offset)
         self.writers: dict[int, tuple[int, int]] = {}  # page -> (tenancy, step) of the last write
@@ -114,8 +121,9 @@ class SimulatedWorker:
         for slot_id, _, _, _ in rows:
             self._check_context(step.step_id, self.slots[slot_id])
         self.previous_rows = rows
+        cells = np.frombuffer(step.cells, np.int32).tolist()
         blocks = [
-            self._block(self.slots[row[0]], row[1], new)
+            self._block(self.slots[row[0]], row[1], new, cells)
             for row, new in zip(rows, computed, strict=True)
             if row[3] & ROW_RETURNS
         ]
@@ -124,11 +132,15 @@ class SimulatedWorker:
         counts = None
         if self.row_tokens > 1:
             counts = np.array([len(new) for new in sampled], np.int32).tobytes()
+        assert not cells, "cells that belong to no record"
         sizes = np.array([len(block) for block in blocks], np.int32).tobytes()
         return StepDone(1, self.rank, step.step_id, tokens_of_all, counts, b"".join(blocks), sizes)
 
-    def _block(self, slot: Slot, first: int, new: list[int] | None) -> bytes:
-        """What the positions before `slot.end` return that has not come back: see `record` and `routing`."""
+    def _block(self, slot: Slot, first: int, new: list[int] | None, cells: list[int]) -> bytes:
+        """What the positions before `slot.end` return that has not come back: see `record` and `routing`.
+
+        Takes what it needs from the front of `cells`.
+        """
         new = new or []
         known = dict(enumerate(slot.past))
         known.update(zip(range(slot.end - len(new) + 1, slot.end + 1), new, strict=True))
@@ -143,7 +155,12 @@ class SimulatedWorker:
         if slot.returns.routing:
             routed = [routing(p, self._history(slot, p + 1)) for p in range(slot.returned, slot.end)]
         slot.returned = slot.end
-        return pack(b"", b"".join(records), len(records), b"".join(routed), len(routed))
+        taken = []
+        if slot.returns.logits:
+            taken, cells[:] = cells[: len(records)], cells[len(records) :]
+            self.arena.update(zip(taken, records, strict=True))
+        packed = np.array(taken, np.int32).tobytes()
+        return pack(packed, b"".join(records), len(records), b"".join(routed), len(routed))
 
     def _admit(self, step: Step) -> None:
         for admit in step.admits:

@@ -27,6 +27,7 @@ def sizes(draw, **fixed):
         "max_batch_size": draw(st.integers(1, 5)),
         "max_prefill_tokens": world_size * draw(st.integers(1, 12)),
         "max_queue": draw(st.integers(8, 60)),
+        "cells_per_rank": draw(st.sampled_from([1, 2, 3, 8])),
         "steps_in_flight": draw(st.sampled_from([1, 2, 2, 2])),
         "enable_prefix_cache": draw(st.sampled_from([True, True, True, False])),
     }
@@ -44,7 +45,7 @@ SUBMIT = st.fixed_dictionaries(
         "eos": st.sampled_from([0, 0, 1, 3]),
         "priority": st.sampled_from([0, 0, 0, 1, -1]),
         "profile": st.sampled_from(["production_generate", "production_generate", *PROFILES]),
-        "returns": st.integers(0, 7),
+        "returns": st.integers(0, 9),
     }
 )
 ACTION = st.one_of(
@@ -55,6 +56,7 @@ ACTION = st.one_of(
     st.tuples(st.just("answer"), st.integers(0, 7)),
     st.just("round"),
     st.just("round"),
+    st.tuples(st.just("release"), st.integers(0, 7)),
     st.tuples(st.just("abort"), st.integers(0, 50)),
     st.tuples(st.just("finish"), st.integers(0, 50)),
 )
@@ -69,6 +71,8 @@ RETURNS = [
     Returns(records=True, prompt=True),
     Returns(routing=True),
     Returns(records=True, prompt=True, top_k=1, routing=True),
+    Returns(records=True, logits=True),
+    Returns(records=True, prompt=True, logits=True, routing=True),
 ]
 
 
@@ -80,7 +84,10 @@ def submit(engine: Engine, fields: dict) -> None:
     stem = fields["stem"]
     prompt = [(stem * 7 + i * i) % VOCABULARY for i in range(length - tail)] + [stem + tail + 1] * tail
     others = {name: fields[name] for name in ("n", "frontend", "priority", "profile")}
-    others["returns"] = RETURNS[fields["returns"]]
+    one_each = engine.limits.row_tokens == 1
+    others["returns"] = msgspec.structs.replace(
+        returns := RETURNS[fields["returns"]], logits=returns.logits and one_each
+    )
     engine.submit(prompt, fields["max_tokens"] % (room - length + 1), eos_ids=tuple(range(fields["eos"])), **others)
 
 
@@ -96,6 +103,8 @@ def act(engine: Engine, action) -> None:
             engine.answer(rank)
     elif action[0] == "answer":
         engine.answer(action[1] % engine.limits.world_size)
+    elif action[0] == "release":
+        engine.release(action[1])
     elif engine.clients:
         uid = list(engine.clients)[action[1] % len(engine.clients)]
         if action[0] == "abort":
@@ -126,7 +135,9 @@ def long_stream(seed: int, length: int = 150) -> list:
     profiles = list(PROFILES) + ["production_generate"] * 4
     actions: list = []
     for _ in range(length):
-        kind = rng.choice(["submit", "submit", "plan", "plan", "answer", "round", "round", "abort", "finish"])
+        kind = rng.choice(
+            ["submit", "submit", "plan", "plan", "answer", "round", "round", "release", "abort", "finish"]
+        )
         if kind == "submit":
             actions.append(
                 {
@@ -139,7 +150,7 @@ def long_stream(seed: int, length: int = 150) -> list:
                     "eos": rng.choice([0, 0, 1, 3]),
                     "priority": rng.choice([0, 0, 0, 1, -1]),
                     "profile": rng.choice(profiles),
-                    "returns": rng.randrange(8),
+                    "returns": rng.randrange(10),
                 }
             )
         else:

@@ -39,10 +39,11 @@ from tests.simulated_worker import SimulatedWorker, expected_output
 
 DEADLINE_S = 20
 QUIET_MS = 200
+DEMO = pathlib.Path(nmoe.__file__).parent / "demo"
 LIFE = 4  # the scheduler's generation
 PROMPT = [1, 2, 3, 4, 5]
 CONFIG = Config(
-    model=Model(max_seq_len=500),
+    model=Model(path=str(DEMO), max_seq_len=500),
     parallel=Parallel(world_size=2, device="cpu"),
     engine=Engine(page_size=4, max_batch_size=4, max_prefill_tokens=64),
     server=Server(processes=2, max_queue=8),

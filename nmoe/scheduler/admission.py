@@ -2,7 +2,14 @@
 
 The order is (priority, arrival), within a lane and between them: a request that finds no room (other than for the
 step's budget, which is new every time) holds back younger ones of other lanes too, or they would take the pages it
-waits for.
+waits for. Two kinds of requests are apart:
+
+- BULK, which may wait by the hundred thousand, has only the room that nobody else wants. Whoever waits for room holds
+  it back, it holds back nobody, and for a request of another lane that finds no room its requests are preempted,
+  youngest first, until there is room or none is left. So no other lane ever waits for BULK's pages or slots.
+- Requests whose logits find no cell in the arena, because frontends have not read those they got: waiting ones are
+  overtaken, and running ones are preempted for whoever finds no room. So nobody waits for a frontend but those who need
+  cells.
 """
 
 from collections.abc import Iterator
@@ -11,49 +18,34 @@ from nmoe.profiles import Lane
 from nmoe.scheduler.draft import Draft
 from nmoe.scheduler.limits import Limits
 from nmoe.scheduler.placement import EXPECTED_OUTPUT, place
+from nmoe.scheduler.preemption import Preemption
 from nmoe.scheduler.ranks import Ranks
-from nmoe.scheduler.request import Request, State
-from nmoe.scheduler.waiting import WaitingQueue
+from nmoe.scheduler.request import ORDER, Request, State
+from nmoe.scheduler.waiting import Waiting
 
 
 class Admission:
-    """The waiting requests."""
+    """Decides; nobody else takes requests out of the queues but those that end."""
 
-    def __init__(self, limits: Limits, ranks: Ranks) -> None:
+    def __init__(self, limits: Limits, ranks: Ranks, waiting: Waiting, preemption: Preemption) -> None:
         self._limits = limits
         self._ranks = ranks
-        self._queues = {lane: WaitingQueue(limits.world_size) for lane in Lane}
+        self._waiting = waiting
+        self._preemption = preemption
         self._blocked: dict[Lane, Request | None] = dict.fromkeys(Lane)
-
-    def __len__(self) -> int:
-        return sum(map(len, self._queues.values()))
-
-    def waiting(self, lane: Lane) -> int:
-        """How many wait in one lane."""
-        return len(self._queues[lane])
-
-    def push(self, request: Request) -> None:
-        """Queue `request`."""
-        request.state = State.WAITING
-        self._queues[request.lane].push(request)
-
-    def remove(self, request: Request) -> None:
-        """Take a waiting request out."""
-        self._queues[request.lane].remove(request)
 
     def admit(self, lane: Lane, draft: Draft, before: tuple[float, float]) -> Iterator[Request]:
         """Admit requests of one lane as long as the next one comes before `before` in the order and finds room.
 
         The caller takes each one's chunk out of the budget before it asks for the next.
         """
-        queue = self._queues[lane]
         self._blocked[lane] = None
-        while any(draft.left) and (request := queue.head(draft.closed)) and request.order < before:
+        while any(draft.left) and (request := self._head(lane, draft)) and request.order < before:
             if self._held_back(request):
                 return
-            place = self._place(request, draft)
+            place = self._place(request, draft) or self._make_room(request, draft)
             if place is not None:
-                queue.remove(request)
+                self._waiting.remove(request)
                 self._ranks.admit(request, *place, draft)
                 yield request
             elif request.pinned is not None:
@@ -63,45 +55,86 @@ class Admission:
 
     def continues(self, lane: Lane, draft: Draft) -> bool:
         """Whether, after `admit`, only the step's budget keeps somebody from being admitted."""
-        head = self._queues[lane].head(draft.closed)
+        head = self._head(lane, draft)
         return head is not None and not self._held_back(head) and bool(self._roomy(head, draft))
 
+    def _head(self, lane: Lane, draft: Draft) -> Request | None:
+        """Who is next, without those for whom there are no cells."""
+        plain, costly = self._waiting.queues(lane)
+        heads = [plain.head(draft.closed)]
+        if costly:
+            dry = {rank for rank in range(self._limits.world_size) if not self._has_cells(rank, draft)}
+            if len(dry) < self._limits.world_size:
+                heads.append(costly.head(draft.closed | dry))
+        return min((head for head in heads if head), key=ORDER, default=None)
+
+    def _has_cells(self, rank: int, draft: Draft) -> bool:
+        return self._ranks.cells.num_free(rank) > draft.reserved[rank]
+
     def _held_back(self, request: Request) -> bool:
-        """Whether an older request waits for room."""
+        """Whether somebody waits for room who goes before `request`."""
         return any(
-            other and other.state is State.WAITING and other.order < request.order for other in self._blocked.values()
+            other.state is State.WAITING and (request.lane is Lane.BULK or other.order < request.order)
+            for lane, other in self._blocked.items()
+            if other and lane not in (request.lane, Lane.BULK)
         )
+
+    def _open(self, request: Request, draft: Draft) -> list[int]:
+        """The ranks that `request` may run on, room and budget aside."""
+        wanted = range(self._limits.world_size) if request.pinned is None else (request.pinned,)
+        return [
+            r for r in wanted if r not in draft.closed and (not request.returns.logits or self._has_cells(r, draft))
+        ]
 
     def _roomy(self, request: Request, draft: Draft) -> list[int]:
         """The ranks that may have room for `request`."""
         ranks = self._ranks
-        wanted = range(self._limits.world_size) if request.pinned is None else (request.pinned,)
         # What did not fit does not fit until something changed there: no need to look its prefix up again.
-        return [
-            r for r in wanted if ranks.has_room(r) and request.misfits.get(r) != ranks.news[r] and r not in draft.closed
-        ]
+        return [r for r in self._open(request, draft) if ranks.has_room(r) and request.misfits.get(r) != ranks.news[r]]
 
     def _place(self, request: Request, draft: Draft) -> tuple[int, int] | None:
-        ranks, limits = self._ranks, self._limits
+        """The rank for `request` and how many of its pages are cached there, if one has room and budget."""
         roomy = self._roomy(request, draft)
         now = [rank for rank in roomy if draft.left[rank]]
-        if now:
-            if draft.loads is None:
-                draft.loads = ranks.table.outstanding(EXPECTED_OUTPUT)
-            found = place(
-                request,
-                ranks.pages_needed(request),
-                ranks.pools,
-                {rank: draft.loads[rank] for rank in now},
-                ranks.running,
-                limits.page_size,
-            )
-            if found is not None:
-                rank, cached = found
-                uncached = request.known_len - cached * limits.page_size
-                draft.loads[rank] += uncached + min(request.limit - 1 - request.known_len, EXPECTED_OUTPUT)
-                return found
-            request.misfits.update((rank, ranks.news[rank]) for rank in now)
+        if now and (found := self._fit(request, now, draft)):
+            return found
+        request.misfits.update((rank, self._ranks.news[rank]) for rank in now)
         if request.pinned is None and len(now) == len(roomy):
             self._blocked[request.lane] = request
+        return None
+
+    def _fit(self, request: Request, on: list[int], draft: Draft) -> tuple[int, int] | None:
+        ranks, limits = self._ranks, self._limits
+        if draft.loads is None:
+            draft.loads = ranks.table.outstanding(EXPECTED_OUTPUT)
+        loads, need = {rank: draft.loads[rank] for rank in on}, ranks.pages_needed(request)
+        found = place(request, need, ranks.pools, loads, ranks.running, limits.page_size)
+        if found is not None:
+            rank, cached = found
+            uncached = request.known_len - cached * limits.page_size
+            draft.loads[rank] += uncached + min(max(0, request.limit - 1 - request.known_len), EXPECTED_OUTPUT)
+        return found
+
+    def _make_room(self, request: Request, draft: Draft) -> tuple[int, int] | None:
+        """Have others yield to a request that has found no room, on the rank where most can be had."""
+        ranks = self._ranks
+        if request.pinned is None and self._blocked[request.lane] is not request:
+            return None  # it waits for the budget only
+        best: tuple[int, list[Request]] | None = None
+        need, keys = ranks.pages_needed(request), request.shared_keys(self._limits.page_size)
+        for rank in self._open(request, draft):
+            yielding = ranks.yielding(rank, request.lane)
+            if yielding and draft.left[rank] and ranks.table.num_free(rank):
+                spare = ranks.pools[rank].available + sum(len(other.pages) for other in yielding)
+                spare -= need - ranks.pools[rank].tree.match(keys)
+                if spare >= 0 and (best is None or spare > best[0]):
+                    best = spare, yielding
+        if best is None:
+            return None
+        for other in sorted(best[1], key=ORDER, reverse=True):
+            rank = other.rank
+            self._preemption.preempt(other)
+            if ranks.has_room(rank) and (found := self._fit(request, [rank], draft)):
+                self._blocked[request.lane] = None
+                return found
         return None

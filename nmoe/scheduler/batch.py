@@ -22,6 +22,7 @@ class Batch:
         self._flags: Ints = np.empty(0, np.int32)
         self._uids: npt.NDArray[np.int64] = np.empty(0, np.int64)
         self._returns: Bools | None = None
+        self._logits: Bools | None = None
         self._bounds: list[int] = []
         self.changes = [0] * table.world_size  # per rank, how often its rows changed
 
@@ -49,6 +50,8 @@ class Batch:
             self._flags = self._table.flags[self._slots]
             returns = self._flags & ROW_RETURNS != 0
             self._returns = returns if returns.any() else None
+            logits = self._table.logits[self._slots]
+            self._logits = logits if logits.any() else None
             self._bounds = np.cumsum([0, *map(len, self._rows)]).tolist()
             self._stale = False
 
@@ -75,6 +78,12 @@ class Batch:
         """Which of the same rows return a block; None if none does."""
         self._refresh()
         return self._returns
+
+    @property
+    def logits(self) -> Bools | None:
+        """Which of the same rows take a cell of the arena; None if none does."""
+        self._refresh()
+        return self._logits
 
     @property
     def uids(self) -> npt.NDArray[np.int64]:

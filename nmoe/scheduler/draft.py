@@ -49,6 +49,9 @@ class Draft:
         self.chunks: list[list[Chunk]] = [[] for _ in range(world_size)]
         self.pages = [array("i") for _ in range(world_size)]  # slot, page, slot, page, ...
         self.admits: list[list[Admit]] = [[] for _ in range(world_size)]
+        self.reserved = [0] * world_size  # cells that the batch's rows will take, per rank
+        self.row_cells: list[list[int]] = [[] for _ in range(world_size)]  # those they took
+        self.chunk_cells: list[list[int]] = [[] for _ in range(world_size)]
 
     def set_budget(self, tokens: int) -> None:
         """Let every rank's chunks take `tokens`."""
@@ -93,7 +96,10 @@ class StepWriter:
             self._last[r] = state
             ids = b"".join(c.request.known[4 * c.first : 4 * (c.first + c.count)] for c in chunks)
             pages, admits = draft.pages[r].tobytes(), tuple(draft.admits[r])
-            steps.append(Step(self._generation, step_id, numerics, channel, max(tokens), packed, ids, pages, admits))
+            cells = array("i", draft.row_cells[r] + draft.chunk_cells[r]).tobytes()
+            steps.append(
+                Step(self._generation, step_id, numerics, channel, max(tokens), packed, ids, pages, admits, cells)
+            )
         return steps
 
     def _decode_rows(self, batch: Batch) -> Ints:

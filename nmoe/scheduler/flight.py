@@ -11,6 +11,26 @@ from nmoe.scheduler.request import Request
 from nmoe.scheduler.slots import Bools, Ints, Slots
 
 
+class Cargo(msgspec.Struct, frozen=True):
+    """The cells that a step's rows took, and of each the slot and the uid for which."""
+
+    cells: Ints
+    slots: Slots
+    uids: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, batch: Batch, draft: Draft) -> "Cargo | None":
+        """Those of the step that `batch`'s rows and `draft`'s chunks make."""
+        cells = [cell for taken in (*draft.row_cells, *draft.chunk_cells) for cell in taken]
+        if not cells:
+            return None
+        slots = [] if batch.logits is None else batch.slots[batch.logits].tolist()
+        for chunk in (chunk for chunks in draft.chunks for chunk in chunks):
+            slots += [chunk.request.slot] * chunk.request.cells_for(chunk.first, chunk.count)
+        of = np.array(slots, np.int64)
+        return cls(np.array(cells, np.int32), of, batch.uids_of(of))
+
+
 class Flight(msgspec.Struct):
     """Who gets which token and which block when every rank has answered.
 
@@ -27,6 +47,7 @@ class Flight(msgspec.Struct):
     samples: Bools | None  # which of the rows bring tokens; None: all
     returns: Bools | None  # which of the rows bring a block; None: none
     prefilled: list[Request]  # those whose last chunk is in this step
+    cargo: Cargo | None  # None: no row takes cells
     answers: list[StepDone | None]
 
     @classmethod
@@ -55,7 +76,8 @@ class Flight(msgspec.Struct):
             returns = returns if returns.any() else None
         prefilled = [chunk.request for chunks in draft.chunks for chunk in chunks if chunk.last]
         answers: list[StepDone | None] = [None] * len(back)
-        return cls(step_id, now, num_tokens, slots, uids, bounds, samples, returns, prefilled, answers)
+        cargo = Cargo.of(batch, draft)
+        return cls(step_id, now, num_tokens, slots, uids, bounds, samples, returns, prefilled, cargo, answers)
 
     def answer(self, done: StepDone) -> None:
         """Keep one rank's results."""

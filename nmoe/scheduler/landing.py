@@ -35,6 +35,13 @@ def append_results(flight: Flight, ranks: Ranks) -> Results:
     return msgspec.structs.replace(results, blocks=blocks) if blocks else results
 
 
+def deliver_cells(flight: Flight, ranks: Ranks) -> None:
+    """The cells of live rows are their frontends' from now on; those of the others are free."""
+    if cargo := flight.cargo:
+        live = ranks.table.uid[cargo.slots] == cargo.uids
+        ranks.cells.deliver(cargo.cells, np.where(live, cargo.uids, -1))
+
+
 def _spread(counts: Ints | None, flight: Flight) -> Ints:
     """The counts of all rows, from those of the rows that sample."""
     if flight.samples is None and counts is not None:

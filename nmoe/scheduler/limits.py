@@ -5,6 +5,7 @@ from collections.abc import Container
 import msgspec
 import numpy as np
 
+from nmoe.arena import ArenaLayout
 from nmoe.config import Config
 from nmoe.messages import Rejected, Submit
 from nmoe.outputs import MAX_SCORED, MAX_TOP_K, Returns
@@ -23,13 +24,15 @@ class Limits(msgspec.Struct, frozen=True):
     num_slots: int  # 2 * max_batch_size, see Config.num_slots
     max_prefill_tokens: int  # per step, all ranks together
     max_seq_len: int  # prompt and output together; no more than the pages hold
-    max_queue: int  # waiting requests, all ranks together
+    max_queue: int  # waiting requests of one lane, all ranks together
+    cells_per_rank: int  # of the arena through which logits leave
+    vocab_size: int
     steps_in_flight: int = 2
     enable_prefix_cache: bool = True
     row_tokens: int = 1  # the most tokens that one row returns
 
     @classmethod
-    def of(cls, config: Config, num_pages: int, max_seq_len: int) -> "Limits":
+    def of(cls, config: Config, num_pages: int, max_seq_len: int, arena: ArenaLayout) -> "Limits":
         """The limits with `num_pages` per rank; `max_seq_len` is the model's, and capped here by the cache."""
         engine = config.engine
         return cls(
@@ -41,6 +44,8 @@ class Limits(msgspec.Struct, frozen=True):
             max_prefill_tokens=engine.max_prefill_tokens,
             max_seq_len=min(max_seq_len, num_pages * engine.page_size),
             max_queue=config.server.max_queue,
+            cells_per_rank=arena.cells_per_rank,
+            vocab_size=arena.vocab_size,
             steps_in_flight=config.steps_in_flight,
             enable_prefix_cache=engine.enable_prefix_cache,
         )

@@ -19,39 +19,76 @@ from nmoe.scheduler.ranks import Ranks
 from nmoe.scheduler.request import Request, State
 from nmoe.scheduler.slots import Bools, Slots
 from nmoe.scheduler.stats import Stats
+from nmoe.scheduler.waiting import Waiting
 
 
 class Planner:
     """Fills drafts."""
 
     def __init__(
-        self, limits: Limits, ranks: Ranks, admission: Admission, preemption: Preemption, stats: Stats
+        self,
+        limits: Limits,
+        ranks: Ranks,
+        waiting: Waiting,
+        preemption: Preemption,
+        stats: Stats,
     ) -> None:
         self._limits = limits
         self._ranks = ranks
-        self._admission = admission
+        self._waiting = waiting
+        self._admission = Admission(limits, ranks, waiting, preemption)
         self._preemption = preemption
         self._stats = stats
 
     def has_work(self, lane: Lane) -> bool:
         """Whether the lane has anything to plan, room aside."""
         ranks = self._ranks
-        return bool(ranks.prefills[lane] or self._admission.waiting(lane) or ranks.batches[lane].slots.size)
+        return bool(
+            ranks.prefills[lane] or self._waiting.count(lane) or ranks.batches[lane].slots.size or ranks.costly[lane]
+        )
 
     def plan(self, lane: Lane, now: float) -> tuple[Batch, Draft]:
         """The rows that go on and everything else that the lane does in the next step; both may be empty."""
         draft = Draft(self._limits)
         batch = self._ranks.batches[lane]
         if lane is not Lane.BULK:
+            self._ration(lane)
             self._extend(batch, draft)
+            self._reserve(batch, draft)
             self._prefill(lane, draft, now)
+            self._take_cells(batch, draft)
             return batch, draft
         self._prefill(lane, draft, now)
+        self._ration(lane)
         # Rows that must take pages from others wait for a step without chunks: the others may have one in this step.
         if draft.has_chunks() and (self._admission.continues(lane, draft) or self._lacks_pages(batch)):
             return self._ranks.no_rows, draft
         self._extend(batch, draft)
+        self._reserve(batch, draft)
+        self._take_cells(batch, draft)
         return batch, draft
+
+    def _ration(self, lane: Lane) -> None:
+        """Each row with logits takes a cell of the arena: the oldest go on, those without one stand still."""
+        ranks = self._ranks
+        if costly := ranks.costly[lane]:
+            left = [ranks.cells.num_free(rank) for rank in range(self._limits.world_size)]
+            for request in sorted(costly, key=lambda request: request.order):
+                left[request.rank] -= 1
+                if left[request.rank] >= 0:
+                    ranks.resume(request)
+                else:
+                    ranks.stall(request)
+
+    def _reserve(self, batch: Batch, draft: Draft) -> None:
+        """Keep cells for the batch's rows from the chunks."""
+        if batch.logits is not None:
+            by_rank = batch.slots[batch.logits] // self._limits.num_slots
+            draft.reserved = np.bincount(by_rank, minlength=self._limits.world_size).tolist()
+
+    def _take_cells(self, batch: Batch, draft: Draft) -> None:
+        if batch.logits is not None:
+            draft.row_cells = [self._ranks.cells.take(rank, count) for rank, count in enumerate(draft.reserved)]
 
     def _short(self, batch: Batch) -> Bools:
         """Which rows need a page for their next token."""
@@ -93,7 +130,7 @@ class Planner:
         ranks = self._ranks
         for request, count in sorted(needs, key=lambda need: need[0].order):
             while request.state is State.DECODE and ranks.pools[request.rank].available < count:
-                self._preemption.preempt(ranks.youngest(request.rank))
+                self._preemption.preempt(ranks.next_victim(request.rank))
             if request.state is State.DECODE:
                 ranks.grow(request, ranks.pools[request.rank].take(count), draft)
 
@@ -104,7 +141,8 @@ class Planner:
         draft.set_budget(self._limits.chunk(decoding))
         for request in sorted(self._ranks.prefills[lane], key=lambda request: request.order):
             self._admit(lane, draft, request.order, now)
-            self._chunk(request, draft)
+            if request.state is State.PREFILL:  # else it has yielded to one of those
+                self._chunk(request, draft)
         self._admit(lane, draft, (math.inf, 0), now)
 
     def _admit(self, lane: Lane, draft: Draft, before: tuple[float, float], now: float) -> None:
@@ -119,9 +157,20 @@ class Planner:
         first = int(self._ranks.table.position[request.slot])
         most = min(draft.left[request.rank], self._limits.chunk_of(request.returns))
         count = min(most, request.known_len - first)
+        if request.returns.logits and count:
+            count = self._affordable(request, first, count, draft)
+            request.stalled = not count
+            draft.chunk_cells[request.rank] += self._ranks.cells.take(request.rank, request.cells_for(first, count))
         if count:
             draft.left[request.rank] -= count
             draft.chunks[request.rank].append(Chunk.of(request, first, count))
+
+    def _affordable(self, request: Request, first: int, count: int, draft: Draft) -> int:
+        """How many of the `count` tokens from `first` there are cells for; each needs one at most."""
+        left = self._ranks.cells.num_free(request.rank) - draft.reserved[request.rank]
+        while request.cells_for(first, count) > left:
+            count -= max(1, request.cells_for(first, count) - left - 1)  # the last may be for the sample
+        return count
 
     def _count_admitted(self, request: Request) -> None:
         self._stats.prompt_tokens += request.prompt_len

@@ -4,18 +4,18 @@ A preempted request requeues at its old place when its rows in flight have retur
 delivered like all others. Then it knows what has come back, and asks for none of it again.
 """
 
-from nmoe.scheduler.admission import Admission
 from nmoe.scheduler.ranks import Ranks
 from nmoe.scheduler.request import Request, State
 from nmoe.scheduler.stats import Stats
+from nmoe.scheduler.waiting import Waiting
 
 
 class Preemption:
     """Knows which steps are in flight only by their numbers: those sent and not landed."""
 
-    def __init__(self, ranks: Ranks, admission: Admission, stats: Stats) -> None:
+    def __init__(self, ranks: Ranks, waiting: Waiting, stats: Stats) -> None:
         self._ranks = ranks
-        self._admission = admission
+        self._waiting = waiting
         self._stats = stats
         self._sent = self._landed = 0  # numbers of the last steps
         self._draining: list[tuple[int, Request]] = []  # (last step with a row of it, request)
@@ -55,4 +55,4 @@ class Preemption:
         if request.output:
             request.returned = max(request.returned, request.known_len - 1)
         request.pinned = None
-        self._admission.push(request)
+        self._waiting.push(request)

@@ -20,6 +20,7 @@ import zmq
 
 from nmoe import ipc
 from nmoe.architecture import read_architecture
+from nmoe.arena import ArenaLayout
 from nmoe.messages import (
     Abort,
     Finish,
@@ -27,12 +28,14 @@ from nmoe.messages import (
     Hello,
     Ready,
     Rejected,
+    Release,
     SchedulerToFrontend,
     Serving,
     Submit,
     WorkerToScheduler,
 )
 from nmoe.metrics import row_index
+from nmoe.scheduler.cells import Cells, life_of
 from nmoe.scheduler.limits import Limits
 from nmoe.scheduler.report import Report
 from nmoe.scheduler.scheduler import Scheduler
@@ -69,7 +72,10 @@ class Process:
     def __init__(self, boot: ipc.Boot, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
         config = boot.config
         self._boot = boot
-        self._max_seq_len = config.model.max_seq_len or read_architecture(config.model.path).max_position_embeddings
+        architecture = read_architecture(config.model.path)
+        self._max_seq_len = config.model.max_seq_len or architecture.max_position_embeddings
+        self._arena = ArenaLayout.of(architecture, config.parallel.world_size)
+        self._cells = Cells(config.parallel.world_size, self._arena.cells_per_rank)
         self._policy: Scheduler | None = None  # only while serving
         self._report = Report(boot.board.rows[row_index("scheduler", 0, config.parallel.world_size)])
         self._beat_at = 0.0
@@ -119,6 +125,7 @@ class Process:
                 self._lose_workers(f"worker {message.index} died")
             elif message.role == "frontend" and message.generation >= self._frontends.get(message.index, 0):
                 self._lose_frontend(message.index)
+                self._cells.forget(message.index, None)
         return True
 
     def _beat(self) -> None:
@@ -164,8 +171,8 @@ class Process:
             self._workers = ready.generation
         self._ready[ready.rank] = ready.num_pages
         if self._policy is None and len(self._ready) == self._boot.config.parallel.world_size:
-            limits = Limits.of(self._boot.config, min(self._ready.values()), self._max_seq_len)
-            self._policy = Scheduler(limits, self._boot.generation)
+            limits = Limits.of(self._boot.config, min(self._ready.values()), self._max_seq_len, self._arena)
+            self._policy = Scheduler(limits, self._cells, self._boot.generation)
             _log.info("serving with %d pages of %d tokens per rank", limits.num_pages, limits.page_size)
             for frontend in sorted(self._greeted):
                 self._send(frontend, Serving(self._boot.generation, limits.max_seq_len, self._workers))
@@ -205,6 +212,7 @@ class Process:
                 self._frontends[frontend] = message.generation
                 if self._policy:
                     self._policy.forget(frontend, message.generation)
+                self._cells.forget(frontend, message.generation)
             self._handle(frontend, message)
 
     def _handle(self, frontend: int, message: FrontendToScheduler) -> None:
@@ -228,6 +236,9 @@ class Process:
             case Abort():
                 if policy:
                     policy.abort(message)
+            case Release():
+                if unknown := self._cells.release(message.cells, life_of(frontend, message.generation)):
+                    _log.warning("frontend %d released %d cells of the arena that it did not have", frontend, unknown)
 
     def _submit(self, submit: Submit) -> Rejected | None:
         if self._policy is None:

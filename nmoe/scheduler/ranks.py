@@ -3,11 +3,12 @@
 from nmoe.messages import Admit
 from nmoe.profiles import Lane
 from nmoe.scheduler.batch import Batch
+from nmoe.scheduler.cells import Cells
 from nmoe.scheduler.draft import Draft
 from nmoe.scheduler.limits import Limits
 from nmoe.scheduler.pages import PagePool
 from nmoe.scheduler.prefix import extend_keys
-from nmoe.scheduler.request import Request, State
+from nmoe.scheduler.request import ORDER, Request, State
 from nmoe.scheduler.slots import SlotTable
 from nmoe.scheduler.stats import Stats
 
@@ -19,13 +20,15 @@ class Ranks:
     whenever a rank may have become roomier for someone: pages or batch room freed, pages entered into the tree.
     """
 
-    def __init__(self, limits: Limits, stats: Stats) -> None:
+    def __init__(self, limits: Limits, stats: Stats, cells: Cells) -> None:
         self._limits = limits
         self.table = SlotTable(limits.world_size, limits.num_slots)
         self.pools = [PagePool(limits.num_pages, stats) for _ in range(limits.world_size)]
         self.batches = {lane: Batch(self.table) for lane in Lane}
         self.no_rows = Batch(self.table)  # in place of a batch that waits
         self.prefills: dict[Lane, list[Request]] = {lane: [] for lane in Lane}
+        self.costly: dict[Lane, list[Request]] = {lane: [] for lane in Lane}  # decoding, each row for a cell
+        self.cells = cells
         self.running = [0] * limits.world_size
         self.news = [0] * limits.world_size
         self._residents = [0] * limits.world_size  # requests that hold pages
@@ -46,7 +49,7 @@ class Ranks:
         self.table.occupy(request, rank, min(covered, request.known_len - 1))
         request.pages = pool.share(request.keys[:cached])
         request.pages += pool.take(self.pages_needed(request) - cached)
-        request.published, request.publishes = cached, True
+        request.published, request.publishes, request.stalled = cached, True, False
         request.state = State.PREFILL
         self.table.capacity[request.slot] = len(request.pages) * self._limits.page_size
         self.prefills[request.lane].append(request)
@@ -103,13 +106,30 @@ class Ranks:
         if self.table.position[request.slot] < self.table.end[request.slot]:
             request.state = State.DECODE
             self.batches[request.lane].add(request.rank, request.slot)
+            if request.returns.logits:
+                self.costly[request.lane].append(request)
         else:
             self._leave(request)
 
     def finish_decode(self, request: Request) -> None:
         """All rows of a decoding request are planned; it only waits for results."""
-        self.batches[request.lane].remove(request.rank, request.slot)
+        if request.returns.logits:
+            self.costly[request.lane].remove(request)
+        if not request.stalled:
+            self.batches[request.lane].remove(request.rank, request.slot)
         self._leave(request)
+
+    def stall(self, request: Request) -> None:
+        """Leave a decoding request out of the steps to come."""
+        if not request.stalled:
+            request.stalled = True
+            self.batches[request.lane].remove(request.rank, request.slot)
+
+    def resume(self, request: Request) -> None:
+        """A decoding request goes on."""
+        if request.stalled:
+            request.stalled = False
+            self.batches[request.lane].add(request.rank, request.slot)
 
     def _leave(self, request: Request) -> None:
         request.state = State.LAUNCHED
@@ -135,8 +155,23 @@ class Ranks:
             if not self._residents[request.rank]:
                 pool.check(idle=True)
 
-    def youngest(self, rank: int) -> Request:
-        """Whom to preempt on `rank`: the last in (priority, arrival) order of those with rows still to be launched."""
-        decodes = [self.table.request(slot) for batch in self.batches.values() for slot in batch.rows(rank)]
-        prefills = [request for requests in self.prefills.values() for request in requests if request.rank == rank]
-        return max(decodes + prefills, key=lambda request: request.order)
+    def yielding(self, rank: int, lane: Lane) -> list[Request]:
+        """Who on `rank` is preempted if a request of `lane` finds no room: the stalled, and BULK for other lanes."""
+        mine = [request for requests in self.prefills.values() for request in requests if request.rank == rank]
+        found = [request for request in mine if request.stalled]
+        found += [
+            request for own in self.costly.values() for request in own if request.stalled and request.rank == rank
+        ]
+        if lane is not Lane.BULK:
+            found += [request for request in mine if request.lane is Lane.BULK and not request.stalled]
+            found += [self.table.request(slot) for slot in self.batches[Lane.BULK].rows(rank)]
+        return found
+
+    def next_victim(self, rank: int) -> Request:
+        """Whom to preempt on `rank`, of those with rows still to be launched: the last in the order, but first BULK and
+        the stalled."""
+        found = self.yielding(rank, Lane.PRODUCTION)
+        if not found:
+            found = [self.table.request(slot) for batch in self.batches.values() for slot in batch.rows(rank)]
+            found += [request for requests in self.prefills.values() for request in requests if request.rank == rank]
+        return max(found, key=ORDER)

@@ -1,6 +1,7 @@
 """One request as the scheduler sees it, from Submit to its terminal entry."""
 
 import enum
+import operator
 
 import msgspec
 
@@ -8,6 +9,7 @@ from nmoe.messages import Sampling, Submit
 from nmoe.outputs import Returns
 from nmoe.profiles import PROFILES, Lane, Numerics
 
+ORDER = operator.attrgetter("order")  # a sort key
 _MASK64 = (1 << 64) - 1
 
 
@@ -22,7 +24,7 @@ class State(enum.Enum):
     SIBLING = enum.auto()  # waits until its first sibling's prompt is computed
     WAITING = enum.auto()  # in the queue
     PREFILL = enum.auto()  # placed on a rank; some of its known tokens are still to be planned
-    DECODE = enum.auto()  # in its rank's batch; each step may plan one row
+    DECODE = enum.auto()  # in its rank's batch, unless stalled; each step may plan one row
     LAUNCHED = enum.auto()  # all rows planned; the last results are on their way
     DRAINING = enum.auto()  # preempted; requeues when its rows in flight have returned
     ENDED = enum.auto()
@@ -58,6 +60,7 @@ class Request(msgspec.Struct, eq=False):
     slot: int = -1  # global: rank * num_slots + slot
     pages: list[int] = []
     published: int = 0  # its leading pages that are in the tree
+    stalled: bool = False  # it has no row, since the arena has no cell for its logits
     publishes: bool = False  # false once another request's page took the place of one of its own
 
     cached_tokens: int = 0
@@ -97,6 +100,14 @@ class Request(msgspec.Struct, eq=False):
         if not self.returns.prompt or self.returned >= self.prompt_len - 1:
             return self.keys
         return self.keys[: self.returned // page_size]
+
+    def cells_for(self, first: int, count: int) -> int:
+        """How many cells of the arena a row takes that computes `count` known tokens from position `first`."""
+        if not self.returns.logits:
+            return 0
+        end = first + count
+        told = min(end, self.prompt_len - 1) - max(first, self.returned) if self.returns.prompt else 0
+        return max(0, told) + (end == self.known_len and self.max_tokens > 0)
 
     def returns_in(self, end: int, samples: bool) -> bool:
         """Whether a row with ids that ends before position `end` has something to return."""

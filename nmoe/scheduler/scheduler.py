@@ -21,13 +21,13 @@ from collections import deque
 
 import msgspec
 
-from nmoe.messages import Abort, Ended, Finish, Reason, Rejected, Step, StepDone, Submit, Tokens, make_uid, uid_frontend
+from nmoe.messages import Abort, Ended, Finish, Reason, Rejected, Step, StepDone, Submit, Tokens, uid_frontend
 from nmoe.profiles import PROFILES, Lane
-from nmoe.scheduler.admission import Admission
 from nmoe.scheduler.batch import Batch
+from nmoe.scheduler.cells import LIFE, Cells, life_of
 from nmoe.scheduler.draft import Draft, StepWriter
 from nmoe.scheduler.flight import Flight
-from nmoe.scheduler.landing import append_results
+from nmoe.scheduler.landing import append_results, deliver_cells
 from nmoe.scheduler.limits import Limits
 from nmoe.scheduler.outbox import Outbox
 from nmoe.scheduler.planner import Planner
@@ -37,19 +37,19 @@ from nmoe.scheduler.ranks import Ranks
 from nmoe.scheduler.request import Request, State, siblings
 from nmoe.scheduler.stats import Stats
 from nmoe.scheduler.turns import Turns
-
-_LIFE = make_uid(0, 1, 0)  # the uids of one life of a frontend are a range of this length
+from nmoe.scheduler.waiting import Waiting
 
 
 class Scheduler:
     """All requests of all frontends, and what every rank does next.
 
     `submit`, `finish`, `abort`, `complete` are the events; `plan` and `drain` return what to send. The same calls in
-    the same order give the same messages.
+    the same order give the same messages. `cells` outlives it, since frontends do: what they give back goes there.
     """
 
-    def __init__(self, limits: Limits, generation: int = 1) -> None:
+    def __init__(self, limits: Limits, cells: Cells, generation: int = 1) -> None:
         self.limits = limits
+        self._cells = cells
         self.stats = Stats()
         self._generation = generation
         self._outbox = Outbox(generation)
@@ -59,12 +59,12 @@ class Scheduler:
         self._clear()
 
     def _clear(self) -> None:
-        self._ranks = Ranks(self.limits, self.stats)
-        self._admission = Admission(self.limits, self._ranks)
+        self._ranks = Ranks(self.limits, self.stats, self._cells)
+        self._waiting = Waiting(self.limits.world_size)
         self._writer = StepWriter(self._generation, self._ranks.table)
         self._flights: deque[Flight] = deque()
-        self._preemption = Preemption(self._ranks, self._admission, self.stats)
-        self._planner = Planner(self.limits, self._ranks, self._admission, self._preemption, self.stats)
+        self._preemption = Preemption(self._ranks, self._waiting, self.stats)
+        self._planner = Planner(self.limits, self._ranks, self._waiting, self._preemption, self.stats)
         self._turns = Turns()
         self._waiting_siblings = dict.fromkeys(Lane, 0)
 
@@ -86,13 +86,13 @@ class Scheduler:
             self._lead(requests)
         else:
             for request in requests:
-                self._admission.push(request)
+                self._waiting.push(request)
         return None
 
     def _num_waiting_beside(self, submit: Submit) -> int:
         """The length of the queue that `submit` would join: each lane has its own, so that none fills another's."""
         profile = PROFILES.get(submit.profile)
-        return self._admission.waiting(profile.lane) + self._waiting_siblings[profile.lane] if profile else 0
+        return self._waiting.count(profile.lane) + self._waiting_siblings[profile.lane] if profile else 0
 
     def _lead(self, requests: list[Request]) -> None:
         """Queue the first; the others wait until it has computed the prompt that they share."""
@@ -102,7 +102,7 @@ class Scheduler:
             other.state = State.SIBLING
             other.keys = list(first.keys)
         first.siblings = others
-        self._admission.push(first)
+        self._waiting.push(first)
 
     def finish(self, finish: Finish) -> None:
         """The frontend has all it wants of a request. Ignored when the request has ended meanwhile."""
@@ -116,15 +116,19 @@ class Scheduler:
 
     def forget(self, frontend: int, generation: int | None) -> None:
         """End, without a word, the requests of a frontend that is gone, but for those of its life `generation`."""
-        living = None if generation is None else make_uid(frontend, generation, 0) // _LIFE
+        living = None if generation is None else life_of(frontend, generation)
         for request in list(self._requests.values()):
-            if uid_frontend(request.uid) == frontend and request.uid // _LIFE != living:
+            if uid_frontend(request.uid) == frontend and request.uid // LIFE != living:
                 self._end(request, "abort", tell=False)
 
     def reset(self, detail: str) -> None:
-        """The workers have lost everything: end every request with an error, and begin anew with empty caches."""
+        """The workers have lost everything: end every request with an error, and begin anew with empty caches.
+
+        What frontends have of the arena is still theirs.
+        """
         for request in list(self._requests.values()):
             self._end(request, "error", detail=detail)
+        self._cells.reset()
         self._clear()
 
     def drain(self) -> list[tuple[int, Tokens]]:
@@ -177,7 +181,7 @@ class Scheduler:
             if sibling.state is State.SIBLING:
                 sibling.pinned = rank
                 self._waiting_siblings[request.lane] -= 1
-                self._admission.push(sibling)
+                self._waiting.push(sibling)
         request.siblings = []
 
     # ----------------------------------------------------------------------------------------------------- complete
@@ -192,6 +196,7 @@ class Scheduler:
             self._land(self._flights.popleft(), now)
 
     def _land(self, flight: Flight, now: float) -> None:
+        deliver_cells(flight, self._ranks)
         results = append_results(flight, self._ranks)
         for request in flight.prefilled:
             if request.state is not State.ENDED:
@@ -201,6 +206,8 @@ class Scheduler:
         self._outbox.tokens(results.uids, results.tokens, results.counts, results.blocks)
         self._count_landed(flight, len(results.tokens), now)
         self._preemption.landed(flight.step_id)
+        if not self._flights:
+            self._cells.check()
 
     def _begin_output(self, request: Request, now: float) -> None:
         """Its known tokens have been computed."""
@@ -225,7 +232,7 @@ class Scheduler:
         """
         ranks = self._ranks
         if request.state is State.WAITING:
-            self._admission.remove(request)
+            self._waiting.remove(request)
         self._waiting_siblings[request.lane] -= request.state is State.SIBLING
         if request.slot >= 0:
             if request.caches_outputs and request.pages and self.limits.enable_prefix_cache and reason != "error":
@@ -277,7 +284,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Requests that are in no batch: queued, or waiting for a sibling's prompt."""
-        return len(self._admission) + sum(self._waiting_siblings.values())
+        return len(self._waiting) + sum(self._waiting_siblings.values())
 
     @property
     def num_running(self) -> int:

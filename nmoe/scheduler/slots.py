@@ -35,6 +35,7 @@ class SlotTable:
         self.end = np.zeros(size, np.int32)  # no row begins here or later
         self.capacity = np.zeros(size, np.int32)  # tokens that its pages hold
         self.flags = np.zeros(size, np.int32)  # of its decode rows, as in a Step
+        self.logits = np.zeros(size, np.bool_)  # whether each of its rows takes a cell of the arena
         self.known = np.zeros(size, np.int32)  # tokens whose ids are here
         self.eos = np.full((2, size), -1, np.int32)  # padded with -1; as high as the longest list seen
         self.tail = np.zeros((size, TAIL), np.int32)
@@ -58,6 +59,7 @@ class SlotTable:
         self.position[slot] = position
         self.prefilled[slot] = self.known[slot] = request.known_len
         self.end[slot] = request.last_computed
+        self.logits[slot] = request.returns.logits
         self.flags[slot] = ROW_SAMPLES | ROW_RETURNS if request.returns else ROW_SAMPLES
         # By position, so that rows that began together do not fill their tails together.
         self.tail_begin[slot] = self.tail_len[slot] = request.known_len % TAIL

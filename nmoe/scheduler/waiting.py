@@ -1,17 +1,16 @@
-"""The requests of one lane that wait for a rank, in (priority, arrival) order.
+"""The requests that wait for a rank, in (priority, arrival) order: a queue for each lane, and in it one apart for those
+whose logits need cells of the arena, which others may overtake.
 
-One queue for all ranks: a request is bound to a rank only when it is admitted. Siblings are the exception: they are
+A queue is for all ranks: a request is bound to a rank only when it is admitted. Siblings are the exception: they are
 pinned to the rank that has their prompt. A pinned request that finds no room there must not stop the other ranks, so
 it closes its rank to everything behind it and only there is it waited for; without a pin, the head blocks all those
 behind it.
 """
 
 import bisect
-import operator
 
-from nmoe.scheduler.request import Request
-
-_ORDER = operator.attrgetter("order")
+from nmoe.profiles import Lane
+from nmoe.scheduler.request import ORDER, Request, State
 
 
 class WaitingQueue:
@@ -30,14 +29,42 @@ class WaitingQueue:
     def push(self, request: Request) -> None:
         """Queue `request` at its place in the order."""
         request.misfits = {}
-        bisect.insort(self._queue(request), request, key=_ORDER)
+        bisect.insort(self._queue(request), request, key=ORDER)
 
     def remove(self, request: Request) -> None:
         """Take `request` out, wherever it stands."""
         queue = self._queue(request)
-        del queue[bisect.bisect_left(queue, request.order, key=_ORDER)]
+        del queue[bisect.bisect_left(queue, request.order, key=ORDER)]
 
     def head(self, closed: set[int]) -> Request | None:
         """Who is next, not counting those pinned to a rank in `closed`."""
         heads = [queue[0] for rank, queue in enumerate(self._pinned) if queue and rank not in closed]
-        return min(heads + self._anywhere[:1], key=_ORDER, default=None)
+        return min(heads + self._anywhere[:1], key=ORDER, default=None)
+
+
+class Waiting:
+    """All queues."""
+
+    def __init__(self, world_size: int) -> None:
+        self._queues = {(lane, logits): WaitingQueue(world_size) for lane in Lane for logits in (False, True)}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    def count(self, lane: Lane) -> int:
+        """How many wait in one lane."""
+        return len(self._queues[lane, False]) + len(self._queues[lane, True])
+
+    def push(self, request: Request) -> None:
+        """Queue `request`."""
+        request.state = State.WAITING
+        self._queues[request.lane, request.returns.logits].push(request)
+
+    def remove(self, request: Request) -> None:
+        """Take a waiting request out."""
+        self._queues[request.lane, request.returns.logits].remove(request)
+
+    def queues(self, lane: Lane) -> tuple[WaitingQueue, WaitingQueue | None]:
+        """The lane's queue of those that need no cells, and of those that do, if there are any."""
+        costly = self._queues[lane, True]
+        return self._queues[lane, False], costly if len(costly) else None

@@ -1,0 +1,94 @@
+"""The cells of the arena (nmoe/arena.py), all of which the scheduler owns: each is free, in flight, or at a frontend.
+
+    free ----take----> in flight ---deliver---> at a frontend, in one of its lives ---release, forget---> free
+      ^                    |
+      +------deliver-------+    to nobody: the request has ended meanwhile; or the workers are gone
+
+A row takes a cell for each record whose logits it returns. Conservation: free + in flight + at frontends == all cells,
+each once; none is in flight when no step is.
+
+What a life does not have it cannot give back. So what was released to an earlier life of the scheduler and comes to
+this one is ignored, and what a frontend held when it died is free once its death is known, and only then.
+"""
+
+import numpy as np
+
+from nmoe.messages import make_uid
+from nmoe.scheduler.slots import Ints, Slots
+
+LIFE = make_uid(0, 1, 0)  # the uids of one life of a frontend are a range of this length
+_FREE, _IN_FLIGHT = -1, -2  # owners that are no life
+
+
+def life_of(frontend: int, generation: int) -> int:
+    """The number of one life of a frontend; a uid's is uid // LIFE."""
+    return make_uid(frontend, generation, 0) // LIFE
+
+
+class Cells:
+    """Who has which cell. Cell c belongs to rank c // cells_per_rank."""
+
+    def __init__(self, world_size: int, cells_per_rank: int) -> None:
+        self._cells_per_rank = cells_per_rank
+        self._owner = np.full(world_size * cells_per_rank, _FREE, np.int64)  # a life, or one of the two above
+        self._free = [
+            list(range((rank + 1) * cells_per_rank - 1, rank * cells_per_rank - 1, -1)) for rank in range(world_size)
+        ]
+        self._touched = False  # whether anything moved since the last check
+
+    def num_free(self, rank: int) -> int:
+        """Cells that `take` can give."""
+        return len(self._free[rank])
+
+    def take(self, rank: int, count: int) -> list[int]:
+        """`count` cells of `rank` for rows of a step. The caller has checked `num_free`."""
+        free = self._free[rank]
+        taken = [free.pop() for _ in range(count)]
+        self._owner[taken] = _IN_FLIGHT
+        self._touched = True
+        return taken
+
+    def deliver(self, cells: Ints, uids: Slots) -> None:
+        """Cells of a step that has landed go to the frontends of `uids`, int64; a uid of -1 is nobody."""
+        nobody = uids < 0
+        self._owner[cells] = uids // LIFE
+        self._put_back(cells[nobody])
+
+    def release(self, cells: bytes, life: int) -> int:
+        """A life gives back `cells`, int32. Returns how many of them it did not have, which is ignored."""
+        given = np.unique(np.frombuffer(cells, np.int32))
+        given = given[(given >= 0) & (given < len(self._owner))]
+        mine = given[self._owner[given] == life]
+        self._put_back(mine)
+        return len(cells) // 4 - len(mine)
+
+    def forget(self, frontend: int, generation: int | None) -> None:
+        """What the lives of a frontend had is free, but for the cells of its life `generation`."""
+        first, last = life_of(frontend, 0), life_of(frontend + 1, 0)
+        gone = (self._owner >= first) & (self._owner < last)
+        if generation is not None:
+            gone &= self._owner != life_of(frontend, generation)
+        self._put_back(np.flatnonzero(gone).astype(np.int32))
+
+    def reset(self) -> None:
+        """The workers are gone: no step will land. What frontends have is still theirs."""
+        self._put_back(np.flatnonzero(self._owner == _IN_FLIGHT).astype(np.int32))
+
+    def _put_back(self, cells: Ints) -> None:
+        self._owner[cells] = _FREE
+        for cell in cells.tolist():
+            self._free[cell // self._cells_per_rank].append(cell)
+        self._touched = self._touched or len(cells) > 0
+
+    def check(self) -> None:
+        """No step is in flight. Raises RuntimeError unless every cell is in exactly one place."""
+        if not self._touched:
+            return
+        self._touched = False
+        listed = np.bincount([cell for free in self._free for cell in free], minlength=len(self._owner))
+        if (listed != (self._owner == _FREE)).any() or (self._owner == _IN_FLIGHT).any():
+            raise RuntimeError(
+                f"the arena's cells do not add up: {int(listed.sum())} free of {len(self._owner)},"
+                f" {int((self._owner >= 0).sum())} at frontends, {int((self._owner == _IN_FLIGHT).sum())} still in"
+                f" flight, though no step is"
+            )
