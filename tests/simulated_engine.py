@@ -286,12 +286,16 @@ class Engine:
                 for page in request.pages:
                     held[page] = held.get(page, 0) + 1
             assert all(pool.tree.holds[page] for page, count in held.items() if count > 1), "shared outside the tree"
-            free, cached = set(pool._free), set(pool._cached)
-            assert len(free) + len(cached) + len(held) == self.limits.num_pages
+            free, cached = set(pool._free), {*pool._cached, *pool._cached_last}
+            assert len(free) + pool.num_cached + len(held) == self.limits.num_pages
             assert free | cached | held.keys() == set(range(self.limits.num_pages))
             assert all(self.parents[key] in (None, *pool.tree._pages) for key in pool.tree._pages), (
                 "an orphan in the tree"
             )
+            lasting = {key for key, page in pool.tree._pages.items() if pool._lasting[page]}
+            assert all(self.parents[key] in (None, *lasting) for key in lasting), "a lasting page below another"
+            assert sum(pool._lasting) == len(lasting)
+            assert {page for page in cached if pool._lasting[page]} == pool._cached_last.keys()
             running = [request for request in users if request.state in (State.PREFILL, State.DECODE)]
             assert scheduler._ranks.running[rank] == len(running) <= self.limits.max_batch_size
         assert scheduler.num_waiting == sum(

@@ -11,6 +11,9 @@ on the path to it, so no node has more references than its parent. `release` let
 therefore the pages without references, in the order in which they lost the last one, have every node after its
 descendants, and the oldest of them is always a leaf.
 
+Pages that a `lasting` request shared or published are evicted after all others. Such a request holds the whole path to
+its pages, so a lasting page's ancestors are lasting too, and what is evicted before them is never above them.
+
 Conservation: free + cached + held == num_pages, each page once.
 """
 
@@ -33,6 +36,8 @@ class PagePool:
         self._free = array("i", range(num_pages - 1, -1, -1))  # the last is taken first
         self._references = array("i", bytes(4 * num_pages))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._cached_last: OrderedDict[int, None] = OrderedDict()  # the lasting ones, likewise
+        self._lasting = bytearray(num_pages)  # 1 for pages in the tree that are evicted last
 
     @property
     def num_free(self) -> int:
@@ -42,12 +47,12 @@ class PagePool:
     @property
     def num_cached(self) -> int:
         """Pages in the tree that no request uses."""
-        return len(self._cached)
+        return len(self._cached) + len(self._cached_last)
 
     @property
     def available(self) -> int:
         """Pages that `take` can give."""
-        return len(self._free) + len(self._cached)
+        return len(self._free) + self.num_cached
 
     def fits(self, keys: list[bytes], new: int) -> bool:
         """Whether `new` pages could be taken after `keys`' pages, all in the tree, have been shared."""
@@ -64,20 +69,22 @@ class PagePool:
             unused += 1
         return spare >= unused
 
-    def share(self, keys: list[bytes]) -> list[int]:
+    def share(self, keys: list[bytes], lasting: bool = False) -> list[int]:
         """The pages of `keys`, with one more reference each."""
         pages = self.tree.pages(keys)
         for page in pages:
             if self._references[page] == 0:
-                del self._cached[page]
+                del (self._cached_last if self._lasting[page] else self._cached)[page]
             self._references[page] += 1
+            self._lasting[page] |= lasting
         return pages
 
     def take(self, count: int) -> list[int]:
         """`count` private pages, evicting as needed. The caller has checked `available`."""
         while len(self._free) < count:
-            page, _ = self._cached.popitem(last=False)
+            page, _ = (self._cached or self._cached_last).popitem(last=False)
             self.tree.remove(page)
+            self._lasting[page] = 0
             self._free.append(page)
             self._stats.evictions += 1
         pages = [self._free.pop() for _ in range(count)]
@@ -85,9 +92,11 @@ class PagePool:
             self._references[page] = 1
         return pages
 
-    def publish(self, key: bytes, page: int) -> bool:
+    def publish(self, key: bytes, page: int, lasting: bool = False) -> bool:
         """Enter a held page into the tree. False if another page is there under this key; the page stays private."""
-        return self.tree.insert(key, page)
+        entered = self.tree.insert(key, page)
+        self._lasting[page] |= lasting and entered
+        return entered
 
     def release(self, pages: list[int]) -> None:
         """Give back one reference to each of a request's pages, given in the order of its positions."""
@@ -98,7 +107,7 @@ class PagePool:
             self._references[page] = left
             if left == 0:
                 if self.tree.holds[page]:
-                    self._cached[page] = None
+                    (self._cached_last if self._lasting[page] else self._cached)[page] = None
                 else:
                     self._free.append(page)
 

@@ -47,7 +47,7 @@ class Ranks:
         covered = cached * self._limits.page_size
         # A sample needs a forward, so a prompt that is cached to its end recomputes its last token.
         self.table.occupy(request, rank, min(covered, request.known_len - 1))
-        request.pages = pool.share(request.keys[:cached])
+        request.pages = pool.share(request.keys[:cached], request.lasting)
         request.pages += pool.take(self.pages_needed(request) - cached)
         request.published, request.publishes, request.stalled = cached, True, False
         request.state = State.PREFILL
@@ -88,7 +88,8 @@ class Ranks:
         full = min(len(request.keys), computed // self._limits.page_size)
         while request.publishes and request.published < full:
             at = request.published
-            request.publishes = self.pools[request.rank].publish(request.keys[at], request.pages[at])
+            pool = self.pools[request.rank]
+            request.publishes = pool.publish(request.keys[at], request.pages[at], request.lasting)
             request.published += request.publishes
             self.news[request.rank] += 1
 

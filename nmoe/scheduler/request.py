@@ -44,6 +44,7 @@ class Request(msgspec.Struct, eq=False):
     eos_ids: tuple[int, ...]
     lane: Lane
     caches_outputs: bool
+    lasting: bool  # its pages in the prefix cache are evicted last
     returns: Returns
     arrived_at: float
     known: bytes  # int32, the prompt, and after a preemption the output too: what is computed with ids
@@ -147,6 +148,7 @@ def siblings(submit: Submit, arrival: int, now: float) -> list[Request]:
             eos_ids=submit.eos_ids,
             lane=profile.lane,
             caches_outputs=profile.caches == "prompts and outputs",
+            lasting=profile.lasting,
             returns=later if index else submit.returns,
             arrived_at=now,
             known=submit.prompt,
