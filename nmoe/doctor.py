@@ -26,6 +26,7 @@ from nmoe.checkpoint import Checkpoint, open_checkpoint, tokenizer_file
 from nmoe.config import Config
 from nmoe.errors import CheckpointError, LaunchError
 from nmoe.memory import CPU_CACHE_SHARE, free_ram, pages_that_fill
+from nmoe.slab import SlabLayout
 
 _log = logging.getLogger("nmoe.doctor")
 GIB = 1 << 30
@@ -156,7 +157,11 @@ def _memory_per_rank(facts: Facts) -> tuple[str, int] | None:
         return "free memory", facts.ram_free // world_size
     if not facts.gpus.gpus:
         return None
-    return "a GPU", min(max(0, gpu.free - int(gpu.total * unused)) for gpu in facts.gpus.gpus[:world_size])
+    exchanged = 0
+    if world_size > 1 and not isinstance(facts.checkpoint, CheckpointError):
+        exchanged = SlabLayout.of(facts.checkpoint.architecture, facts.checkpoint.dtype, facts.config).slab_bytes
+    what = f"a GPU, {_gib(exchanged)} of it for exchange apart" if exchanged else "a GPU"
+    return what, min(max(0, gpu.free - int(gpu.total * unused) - exchanged) for gpu in facts.gpus.gpus[:world_size])
 
 
 def _num_pages(facts: Facts, checkpoint: Checkpoint, memory: int) -> int:
@@ -323,17 +328,6 @@ def _port(facts: Facts) -> Row:
     return Row("port", "ok", f"{host}:{port} is free" if port else f"{host}, any free port")
 
 
-# ------------------------------------------------------------------------------------------ what this release has not
-
-
-def _one_gpu(facts: Facts) -> Row | None:
-    world_size = facts.config.parallel.world_size
-    if world_size == 1 or facts.config.parallel.device == "cpu":
-        return None
-    detail = f"world_size = {world_size}: expert parallelism (RDEP) between GPUs is not part of this release"
-    return Row("workers", "fail", detail, "set [parallel] world_size = 1")
-
-
 CHECKS: tuple[Check, ...] = (
     _model,
     _tokenizer,
@@ -348,5 +342,4 @@ CHECKS: tuple[Check, ...] = (
     _shared_memory,
     _open_files,
     _port,
-    _one_gpu,
 )

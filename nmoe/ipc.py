@@ -126,7 +126,7 @@ class Boot(msgspec.Struct, frozen=True):
     control: Any  # Control
     board: Board
     http_socket: socket.socket | None = None  # bound and listening; frontends only
-    slabs: mmap.mmap | None = None  # RDEP memory of all ranks (nmoe/slab.py); CPU workers of a world larger than 1
+    slabs: mmap.mmap | None = None  # memory of all ranks (nmoe/slab.py); workers of a world larger than 1
     arena: mmap.mmap | None = None  # logits on their way to a frontend (nmoe/arena.py); workers and frontends
 
     @property

@@ -30,7 +30,7 @@ from nmoe.config import Config
 from nmoe.errors import LaunchError
 from nmoe.metrics import Board, row_index
 from nmoe.run_dir import run_dir
-from nmoe.slab import SlabLayout, make_slabs
+from nmoe.slab import ControlLayout, SlabLayout, make_slabs
 from nmoe.supervision import Supervisor
 
 _log = logging.getLogger("nmoe.launch")
@@ -102,9 +102,12 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _slabs(config: Config) -> mmap.mmap | None:
-    """The memory through which CPU workers exchange tokens; GPUs map each other's instead."""
-    if config.parallel.device != "cpu" or config.parallel.world_size == 1:
+    """The memory that several workers share: on the CPU they exchange tokens through it, on GPUs they only hear of
+    trouble there."""
+    if config.parallel.world_size == 1:
         return None
+    if config.parallel.device == "cuda":
+        return ControlLayout(config.parallel.world_size).make()
     checkpoint = open_checkpoint(config)
     return make_slabs(SlabLayout.of(checkpoint.architecture, checkpoint.dtype, config))
 

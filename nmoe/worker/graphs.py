@@ -14,12 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from nmoe.messages import CHANNEL_DECODE
 from nmoe.profiles import Numerics
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.model import Model
 from nmoe.worker.sampler import greedy
 
 _STAGES = 3  # one more than the steps in flight
+_HEAD = 2  # words of a graph's inputs before those of its rows: how many rows there are, and one to keep 16 bytes whole
 
 Int64s = npt.NDArray[np.int64]
 
@@ -42,7 +44,7 @@ class DecodeGraphs:
         self._model, self._cache, self._last_S = model, cache, last_S
         self._pages = pages_per_slot
         self._sizes = ladder(max_batch_size)
-        words = max_batch_size * (3 + pages_per_slot)
+        words = _HEAD + max_batch_size * (3 + pages_per_slot)
         self._inputs = torch.zeros(words, dtype=torch.int64, device=model.device)
         self._staging = [torch.zeros(words, dtype=torch.int64).pin_memory() for _ in range(_STAGES)]
         self._turn = 0
@@ -58,18 +60,21 @@ class DecodeGraphs:
         return 0 < rows <= self._sizes[-1]
 
     def launch(
-        self, slots: Int64s, positions: Int64s, places: Int64s, pages_RP: Int64s
+        self, num_tokens: int, slots: Int64s, positions: Int64s, places: Int64s, pages_RP: Int64s
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Replay the step of these rows: their logits [R, V] in the model's dtype and greedy tokens, int32 [R].
 
+        `num_tokens` are those of the rank with most, so that all ranks replay the same size; this one may have none.
         Both are overwritten by the next launch. The greedy tokens have become their slots' last ones.
         """
         rows = len(slots)
-        size = self._sizes[bisect.bisect_left(self._sizes, rows)]
+        size = self._sizes[bisect.bisect_left(self._sizes, num_tokens)]
         staging = self._staging[self._turn]
         self._turn = (self._turn + 1) % _STAGES
-        host = staging.numpy()[: size * (3 + self._pages)]
-        head_3R, table_RP = host[: 3 * size].reshape(3, size), host[3 * size :].reshape(size, self._pages)
+        host = staging.numpy()[: _HEAD + size * (3 + self._pages)]
+        host[0] = rows
+        head_3R = host[_HEAD : _HEAD + 3 * size].reshape(3, size)
+        table_RP = host[_HEAD + 3 * size :].reshape(size, self._pages)
         head_3R[:, :rows] = slots, positions, places
         head_3R[:, rows:] = self._nobody()
         table_RP[:rows, : pages_RP.shape[1]] = pages_RP
@@ -86,8 +91,9 @@ class DecodeGraphs:
         host = self._staging[0].numpy()
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(self._sizes):
-            host[: 3 * size].reshape(3, size)[:] = self._nobody()
-            host[3 * size : size * (3 + self._pages)] = self._cache.num_pages
+            host[0] = 0
+            host[_HEAD : _HEAD + 3 * size].reshape(3, size)[:] = self._nobody()
+            host[_HEAD + 3 * size : _HEAD + size * (3 + self._pages)] = self._cache.num_pages
             self._inputs.copy_(self._staging[0])
             self._step(size)  # compiles its kernels, outside the capture
             self._graphs[size] = graph = torch.cuda.CUDAGraph()
@@ -95,14 +101,16 @@ class DecodeGraphs:
                 self._step(size)
 
     def _step(self, size: int) -> None:
-        slots_R, positions_R, places_R = self._inputs[: 3 * size].view(3, size).unbind()
+        rows, inputs = self._inputs[:1], self._inputs[_HEAD : _HEAD + size * (3 + self._pages)]
+        slots_R, positions_R, places_R = inputs[: 3 * size].view(3, size).unbind()
+        self._model.exchange.begin(CHANNEL_DECODE, size, rows)
         batch = Batch(
             ids_T=self._last_S[slots_R],
             positions_T=positions_R,
             write_T=places_R,
             starts=[],
             contexts=[],
-            pages_RP=self._inputs[3 * size : size * (3 + self._pages)].view(size, self._pages),
+            pages_RP=inputs[3 * size :].view(size, self._pages),
             num_decodes=size,
         )
         logits_RV = self._logits_RV[:size]

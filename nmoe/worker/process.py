@@ -189,7 +189,8 @@ def _load(boot: ipc.Boot) -> tuple[Runner, int] | None:
     config, started = boot.config, time.monotonic()
     device = _device(config.parallel.device, boot.index)
     checkpoint = open_checkpoint(config)
-    model = load_model(checkpoint, config, boot.index, device, _progress(boot.control), boot.slabs)
+    meeting = boot.run_dir / f"meeting-{boot.generation}"
+    model = load_model(checkpoint, config, boot.index, device, _progress(boot.control), boot.slabs, meeting)
     loaded = time.monotonic()
     cache = make_cache(config, checkpoint, device)
     runner = Runner(model, cache, num_slots=config.num_slots, max_seq_len=checkpoint.max_seq_len)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nmoe.messages import ROW_HAS_IDS, ROW_SAMPLES, Step
+from nmoe.messages import CHANNEL_DECODE, ROW_HAS_IDS, ROW_SAMPLES, Step
 from nmoe.profiles import Numerics
 from nmoe.worker.adjustments import Adjustment, Adjustments
 from nmoe.worker.batch import Batch, KVCache
@@ -120,8 +120,13 @@ class Runner:
         rows = self._rows
         self.exchange.begin(step.channel, step.num_tokens)
         graphs = self._graphs if step.numerics is Numerics.FAST else None
-        if graphs is not None and graphs.covers(rows.num_continued) and not rows.num_ids:
-            return Launched(step.step_id, self._replay(graphs, firsts))
+        if (
+            graphs is not None
+            and step.channel == CHANNEL_DECODE
+            and graphs.covers(step.num_tokens)
+            and not rows.num_ids
+        ):
+            return Launched(step.step_id, self._replay(graphs, step.num_tokens, firsts))
         batch = self._batch(firsts, ids)
         # An idle rank goes through the layers too: there its experts serve the other ranks' tokens.
         hidden_TD = self._model.forward(batch, self._cache, step.numerics)
@@ -131,11 +136,11 @@ class Runner:
         self._slots.last_S.index_copy_(0, rows.sampling_slots, tokens_S)
         return Launched(step.step_id, tokens_S)
 
-    def _replay(self, graphs: DecodeGraphs, firsts: Array) -> torch.Tensor:
+    def _replay(self, graphs: DecodeGraphs, num_tokens: int, firsts: Array) -> torch.Tensor:
         """The tokens of a step whose rows all go on from their last token, [S]."""
         rows, table = self._rows, self._slots
         places, pages = table.places_of(rows.slots, firsts), table.pages_of(rows.slots, self._ends)
-        logits_SV, tokens_S = graphs.launch(rows.slots, firsts, places, pages)
+        logits_SV, tokens_S = graphs.launch(num_tokens, rows.slots, firsts, places, pages)
         if not len(rows.drawing) and rows.adjustment is None:
             return tokens_S
         tokens_S = self._sample(logits_SV.float())

@@ -1,5 +1,9 @@
 """`make test-gpu` runs these; a machine without an NVIDIA driver does not even collect them."""
 
+import os
 import pathlib
 
 collect_ignore_glob = [] if pathlib.Path("/dev/nvidiactl").exists() else ["*"]
+
+# Ranks that share a GPU in a test wait for each other there: each of their streams needs a queue of its own.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")

@@ -13,6 +13,7 @@ import torch
 from nmoe.architecture import Architecture
 from nmoe.errors import LaunchError
 from nmoe.profiles import Numerics
+from nmoe.worker.kernels.experts import Arrived
 from nmoe.worker.kernels.fp8 import BLOCK, BlockFP8, Weight
 
 _Tensor = torch.Tensor
@@ -68,11 +69,13 @@ def _triton() -> Ops:
             return fp8_triton.linear(x_TI, weight)
         return linear_triton.linear(x_TI, weight)
 
-    def grouped_mlp(x_TD: _Tensor, ids_TK: _Tensor, weights_TK: _Tensor, w_gate_up: Weight, w_down: Weight) -> _Tensor:
+    def grouped_mlp(
+        x: _Tensor | Arrived, ids_TK: _Tensor, weights_TK: _Tensor, w_gate_up: Weight, w_down: Weight
+    ) -> _Tensor:
         if isinstance(w_gate_up, BlockFP8) and isinstance(w_down, BlockFP8):
-            return experts_fp8_triton.grouped_mlp(x_TD, ids_TK, weights_TK, w_gate_up, w_down)
+            return experts_fp8_triton.grouped_mlp(x, ids_TK, weights_TK, w_gate_up, w_down)
         assert isinstance(w_gate_up, _Tensor) and isinstance(w_down, _Tensor)
-        return experts_triton.grouped_mlp(x_TD, ids_TK, weights_TK, w_gate_up, w_down)
+        return experts_triton.grouped_mlp(x, ids_TK, weights_TK, w_gate_up, w_down)
 
     return Ops(
         rms_norm=norm_triton.rms_norm,

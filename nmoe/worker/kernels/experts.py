@@ -3,8 +3,24 @@
 Shape suffixes: T tokens, K experts per token, D hidden, F intermediate of an expert, E experts of this rank.
 """
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Arrived:
+    """Rows that other ranks have sent, in place of the tokens of a `grouped_mlp` on the GPU: they lie here and there,
+    and only the device knows how many there are. `ids_SK` and `weights_SK` beside it have S rows, some of them no more;
+    a row's ids in [0, E) come first, its others are E."""
+
+    values_CD: torch.Tensor  # bfloat16, or float8_e4m3fn with scales
+    scales_CG: torch.Tensor | None  # float32 [C, D / 128]
+    slots_S: torch.Tensor  # int32: where each row lies in `values_CD`
+    num_rows: torch.Tensor  # int32 [1]: rows of all tiles
+    first: int  # the first row of this tile, of all rows
+    per_expert: float  # rows that an expert is expected to get
 
 
 def silu_mul(gate_up_TG: torch.Tensor) -> torch.Tensor:

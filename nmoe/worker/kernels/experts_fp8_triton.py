@@ -11,15 +11,17 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nmoe.worker.kernels.early import early
-from nmoe.worker.kernels.experts_triton import sort_pairs
+from nmoe.worker.kernels.experts import Arrived
+from nmoe.worker.kernels.experts_triton import launched_tiles, sort_pairs
 from nmoe.worker.kernels.fp8 import BLOCK, BlockFP8
 from nmoe.worker.kernels.fp8_triton import quantise
 
 
-@triton.jit(do_not_specialize=["tokens", "num_rows"])
+@triton.jit(do_not_specialize=["block_stride", "num_rows"])
 def _gate_up_kernel(
     x_ptr,
     x_scales_ptr,
+    slots_ptr,
     w_desc,
     w_scales_ptr,
     sorted_ptr,
@@ -27,7 +29,7 @@ def _gate_up_kernel(
     num_tiles_ptr,
     out_ptr,
     out_scales_ptr,
-    tokens,
+    block_stride,
     num_rows,
     D: tl.constexpr,
     F: tl.constexpr,
@@ -36,18 +38,23 @@ def _gate_up_kernel(
     STAGES: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """Rows of the sorted order: silu(x @ gate) * (x @ up), quantised."""
+    """Rows of the sorted order: silu(x @ gate) * (x @ up), quantised. `slots_ptr`: where each token lies in x and its
+    scales, which then lie side by side; without it tokens are in order, and a block's scales lie side by side."""
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
     C: tl.constexpr = D // 128
     PER_TILE: tl.constexpr = F // 128
-    tile = tl.program_id(0) // PER_TILE
-    block = tl.program_id(0) % PER_TILE
-    if tile < tl.load(num_tiles_ptr):
+    for work in range(tl.program_id(0), tl.load(num_tiles_ptr) * PER_TILE, tl.num_programs(0)):
+        tile = work // PER_TILE
+        block = work % PER_TILE
         row = tile * ROWS + tl.arange(0, ROWS)
         pair = tl.load(sorted_ptr + row)
         token = (pair // K).to(tl.int64)
         exists = pair >= 0
+        x_scale_ptr = x_scales_ptr + token
+        if slots_ptr is not None:
+            token = tl.load(slots_ptr + token, mask=exists, other=0).to(tl.int64)
+            x_scale_ptr = x_scales_ptr + token * C
         x_row = x_ptr + token[:, None] * D + tl.arange(0, 128)[None, :]
         gate_block = tl.load(tile_expert_ptr + tile) * (2 * PER_TILE) + block
         gate_scales = w_scales_ptr + gate_block * C
@@ -59,7 +66,7 @@ def _gate_up_kernel(
             up = tl.zeros([ROWS, 128], tl.float32)
         for c in tl.range(0, C, num_stages=STAGES):
             x = tl.load(x_row + c * 128, mask=exists[:, None], other=0.0)
-            x_scale = tl.load(x_scales_ptr + c * tokens + token, mask=exists, other=0.0)
+            x_scale = tl.load(x_scale_ptr + c * block_stride, mask=exists, other=0.0)
             w_gate = w_desc.load([gate_block * 128, c * 128])
             w_up = w_desc.load([(gate_block + PER_TILE) * 128, c * 128])
             gate_scale = x_scale * tl.load(gate_scales + c)
@@ -102,9 +109,9 @@ def _down_kernel(
     tl.extra.cuda.gdc_launch_dependents()
     C: tl.constexpr = F // 128
     PER_TILE: tl.constexpr = D // 128
-    tile = tl.program_id(0) // PER_TILE
-    block = tl.program_id(0) % PER_TILE
-    if tile < tl.load(num_tiles_ptr):
+    for work in range(tl.program_id(0), tl.load(num_tiles_ptr) * PER_TILE, tl.num_programs(0)):
+        tile = work // PER_TILE
+        block = work % PER_TILE
         row = tile * ROWS + tl.arange(0, ROWS)
         pair = tl.load(sorted_ptr + row)
         exists = pair >= 0
@@ -138,28 +145,31 @@ def _rows(rows_per_expert: float) -> int:
 
 
 def grouped_mlp(
-    x_TD: torch.Tensor,
+    x: torch.Tensor | Arrived,
     ids_TK: torch.Tensor,
     weights_TK: torch.Tensor,
     w_gate_up_EGD: BlockFP8,
     w_down_EDF: BlockFP8,
 ) -> torch.Tensor:
-    """See experts_triton.py; D and F are multiples of 128."""
+    """See experts_triton.py; D and F are multiples of 128, and arrived rows are quantised."""
     (tokens, slots), (num_experts, hidden, inter) = ids_TK.shape, w_down_EDF.values.shape
-    parts_TKD = x_TD.new_empty(tokens, slots, hidden)
+    parts_TKD = torch.empty(tokens, slots, hidden, dtype=torch.bfloat16, device=ids_TK.device)
     pairs = tokens * slots
     if not pairs:
         return parts_TKD
-    rows = _rows(pairs / num_experts)
+    arrived = x if isinstance(x, Arrived) else None
+    rows = _rows(arrived.per_expert if arrived else pairs / num_experts)
     few, transposed = rows <= 32, rows < 128
-    values_TD, scales_CT = quantise(x_TD)
-    order, tile_expert, num_tiles = sort_pairs(ids_TK, num_experts, rows)
+    values_TD, scales = (x.values_CD, x.scales_CG) if isinstance(x, Arrived) else quantise(x)
+    order, tile_expert, num_tiles = sort_pairs(ids_TK, num_experts, rows, arrived)
     tiles = len(tile_expert)
-    hidden_NF = torch.empty(tiles * rows, inter, dtype=torch.float8_e4m3fn, device=x_TD.device)
-    hidden_scales = torch.empty(inter // BLOCK, tiles * rows, dtype=torch.float32, device=x_TD.device)
-    _gate_up_kernel[(tiles * (inter // BLOCK),)](
+    launched = launched_tiles(tiles, rows, num_experts, arrived)
+    hidden_NF = torch.empty(tiles * rows, inter, dtype=torch.float8_e4m3fn, device=ids_TK.device)
+    hidden_scales = torch.empty(inter // BLOCK, tiles * rows, dtype=torch.float32, device=ids_TK.device)
+    _gate_up_kernel[(launched * (inter // BLOCK),)](
         values_TD,
-        scales_CT,
+        scales,
+        arrived.slots_S if arrived else None,
         TensorDescriptor.from_tensor(w_gate_up_EGD.values.flatten(0, 1), [BLOCK, BLOCK]),
         w_gate_up_EGD.scales,
         order,
@@ -167,7 +177,7 @@ def grouped_mlp(
         num_tiles,
         hidden_NF,
         hidden_scales,
-        tokens,
+        1 if arrived else tokens,
         tiles * rows,
         D=hidden,
         F=inter,
@@ -178,7 +188,7 @@ def grouped_mlp(
         num_warps=4 if few else 8,
         launch_pdl=early(tokens),
     )
-    _down_kernel[(tiles * (hidden // BLOCK),)](
+    _down_kernel[(launched * (hidden // BLOCK),)](
         TensorDescriptor.from_tensor(hidden_NF, [rows, BLOCK]),
         hidden_scales,
         TensorDescriptor.from_tensor(w_down_EDF.values.flatten(0, 1), [BLOCK, BLOCK]),

@@ -9,6 +9,7 @@ Shape suffixes: T tokens, K experts per token, D hidden, F intermediate, E exper
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nmoe.worker.kernels.early import early
+from nmoe.worker.kernels.experts import Arrived
 
 _SORT_BLOCK = 1024
 
@@ -60,13 +62,16 @@ def _shape(rows_per_expert: float) -> _Shape:
     return _MORE if rows_per_expert <= 96 else _MANY
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(do_not_specialize=["num_pairs", "first"])
 def _sort_kernel(
     ids_ptr,
+    num_rows_ptr,
     sorted_ptr,
     tile_expert_ptr,
     num_tiles_ptr,
     num_pairs,
+    first,
+    K: tl.constexpr,
     EXPERTS: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -75,6 +80,8 @@ def _sort_kernel(
     """One program per expert: where its tiles begin follows from all counts, which every program takes for itself."""
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
+    if num_rows_ptr is not None:
+        num_pairs = tl.minimum(num_pairs, tl.maximum(tl.load(num_rows_ptr) - first, 0) * K)
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
     lane = tl.arange(0, BLOCK)
@@ -105,6 +112,7 @@ def _sort_kernel(
 @triton.jit
 def _gate_up_kernel(
     x_ptr,
+    slots_ptr,
     weight_desc,
     sorted_ptr,
     tile_expert_ptr,
@@ -119,17 +127,20 @@ def _gate_up_kernel(
     STAGES: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """Rows of the sorted order: silu(x @ gate) * (x @ up)."""
+    """Rows of the sorted order: silu(x @ gate) * (x @ up). `slots_ptr`: where each token lies in x, if not in order."""
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
     PER_TILE: tl.constexpr = F // COLUMNS
-    tile = tl.program_id(0) // PER_TILE
-    column = (tl.program_id(0) % PER_TILE) * COLUMNS
-    if tile < tl.load(num_tiles_ptr):
+    for work in range(tl.program_id(0), tl.load(num_tiles_ptr) * PER_TILE, tl.num_programs(0)):
+        tile = work // PER_TILE
+        column = (work % PER_TILE) * COLUMNS
         row = tile * ROWS + tl.arange(0, ROWS)
         pair = tl.load(sorted_ptr + row)
-        x_row = x_ptr + (pair // K).to(tl.int64)[:, None] * D + tl.arange(0, DEPTH)[None, :]
-        exists = (pair >= 0)[:, None]
+        exists = pair >= 0
+        token = pair // K
+        if slots_ptr is not None:
+            token = tl.load(slots_ptr + token, mask=exists, other=0)
+        x_row = x_ptr + token.to(tl.int64)[:, None] * D + tl.arange(0, DEPTH)[None, :]
         gate_at = tl.load(tile_expert_ptr + tile) * (2 * F) + column
         if TRANSPOSED:
             gate = tl.zeros([COLUMNS, ROWS], tl.float32)
@@ -138,7 +149,7 @@ def _gate_up_kernel(
             gate = tl.zeros([ROWS, COLUMNS], tl.float32)
             up = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in tl.range(0, D, DEPTH, num_stages=STAGES):
-            x = tl.load(x_row + k, mask=exists, other=0.0)
+            x = tl.load(x_row + k, mask=exists[:, None], other=0.0)
             w_gate = weight_desc.load([gate_at, k])
             w_up = weight_desc.load([gate_at + F, k])
             if TRANSPOSED:
@@ -174,9 +185,9 @@ def _down_kernel(
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
     PER_TILE: tl.constexpr = D // COLUMNS
-    tile = tl.program_id(0) // PER_TILE
-    column = (tl.program_id(0) % PER_TILE) * COLUMNS
-    if tile < tl.load(num_tiles_ptr):
+    for work in range(tl.program_id(0), tl.load(num_tiles_ptr) * PER_TILE, tl.num_programs(0)):
+        tile = work // PER_TILE
+        column = (work % PER_TILE) * COLUMNS
         pair = tl.load(sorted_ptr + tile * ROWS + tl.arange(0, ROWS))
         exists = pair >= 0
         weight_at = tl.load(tile_expert_ptr + tile) * D + column
@@ -212,19 +223,24 @@ def _silu_mul_kernel(x_ptr, out_ptr, F: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out_ptr + token * F + lane, (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def sort_pairs(ids_TK: torch.Tensor, num_experts: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def sort_pairs(
+    ids_TK: torch.Tensor, num_experts: int, rows: int, arrived: Arrived | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The pairs by expert, each expert's filled up with -1 to whole tiles of `rows`; the expert of each tile; how many
-    tiles there are. All int32, as long as any ids could need. `ids_TK` int32."""
+    tiles there are. All int32, as long as any ids could need. `ids_TK` int32; of `arrived`, only rows that exist."""
     pairs = ids_TK.numel()
     most = (pairs + min(num_experts, pairs) * (rows - 1)) // rows
     order, tile_expert, num_tiles = (ids_TK.new_empty(size) for size in (most * rows, most, 1))
     bins = triton.next_power_of_2(num_experts)
     _sort_kernel[(num_experts,)](
         ids_TK,
+        None if arrived is None else arrived.num_rows,
         order,
         tile_expert,
         num_tiles,
         pairs,
+        0 if arrived is None else arrived.first,
+        K=ids_TK.shape[1],
         EXPERTS=num_experts,
         BINS=bins,
         BLOCK=_SORT_BLOCK,
@@ -232,6 +248,14 @@ def sort_pairs(ids_TK: torch.Tensor, num_experts: int, rows: int) -> tuple[torch
         launch_pdl=early(len(ids_TK)),
     )
     return order, tile_expert, num_tiles
+
+
+def launched_tiles(tiles: int, rows: int, num_experts: int, arrived: Arrived | None) -> int:
+    """For how many of at most so many tiles to launch programs. Of arrived rows few are there as a rule, and a program
+    without work takes its time to start and end; so there are programs for twice what is expected, which loop."""
+    if arrived is None:
+        return tiles
+    return min(tiles, 2 * num_experts * math.ceil(arrived.per_expert / rows))
 
 
 def silu_mul(gate_up_TG: torch.Tensor) -> torch.Tensor:
@@ -246,7 +270,7 @@ def silu_mul(gate_up_TG: torch.Tensor) -> torch.Tensor:
 
 
 def grouped_mlp(
-    x_TD: torch.Tensor,
+    x: torch.Tensor | Arrived,
     ids_TK: torch.Tensor,
     weights_TK: torch.Tensor,
     w_gate_up_EGD: torch.Tensor,
@@ -254,22 +278,26 @@ def grouped_mlp(
 ) -> torch.Tensor:
     """Each token's weighted expert results, in the model's dtype, [T, K, D]: the terms of experts.py's sum.
 
-    `ids_TK` int32, all below E. D is a multiple of 128 and F of 64.
+    `ids_TK` int32, all below E, but for `Arrived` rows; terms of experts that live elsewhere are left as they are. D is
+    a multiple of 128 and F of 64.
     """
+    arrived, x_TD = (x, x.values_CD) if isinstance(x, Arrived) else (None, x)
     (tokens, slots), (num_experts, hidden, inter) = ids_TK.shape, w_down_EDF.shape
     parts_TKD = x_TD.new_empty(tokens, slots, hidden)
     pairs = tokens * slots
     if not pairs:
         return parts_TKD
-    shape = _shape(pairs / num_experts)
+    shape = _shape(arrived.per_expert if arrived else pairs / num_experts)
     rows, up, down = shape.rows, shape.up, shape.down
-    order, tile_expert, num_tiles = sort_pairs(ids_TK, num_experts, rows)
+    order, tile_expert, num_tiles = sort_pairs(ids_TK, num_experts, rows, arrived)
     tiles = len(tile_expert)
+    launched = launched_tiles(tiles, rows, num_experts, arrived)
     up = up._replace(columns=up.columns if inter % up.columns == 0 else 64)
     down = down._replace(columns=down.columns if hidden % down.columns == 0 else 128)
     hidden_NF = x_TD.new_empty(tiles * rows, inter)
-    _gate_up_kernel[(tiles * (inter // up.columns),)](
+    _gate_up_kernel[(launched * (inter // up.columns),)](
         x_TD,
+        arrived.slots_S if arrived else None,
         TensorDescriptor.from_tensor(w_gate_up_EGD.flatten(0, 1), [up.columns, up.depth]),
         order,
         tile_expert,
@@ -286,7 +314,7 @@ def grouped_mlp(
         num_warps=up.warps,
         launch_pdl=early(tokens),
     )
-    _down_kernel[(tiles * (hidden // down.columns),)](
+    _down_kernel[(launched * (hidden // down.columns),)](
         TensorDescriptor.from_tensor(hidden_NF, [rows, down.depth]),
         TensorDescriptor.from_tensor(w_down_EDF.flatten(0, 1), [down.columns, down.depth]),
         weights_TK,

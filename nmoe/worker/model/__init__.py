@@ -3,6 +3,7 @@
 import contextlib
 import math
 import mmap
+import pathlib
 from typing import Protocol
 
 import torch
@@ -10,9 +11,8 @@ import torch
 from nmoe.architecture import Architecture
 from nmoe.checkpoint import Checkpoint
 from nmoe.config import Config
-from nmoe.errors import LaunchError
 from nmoe.profiles import Numerics
-from nmoe.slab import SlabLayout
+from nmoe.slab import ControlLayout, SlabLayout
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.kernels import check_gpu
 from nmoe.worker.model.deepseek_v3 import DeepseekV3
@@ -56,18 +56,20 @@ def load_model(
     device: torch.device,
     report: ReportProgress,
     slabs: mmap.mmap | None = None,
+    meeting: pathlib.Path | None = None,
 ) -> Model:
     """This rank's part of the checkpoint's model on `device`. Raises NmoeError.
 
-    `report(what, done, total)` is called about a hundred times, with bytes. `slabs` are what all ranks exchange tokens
-    through, if there are several on the CPU.
+    `report(what, done, total)` is called about a hundred times, with bytes. If there are several ranks, `slabs` is the
+    memory they share (on the CPU they exchange tokens through it), and `meeting` a path where those on GPUs find each
+    other, which no earlier life of the workers used.
     """
     architecture, world_size = checkpoint.architecture, config.parallel.world_size
     tensors = rank_tensors(architecture, rank, world_size)
     dtype = _DTYPES[checkpoint.dtype]
     if device.type == "cuda":
         check_gpu(architecture, dtype, config.engine.page_size, device)
-    exchange = _exchange(checkpoint, config, rank, device, slabs)
+    exchange = _exchange(checkpoint, config, rank, device, slabs, meeting)
     with contextlib.ExitStack() as stack:
         source: CheckpointSource | RandomSource
         if config.model.weights == "random":
@@ -86,14 +88,25 @@ def load_model(
 
 
 def _exchange(
-    checkpoint: Checkpoint, config: Config, rank: int, device: torch.device, slabs: mmap.mmap | None
+    checkpoint: Checkpoint,
+    config: Config,
+    rank: int,
+    device: torch.device,
+    slabs: mmap.mmap | None,
+    meeting: pathlib.Path | None,
 ) -> Exchange:
-    world_size = config.parallel.world_size
-    if world_size == 1:
+    if config.parallel.world_size == 1:
         return OneGPU(device) if device.type == "cuda" else OneRank()
-    if slabs is None:
-        raise LaunchError(
-            f"[parallel] world_size = {world_size}: workers exchange tokens on the CPU only; set device = 'cpu', or 1"
-        )
-    layout = SlabLayout.of(checkpoint.architecture, checkpoint.dtype, config)
-    return SharedMemory(layout, slabs, rank, _DTYPES[checkpoint.dtype])
+    assert slabs is not None
+    layout, dtype = SlabLayout.of(checkpoint.architecture, checkpoint.dtype, config), _DTYPES[checkpoint.dtype]
+    if device.type == "cpu":
+        return SharedMemory(layout, slabs, rank, dtype)
+    from nmoe.worker.rdep.between_gpus import BetweenGPUs
+    from nmoe.worker.rdep.control import Control
+    from nmoe.worker.rdep.symmetric import PeerSlabs
+
+    assert meeting is not None
+    control = Control(ControlLayout(layout.world_size), slabs)
+    peers = PeerSlabs(layout.slab_bytes, rank, layout.world_size, device, meeting)
+    expected = config.engine.moe_expected_m
+    return BetweenGPUs(layout, peers.slab, peers.bases, control, rank, dtype, expected_rows=expected)

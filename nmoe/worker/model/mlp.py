@@ -9,6 +9,7 @@ import torch
 
 from nmoe.architecture import Architecture
 from nmoe.worker.kernels import Ops
+from nmoe.worker.kernels.experts import Arrived
 from nmoe.worker.kernels.fp8 import Weight, empty_weight, of_expert, rows_of, split_rows
 from nmoe.worker.rdep import Exchange
 from nmoe.worker.weights import Source
@@ -64,8 +65,8 @@ class MoE:
         """[T, D], or its terms where `add_rms_norm` takes them; routed and shared experts are added in float32."""
         ids_TK, weights_TK = ops.route(x_TD, self._gate_ED, self._bias_E, self._architecture)
 
-        def experts(x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-            return ops.grouped_mlp(x_TD, ids_TK, weights_TK, self._w_gate_up_EGD, self._w_down_EDF)
+        def experts(x: torch.Tensor | Arrived, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+            return ops.grouped_mlp(x, ids_TK, weights_TK, self._w_gate_up_EGD, self._w_down_EDF)
 
         combine = self._exchange.dispatch(experts, x_TD, ids_TK, weights_TK)
         shared_TD = self._shared.forward(x_TD, ops)

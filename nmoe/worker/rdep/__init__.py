@@ -8,8 +8,11 @@ from typing import Protocol
 
 import torch
 
-# x_TD, ids_TK, weights_TK -> float32 [T, D]; local ids in [0, E], where E stands for an expert of another rank.
-LocalExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+from nmoe.worker.kernels.experts import Arrived
+
+# x_TD, ids_TK, weights_TK -> float32 [T, D]; local ids in [0, E], where E stands for an expert of another rank. On the
+# GPU the ids are int32, what comes back are the terms of that sum, [T, K, D], and x may be `Arrived` rows.
+LocalExperts = Callable[[torch.Tensor | Arrived, torch.Tensor, torch.Tensor], torch.Tensor]
 Combine = Callable[[], torch.Tensor]
 
 TILE_ROWS = 1024  # that the experts get at once: bounds their memory when all ranks' tokens want one rank's experts
@@ -30,18 +33,23 @@ class Exchange(Protocol):
         """
         ...
 
-    def begin(self, channel: int, num_tokens: int) -> None:
-        """A step begins: its channel, and the token count of its largest rank. The same on every rank."""
+    def begin(self, channel: int, num_tokens: int, real: torch.Tensor | None = None) -> None:
+        """A step begins: its channel, and the most tokens that a rank has, which is at least that of its largest rank.
+
+        Of a step that is captured into a graph, `num_tokens` counts padding, and `real`, int64 [1] on the device, is
+        read in each replay: how many of this rank's tokens are none, the first ones. Padding is pushed nowhere.
+        """
         ...
 
     def dispatch(
         self, experts: LocalExperts, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> Combine:
-        """Start the exchange; ids are global, int64.
+        """Start the exchange; ids are global, int64 (on the GPU int32).
 
-        The returned function serves what arrived and waits for the sums, float32 [T, D]. What the caller computes
-        between the two runs while the tokens are under way. `experts` gets at most TILE_ROWS rows at a time, which it
-        must not keep.
+        The returned function waits for the sums of the tokens' owners, what the caller computes in between runs while
+        the tokens are under way, and gives what the device's `sum_experts` takes: on the CPU the float32 sums [T, D];
+        on the GPU terms [T, J, D] that are yet to be added, in float32 and in the order of J. `experts` gets a bounded
+        number of rows at a time (on the CPU TILE_ROWS), which it must not keep.
         """
         ...
 
@@ -65,7 +73,7 @@ class OneRank:
         """There is nobody else."""
         return True
 
-    def begin(self, channel: int, num_tokens: int) -> None:
+    def begin(self, channel: int, num_tokens: int, real: torch.Tensor | None = None) -> None:
         """Nothing depends on the channel."""
 
     def dispatch(

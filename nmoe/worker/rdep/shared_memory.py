@@ -57,8 +57,8 @@ class SharedMemory:
         self._signals.set_bound(self._bound_s if bounded else math.inf)
         return self._signals.meet(life, stopped)
 
-    def begin(self, channel: int, num_tokens: int) -> None:
-        """See Exchange."""
+    def begin(self, channel: int, num_tokens: int, real: torch.Tensor | None = None) -> None:
+        """See Exchange; nothing is captured on the CPU."""
         if num_tokens > (limit := self._slots[channel].max_tokens):
             raise ValueError(f"a step of {num_tokens} tokens per rank on channel {channel}, which has {limit} slots")
         self._channel = channel

@@ -22,13 +22,11 @@ import time
 from collections.abc import Callable
 
 from nmoe.errors import PeerSilent
-from nmoe.slab import DISPATCH, LINE, NUM_CHANNELS, NUM_PHASES, SlabLayout
+from nmoe.slab import COUNT_BITS, DISPATCH, LINE, NUM_CHANNELS, NUM_PHASES, POISON_BITS, SlabLayout
 from nmoe.worker.rdep import futex
 
 _YIELD_S = 50e-6
 _NAP_S = 0.05  # between looks at the clock and at the poison word
-_COUNT_BITS = 36  # of an epoch; the life has the others
-_POISON_BITS = 8  # one per rank
 # Words of a flag's line, and of the line with what a rank waits for, in units of 8 bytes.
 _EPOCH, _TOKENS = 0, 1
 _CHANNEL, _PHASE, _AWAITED, _SLEEPS = 0, 1, 2, 3
@@ -73,7 +71,7 @@ class Signals:
         """
         self.leave()
         self._life, self._gave_up = life, False
-        self._epochs = [life << _COUNT_BITS] * NUM_CHANNELS
+        self._epochs = [life << COUNT_BITS] * NUM_CHANNELS
         epoch = self.next_epoch(0)
         self.raise_flags(0, DISPATCH, epoch, 0)
         return self._wait(0, DISPATCH, epoch, stopped)
@@ -165,17 +163,17 @@ class Signals:
 
     def _poisoned(self) -> bool:
         """Whether what this rank computes in this life may be wrong."""
-        return any(word >> _POISON_BITS == self._life for word in self._words[self._poisons])
+        return any(word >> POISON_BITS == self._life for word in self._words[self._poisons])
 
     def _blamed(self) -> set[int]:
         """Whose silence poisoned this rank; nobody's if its life was ended."""
-        words = [word for word in self._words[self._poisons] if word >> _POISON_BITS == self._life]
+        words = [word for word in self._words[self._poisons] if word >> POISON_BITS == self._life]
         return {rank for rank in self._ranks if any(word >> rank & 1 for word in words)}
 
     def _spread(self, blamed: set[int]) -> None:
         """Poison every rank and wake it, then go past this wait and all that follow."""
         for word in self._poison_by_me:
-            self._words[word] = self._life << _POISON_BITS | sum(1 << rank for rank in blamed)
+            self._words[word] = self._life << POISON_BITS | sum(1 << rank for rank in blamed)
         futex.fence()
         for rank in self._ranks:
             self._wake(rank)

@@ -1,0 +1,266 @@
+"""RDEP between GPUs: one-sided writes into the owners' memory, by kernels that are replayed in a CUDA graph.
+
+The protocol is docs/rdep.md; the kernels are in `rows_triton.py` and `signals_triton.py`. The experts run on a second
+stream from the moment the rows are there, while the caller's shared experts run on its own.
+
+Shape suffixes: N ranks, T tokens of this rank, C slots per rank, K experts per token, D hidden, S rows of a tile.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+
+from nmoe.errors import PeerSilent
+from nmoe.messages import CHANNEL_DECODE
+from nmoe.slab import COUNT_BITS, NUM_CHANNELS, SlabLayout
+from nmoe.worker.kernels.early import early
+from nmoe.worker.kernels.experts import Arrived
+from nmoe.worker.rdep import Combine, LocalExperts
+from nmoe.worker.rdep import rows_triton as rows
+from nmoe.worker.rdep.control import Control
+from nmoe.worker.rdep.signals_triton import BOUND_NS, EPOCHS, STATE_WORDS
+
+_BOUND_S = 4.0
+_WARM_UP_BOUND_S = 600.0  # ranks compile kernels then, one maybe more than another
+_NAP_S = 0.001  # between looks at who has begun a life
+_TILE_BYTES = 512 << 20  # of the experts' results for the rows of a tile
+_SLOTS_PER_PROGRAM = 256
+_WARPS = 8
+
+
+class BetweenGPUs:
+    """One rank's end of the exchange. See nmoe.worker.rdep.Exchange."""
+
+    def __init__(
+        self,
+        layout: SlabLayout,
+        slab: torch.Tensor,
+        bases: Sequence[int],
+        control: Control,
+        rank: int,
+        dtype: torch.dtype,
+        *,
+        expected_rows: int,
+        bound_s: float = _BOUND_S,
+    ) -> None:
+        """`slab` uint8 [layout.slab_bytes] is this rank's, `bases` are the addresses of every rank's as this process
+        sees them, `dtype` is the model's. A decode step is tiled for at most `expected_rows` per expert. A wait may
+        take `bound_s`."""
+        self._layout, self._slab, self._control, self._rank, self._dtype = layout, slab, control, rank, dtype
+        self._hidden = layout.row_bytes // dtype.itemsize
+        self._expected_rows, self._bound_s = expected_rows, bound_s
+        self._stream = torch.cuda.Stream(slab.device)  # type: ignore[no-untyped-call]
+        self._bases = torch.tensor(list(bases), dtype=torch.int64, device=slab.device)
+        self._state = torch.zeros(STATE_WORDS, dtype=torch.int64, device=slab.device)
+        slots = layout.world_size * max(channel.max_tokens for channel in layout.channels)
+        # Zeros are valid slots and ids: whoever looks at a row that is not there finds memory.
+        self._slots_S = torch.zeros(slots, dtype=torch.int32, device=slab.device)
+        self._ids_SK = torch.zeros(slots, layout.top_k, dtype=torch.int32, device=slab.device)
+        self._weights_SK = torch.zeros(slots, layout.top_k, dtype=torch.float32, device=slab.device)
+        self._num_rows = torch.zeros(1, dtype=torch.int32, device=slab.device)
+        self._tile_rows = max(1, _TILE_BYTES // (layout.top_k * layout.row_bytes) // 1024) * 1024
+        self._pushed = [self._pushed_rows(channel) for channel in range(NUM_CHANNELS)]
+        self._life = 0
+        self._channel, self._most = CHANNEL_DECODE, 1
+        self._real: torch.Tensor | None = None
+        torch.cuda.synchronize(slab.device)
+
+    def meet(self, life: int, stopped: Callable[[], bool], *, bounded: bool) -> bool:
+        """See Exchange."""
+        self.leave()
+        # What is still under way of the life before waits for nobody any more. Then no kernel of this rank writes
+        # anything until all others are as far.
+        torch.cuda.synchronize(self._slab.device)
+        self._life = life
+        state = torch.zeros(STATE_WORDS, dtype=torch.int64)
+        state[EPOCHS : EPOCHS + NUM_CHANNELS] = life << COUNT_BITS
+        state[BOUND_NS] = int((self._bound_s if bounded else _WARM_UP_BOUND_S) * 1e9)
+        self._state.copy_(state)
+        torch.cuda.synchronize(self._slab.device)
+        self._control.begin(self._rank, life)
+        started = time.monotonic()
+        while missing := self._control.missing(life):
+            if stopped():
+                return False
+            if self._control.blamed(self._rank, life) is not None:
+                return True
+            if bounded and time.monotonic() - started > self._bound_s:
+                self._control.poison(self._rank, life, missing)
+                return True
+            time.sleep(_NAP_S)
+        return True
+
+    def begin(self, channel: int, num_tokens: int, real: torch.Tensor | None = None) -> None:
+        """See Exchange."""
+        if num_tokens > (limit := self._layout.channels[channel].max_tokens):
+            raise ValueError(f"a step of {num_tokens} tokens per rank on channel {channel}, which has {limit} slots")
+        self._channel, self._most, self._real = channel, max(1, num_tokens), real
+
+    def leave(self) -> None:
+        """See Exchange."""
+        self._control.poison(self._rank, self._life, self._control.blamed(self._rank, self._life) or ())
+
+    def check(self) -> bool:
+        """See Exchange."""
+        if (blamed := self._control.blamed(self._rank, self._life)) is None:
+            return True
+        if blamed:
+            raise PeerSilent(self._rank, sorted(blamed), self._bound_s)
+        return False
+
+    def dispatch(
+        self, experts: LocalExperts, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> Combine:
+        """See Exchange. `ids_TK` int32; from the first id that no rank has on they are nobody's. The returned function
+        gives one term per token, float32 [T, 1, D]."""
+        if len(x_TD) > self._most:
+            raise ValueError(f"{len(x_TD)} tokens in a step that was begun with {self._most} for the largest rank")
+        self._push(x_TD, ids_TK, weights_TK)
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            self._serve(experts)
+
+        def combine() -> torch.Tensor:
+            current.wait_stream(self._stream)
+            return self._sum(ids_TK)
+
+        return combine
+
+    def _push(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+        layout, at = self._layout, self._layout.channels[self._channel]
+        tokens = len(x_TD)
+        rows.dispatch_kernel[(max(1, tokens),)](
+            x_TD,
+            ids_TK,
+            weights_TK,
+            self._bases,
+            self._state,
+            self._real,
+            tokens,
+            self._rank,
+            self._channel,
+            at.max_tokens,
+            x_TD.stride(0),
+            at.counts,
+            at.routes,
+            at.hidden,
+            at.scales,
+            RANKS=layout.world_size,
+            EXPERTS=layout.num_experts,
+            D=self._hidden,
+            K=layout.top_k,
+            BLOCK_K=triton.next_power_of_2(layout.top_k),
+            BLOCK_D=triton.next_power_of_2(self._hidden),
+            QUANTISED=layout.quantised,
+            num_warps=_WARPS,
+            launch_pdl=early(tokens),
+        )
+
+    def _serve(self, experts: LocalExperts) -> None:
+        """Compute what arrives, a tile of rows at a time in the order of the slots, and push the sums back."""
+        layout, at = self._layout, self._layout.channels[self._channel]
+        slots = layout.world_size * self._most
+        rows.arrive_kernel[(triton.cdiv(slots, _SLOTS_PER_PROGRAM),)](
+            self._state,
+            self._slots_S,
+            self._ids_SK,
+            self._weights_SK,
+            self._num_rows,
+            self._slab.data_ptr(),
+            self._control.address,
+            self._rank,
+            self._channel,
+            at.max_tokens,
+            self._most,
+            at.counts,
+            at.routes,
+            RANKS=layout.world_size,
+            K=layout.top_k,
+            BLOCK=_SLOTS_PER_PROGRAM,
+            num_warps=4,
+            launch_pdl=early(self._most),
+        )
+        values_CD, scales_CG = self._pushed[self._channel]
+        for first in range(0, slots, self._tile_rows):
+            tile = slice(first, min(first + self._tile_rows, slots))
+            arrived = Arrived(values_CD, scales_CG, self._slots_S[tile], self._num_rows, first, self._rows_per_expert())
+            parts_SKD = experts(arrived, self._ids_SK[tile], self._weights_SK[tile])
+            rows.return_kernel[(tile.stop - first,)](
+                parts_SKD,
+                self._slots_S,
+                self._num_rows,
+                self._bases,
+                self._state,
+                self._slab.data_ptr(),
+                first,
+                self._rank,
+                self._channel,
+                at.max_tokens,
+                int(tile.stop == slots),
+                at.counts,
+                at.returned,
+                RANKS=layout.world_size,
+                D=self._hidden,
+                K=layout.top_k,
+                BLOCK_D=triton.next_power_of_2(self._hidden),
+                num_warps=_WARPS,
+                launch_pdl=early(self._most),
+            )
+
+    def _sum(self, ids_TK: torch.Tensor) -> torch.Tensor:
+        """Waits for the owners' sums of this rank's tokens, and adds them up."""
+        layout, at = self._layout, self._layout.channels[self._channel]
+        tokens, slab = len(ids_TK), self._slab.data_ptr()
+        rows.wait_kernel[(1,)](
+            self._state,
+            slab,
+            self._control.address,
+            self._rank,
+            self._channel,
+            RANKS=layout.world_size,
+            num_warps=1,
+            launch_pdl=early(tokens),
+        )
+        sums_TD = torch.empty(tokens, self._hidden, dtype=torch.float32, device=self._slab.device)
+        if tokens:
+            rows.sum_kernel[(tokens,)](
+                ids_TK,
+                sums_TD,
+                slab,
+                at.max_tokens,
+                at.returned,
+                RANKS=layout.world_size,
+                EXPERTS=layout.num_experts,
+                D=self._hidden,
+                K=layout.top_k,
+                BLOCK_K=triton.next_power_of_2(layout.top_k),
+                BLOCK_D=triton.next_power_of_2(self._hidden),
+                num_warps=_WARPS,
+                launch_pdl=early(tokens),
+            )
+        return sums_TD[:, None]
+
+    def _pushed_rows(self, channel: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The rows of all slots, [N * C, D], and their scales, float32 [N * C, D / 128], if they are quantised."""
+        at, hidden = self._layout.channels[channel], self._hidden
+        slots = self._layout.world_size * at.max_tokens
+
+        def view(offset: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+            return self._slab[offset : offset + slots * width * dtype.itemsize].view(dtype).view(slots, width)
+
+        if not self._layout.quantised:
+            return view(at.hidden, hidden, self._dtype), None
+        return view(at.hidden, hidden, torch.float8_e4m3fn), view(at.scales, hidden // 128, torch.float32)
+
+    def _rows_per_expert(self) -> float:
+        """How many rows of a tile an expert gets when tokens spread evenly over the experts of all ranks."""
+        ranks, slots = self._layout.world_size, self._layout.top_k
+        each = self._most * slots / self._layout.num_experts
+        if self._channel == CHANNEL_DECODE:
+            return min(each, self._expected_rows)
+        # Of the ranks, a token wants so many; the rows of a full tile want as many experts as their tokens do here.
+        owners = ranks * (1 - (1 - 1 / ranks) ** slots)
+        return min(each, self._tile_rows * slots / owners / self._layout.num_experts)

@@ -1,0 +1,133 @@
+"""Several ranks in one process on one GPU: slabs are ordinary memory, each rank's kernels run on streams of its own.
+
+Only one thing differs from ranks on GPUs of their own: kernels that wait must leave room on the GPU for those they wait
+for. So whatever waits is small, and every kernel is compiled and loaded (`warm_up`) before any rank waits: loading code
+may wait for all that runs on a GPU.
+"""
+
+import threading
+
+import msgspec
+import torch
+
+from nmoe.architecture import read_architecture
+from nmoe.config import Config, Engine, Parallel
+from nmoe.slab import ControlLayout, SlabLayout
+from nmoe.worker.kernels.fp8_triton import quantise
+from nmoe.worker.rdep.between_gpus import BetweenGPUs
+from nmoe.worker.rdep.control import Control
+from nmoe.worker.rdep.reference import exchange
+
+GPU = torch.device("cuda", 0)
+BF16 = torch.bfloat16
+
+
+def make_layout(world_size, *, hidden=256, experts=32, top_k=4, decodes=24, prefill=160, quantised=False):
+    """Slots for `decodes` and `prefill` + `decodes` tokens per rank."""
+    architecture = msgspec.structs.replace(
+        read_architecture("configs/models/moonlight.json"),
+        hidden_size=hidden,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        quant_block=(128, 128) if quantised else None,
+    )
+    engine = Engine(max_batch_size=decodes, max_prefill_tokens=prefill * world_size)
+    parallel = Parallel(world_size=world_size, device="cuda")
+    return SlabLayout.of(architecture, "bfloat16", Config(parallel=parallel, engine=engine))
+
+
+_pages = []  # of this process: the GPU knows them, so none may take the place of another
+
+
+class Ranks:
+    """The ends of an exchange, `links`, and a stream for each rank's own work."""
+
+    def __init__(self, layout, bound_s=4.0):
+        self.layout, ranks = layout, range(layout.world_size)
+        page = ControlLayout(layout.world_size).make()
+        _pages.append(page)
+        control = Control(ControlLayout(layout.world_size), page)
+        slabs = [torch.zeros(layout.slab_bytes, dtype=torch.uint8, device=GPU) for _ in ranks]
+        bases = [slab.data_ptr() for slab in slabs]
+        self.links = [
+            BetweenGPUs(layout, slabs[rank], bases, control, rank, BF16, expected_rows=64, bound_s=bound_s)
+            for rank in ranks
+        ]
+        self.streams = [torch.cuda.Stream(GPU) for _ in ranks]
+
+    def meet(self, life, bounded=True):
+        """All ranks begin a life, each in a thread, since it waits for the others."""
+        done = []
+        threads = [
+            threading.Thread(target=lambda link=link: done.append(link.meet(life, lambda: False, bounded=bounded)))
+            for link in self.links
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert done == [True] * len(threads)
+
+    def warm_up(self, run):
+        """`run()` in a life that has ended, so that nothing waits."""
+        self.meet(1)
+        self.links[0].leave()
+        run()
+        torch.cuda.synchronize()
+        self.meet(2)
+
+
+def make_tokens(num_tokens, routing, seed, layout, world_size):
+    """One rank's tokens: x_TD, ids_TK int32, weights_TK, on the GPU."""
+    generator = torch.Generator().manual_seed(seed)
+    experts = layout.num_experts * world_size
+    scores = torch.rand(num_tokens, experts, generator=generator)
+    if routing == "skewed":
+        scores /= torch.arange(1, experts + 1)
+    elif routing == "all to one":  # the last rank, at every world size
+        scores[:, : experts - layout.top_k] -= 1
+    x_TD = torch.randn(num_tokens, layout.row_bytes // 2, generator=generator).to(BF16)
+    ids_TK = scores.topk(layout.top_k).indices.int()
+    return x_TD.to(GPU), ids_TK.to(GPU), torch.rand(num_tokens, layout.top_k, generator=generator).to(GPU)
+
+
+def terms(x_SD, ids_SK, weights_SK, rank):
+    """In place of experts: what each makes of a row depends on the expert, its rank and the weight alone."""
+    factors_SK = 1 + ids_SK.float() / 64 + rank
+    return (x_SD.float()[:, None] * factors_SK[..., None] * weights_SK[..., None]).to(BF16)
+
+
+def experts_of(rank):
+    """A LocalExperts of `terms`; of rows that do not exist it computes something, too."""
+
+    def experts(arrived, ids_SK, weights_SK):
+        slots_S = arrived.slots_S.long().clamp(max=len(arrived.values_CD) - 1)
+        x_SD = arrived.values_CD[slots_S]
+        if arrived.scales_CG is not None:
+            x_SD = x_SD.float() * arrived.scales_CG[slots_S].repeat_interleave(128, 1)
+        return terms(x_SD, ids_SK, weights_SK, rank)
+
+    return experts
+
+
+def expected_sums(layout, ranks):
+    """What reference.py says about the ranks' tokens, on the CPU; rows are quantised first if they travel so."""
+
+    def local(rank):
+        def experts(x_SD, ids_SK, weights_SK):
+            parts_SKD = terms(x_SD, ids_SK, weights_SK, rank).float()
+            sum_SD = torch.zeros(x_SD.shape)
+            for k in range(ids_SK.shape[1]):
+                here_S1 = ids_SK[:, k : k + 1] < layout.num_experts
+                sum_SD = torch.where(here_S1, sum_SD + parts_SKD[:, k], sum_SD)
+            return sum_SD.to(BF16)
+
+        return experts
+
+    tokens = []
+    for x_TD, ids_TK, weights_TK in ranks:
+        if layout.quantised:
+            values_TD, scales_CT = quantise(x_TD)
+            x_TD = values_TD.float() * scales_CT.t().repeat_interleave(128, 1)
+        tokens.append((x_TD.cpu(), ids_TK.cpu().long(), weights_TK.cpu()))
+    return exchange([local(rank) for rank in range(len(ranks))], layout.num_experts, tokens)

@@ -1,0 +1,305 @@
+"""RDEP between GPUs against the single-process reference, bit for bit: ranks in one process, then in processes."""
+
+import itertools
+import random
+import time
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from nmoe.errors import PeerSilent
+from nmoe.messages import CHANNEL_DECODE, CHANNEL_PREFILL
+from nmoe.worker.kernels import experts_fp8_triton, experts_triton
+from nmoe.worker.kernels.experts import Arrived
+from nmoe.worker.kernels.fp8 import BlockFP8
+from nmoe.worker.kernels.fp8_triton import quantise
+from tests.gpu.ranks import BF16, GPU, Ranks, expected_sums, experts_of, make_layout, make_tokens
+
+WORLD_SIZES = (1, 2, 4, 8)
+DECODES, PREFILL = 24, 160
+
+
+def go_through(ranks, tokens, channel):
+    """One exchange of all ranks; nothing waits on the host. What each rank's tokens come to, float32 [T, D]."""
+    most = max(len(x_TD) for x_TD, _, _ in tokens)
+    combines = []
+    for rank, (link, stream) in enumerate(zip(ranks.links, ranks.streams, strict=True)):
+        link.begin(channel, most)
+        with torch.cuda.stream(stream):
+            combines.append(link.dispatch(experts_of(rank), *tokens[rank]))
+    sums = []
+    for combine, stream in zip(combines, ranks.streams, strict=True):
+        with torch.cuda.stream(stream):
+            sums.append(combine()[:, 0])
+    return sums
+
+
+# ------------------------------------------------------------------------------------------------------------ equality
+
+KINDS = [
+    (channel, routing, shares)
+    for channel in (CHANNEL_DECODE, CHANNEL_PREFILL)
+    for routing in ("uniform", "skewed", "all to one")
+    for shares in ((1.0,), (0.0,), (0.3, 0.0, 1.0, 0.1), (0.0, 0.0, 0.0, 0.0, 0.5))
+]
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_sums_equal_the_reference_for_every_routing_and_token_count(world_size, quantised):
+    layout = make_layout(world_size, decodes=DECODES, prefill=PREFILL, quantised=quantised)
+    ranks = Ranks(layout)
+    entries = []
+    for number, (channel, routing, shares) in enumerate(KINDS):
+        slots = DECODES + PREFILL * (channel == CHANNEL_PREFILL)
+        counts = [int(shares[rank % len(shares)] * slots) for rank in range(world_size)]
+        tokens = [
+            make_tokens(count, routing, 100 * number + rank, layout, world_size) for rank, count in enumerate(counts)
+        ]
+        entries.append((channel, tokens, expected_sums(layout, tokens)))
+
+    def run():
+        return [go_through(ranks, tokens, channel) for channel, tokens, _ in entries]
+
+    for link in ranks.links:
+        link._tile_rows = 100  # so that there are several tiles, most of them without a row
+    torch.cuda.synchronize()
+    ranks.warm_up(run)
+    results = run()
+    torch.cuda.synchronize()
+    assert all(link.check() for link in ranks.links)
+    for (kind, (_, _, expected)), sums in zip(zip(KINDS, entries, strict=True), results, strict=True):
+        for rank, (ours, theirs) in enumerate(zip(sums, expected, strict=True)):
+            assert torch.equal(ours.cpu(), theirs), f"{kind}, rank {rank}"
+
+
+def test_more_tokens_than_the_step_was_begun_with_are_refused():
+    layout = make_layout(2, decodes=DECODES)
+    link = Ranks(layout).links[0]
+    with pytest.raises(ValueError, match=f"{DECODES + 1} tokens"):
+        link.begin(CHANNEL_DECODE, DECODES + 1)
+    link.begin(CHANNEL_DECODE, 3)
+    with pytest.raises(ValueError, match="4 tokens"):
+        link.dispatch(experts_of(0), *make_tokens(4, "uniform", 0, layout, 2))
+
+
+# -------------------------------------------------------------------------------------------------------------- stress
+
+LAYERS, VARIANTS = 3, 16
+STEPS = {2: 3000, 4: 2000, 8: 1000}
+
+
+@triton.jit
+def _delay_kernel(table_ptr, step_ptr, column, WIDTH: tl.constexpr):
+    """Spins for so many ns as the table says for this step."""
+    ns = tl.load(table_ptr + tl.load(step_ptr) * WIDTH + column)
+    end = tl.extra.cuda.globaltimer() + ns
+    while tl.extra.cuda.globaltimer() < end:
+        pass
+
+
+class CapturedRank:
+    """A step of several layers of one rank as a graph. Each replay takes other tokens and other delays by itself."""
+
+    def __init__(self, ranks, rank, entries, plan):
+        """`entries` hold every rank's tokens of each variant; `plan` int64 [steps, layers] says which comes when."""
+        chance = torch.Generator().manual_seed(100 + rank)
+        self.link, self.stream, self.rank = ranks.links[rank], ranks.streams[rank], rank
+        self.xs, self.ids, self.weights = (
+            torch.stack([tokens[rank][part] for tokens, _, _ in entries]) for part in range(3)
+        )
+        self.expected = torch.stack([sums[rank] for _, sums, _ in entries]).to(GPU)
+        self.real = torch.stack([real[rank] for _, _, real in entries]).to(GPU)
+        self.plan = plan.to(GPU)
+        shape = (len(plan), 2 * LAYERS)
+        late = torch.rand(shape, generator=chance) < 0.2
+        self.delays = (torch.rand(shape, generator=chance) * 50_000 * late).long().to(GPU)
+        self.step = torch.zeros(1, dtype=torch.int64, device=GPU)
+        self.wrong = torch.zeros(1, dtype=torch.int64, device=GPU)
+        self.graph = torch.cuda.CUDAGraph()
+
+    def delay(self, column):
+        _delay_kernel[(1,)](self.delays, self.step, column, WIDTH=2 * LAYERS, num_warps=1)
+
+    def run(self):
+        for layer in range(LAYERS):
+            variant = self.plan.index_select(0, self.step)[0, layer : layer + 1]
+            x_TD, ids_TK, weights_TK = (part.index_select(0, variant)[0] for part in (self.xs, self.ids, self.weights))
+            self.delay(2 * layer)
+            combine = self.link.dispatch(experts_of(self.rank), x_TD, ids_TK, weights_TK)
+            self.delay(2 * layer + 1)
+            differs_T = (combine()[:, 0] != self.expected.index_select(0, variant)[0]).any(-1)
+            self.wrong += (differs_T & self.real.index_select(0, variant)[0]).sum()
+        self.step += 1
+
+    def capture(self, most):
+        self.link.begin(CHANNEL_DECODE, most)
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self.run()
+
+
+def stress_entries(layout, world_size, chance):
+    """Every rank's tokens, padded to the cap with such that are nobody's; the sums; which tokens are real."""
+    entries = []
+    for variant in range(VARIANTS):
+        routing = chance.choice(("uniform", "skewed", "all to one"))
+        counts = [chance.choice((0, 1, chance.randint(0, DECODES), DECODES)) for _ in range(world_size)]
+        tokens = [
+            make_tokens(DECODES, routing, 1000 * variant + rank, layout, world_size) for rank in range(world_size)
+        ]
+        for (_, ids_TK, _), count in zip(tokens, counts, strict=True):
+            ids_TK[count:] = layout.num_experts * world_size
+        sums = expected_sums(layout, tokens)
+        entries.append((tokens, sums, [torch.arange(DECODES) < count for count in counts]))
+    return entries
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_delays_and_replays_never_change_a_bit(world_size, quantised):
+    chance = random.Random(7)
+    layout = make_layout(world_size, decodes=DECODES, quantised=quantised)
+    ranks = Ranks(layout)
+    entries = stress_entries(layout, world_size, chance)
+    steps = STEPS[world_size]
+    plan = torch.tensor([[chance.randrange(VARIANTS) for _ in range(LAYERS)] for _ in range(steps + 8)])
+    captured = [CapturedRank(ranks, rank, entries, plan) for rank in range(world_size)]
+
+    def run():
+        for one in captured:
+            one.link.begin(CHANNEL_DECODE, DECODES)
+            with torch.cuda.stream(one.stream):
+                one.run()
+
+    torch.cuda.synchronize()
+    ranks.warm_up(run)
+    for one in captured:
+        one.capture(DECODES)
+        one.step.zero_()
+        one.wrong.zero_()
+    torch.cuda.synchronize()
+    for step in range(steps):
+        for one in captured:
+            with torch.cuda.stream(one.stream):
+                one.graph.replay()
+        if step % 100 == 99:
+            torch.cuda.synchronize()
+            assert all(link.check() for link in ranks.links), f"step {step}"
+    torch.cuda.synchronize()
+    assert [int(one.step) for one in captured] == [steps] * world_size
+    assert [int(one.wrong) for one in captured] == [0] * world_size
+
+
+# ------------------------------------------------------------------------------------------------------------- silence
+
+BOUND_S = 0.3
+DEEP = 20  # layers of a step
+
+
+def prepared(world_size, seed=0):
+    layout = make_layout(world_size, decodes=DECODES)
+    ranks = Ranks(layout, bound_s=BOUND_S)
+    tokens = [make_tokens(DECODES, "uniform", seed + rank, layout, world_size) for rank in range(world_size)]
+    expected = expected_sums(layout, tokens)
+    torch.cuda.synchronize()
+    ranks.warm_up(lambda: go_through(ranks, tokens, CHANNEL_DECODE))
+    return ranks, tokens, expected
+
+
+def right(ranks, tokens, expected):
+    sums = go_through(ranks, tokens, CHANNEL_DECODE)
+    torch.cuda.synchronize()
+    return all(torch.equal(ours.cpu(), theirs) for ours, theirs in zip(sums, expected, strict=True))
+
+
+@pytest.mark.parametrize("how", ["before the dispatch", "before the return"])
+def test_a_silent_rank_costs_one_bound_and_is_named(how):
+    ranks, tokens, expected = prepared(4)
+    assert right(ranks, tokens, expected)
+    silent = ranks.links[2]
+    if how == "before the return":
+        with torch.cuda.stream(ranks.streams[2]):
+            silent._push(*tokens[2])
+    others = [rank for rank in range(4) if rank != 2]
+
+    def step():
+        started = time.monotonic()
+        for rank, _ in itertools.product(others, range(DEEP)):
+            with torch.cuda.stream(ranks.streams[rank]):
+                ranks.links[rank].dispatch(experts_of(rank), *tokens[rank])()
+        torch.cuda.synchronize()
+        return time.monotonic() - started
+
+    seconds = step()
+    assert BOUND_S <= seconds < 3 * BOUND_S, f"{seconds} s for {2 * DEEP} waits"
+    for rank in range(4):  # the silent one finds itself poisoned, too
+        with pytest.raises(PeerSilent, match=f"worker {rank}: nothing came from worker 2 within") as caught:
+            ranks.links[rank].check()
+        assert caught.value.silent == [2]
+    assert step() < BOUND_S, "a poisoned rank waits for nobody"
+    ranks.meet(3)
+    assert right(ranks, tokens, expected) and all(link.check() for link in ranks.links)
+
+
+def test_a_life_can_be_ended_for_all():
+    ranks, tokens, expected = prepared(2)
+    with torch.cuda.stream(ranks.streams[1]):
+        sums = ranks.links[1].dispatch(experts_of(1), *tokens[1])()
+    assert not ranks.streams[1].query()
+    started = time.monotonic()
+    ranks.links[0].leave()
+    torch.cuda.synchronize()
+    assert time.monotonic() - started < BOUND_S / 3 and len(sums) == DECODES
+    assert [link.check() for link in ranks.links] == [False, False]
+    ranks.meet(3)
+    assert right(ranks, tokens, expected) and all(link.check() for link in ranks.links)
+
+
+def test_a_rank_that_does_not_come_to_a_meeting_is_named():
+    ranks = Ranks(make_layout(2), bound_s=BOUND_S)
+    asked = []
+    assert not ranks.links[0].meet(1, lambda: asked.append(True) or len(asked) == 3, bounded=False)
+    assert ranks.links[0].meet(2, lambda: False, bounded=True)
+    with pytest.raises(PeerSilent) as caught:
+        ranks.links[0].check()
+    assert caught.value.silent == [1]
+
+
+# ------------------------------------------------------------------------------------------------------------- experts
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("num_rows", [0, 1, 37, 200])
+def test_experts_of_arrived_rows(num_rows, quantised):
+    """The terms of rows that lie anywhere, some of whose experts are elsewhere, have the bits of a dense call."""
+    torch.manual_seed(num_rows)
+    hidden, inter, experts, slots, top_k, most = 512, 256, 16, 700, 4, 256
+    x = torch.randn(slots, hidden, device=GPU).to(BF16)
+    gate_up = torch.randn(experts, 2 * inter, hidden, device=GPU) * 0.05
+    down = torch.randn(experts, hidden, inter, device=GPU) * 0.05
+    where = torch.randperm(slots, device=GPU)[:most].int()
+    ids = torch.rand(most, experts, device=GPU).topk(top_k).indices.int()
+    weights = torch.rand(most, top_k, device=GPU)
+    first = 1000
+    count = torch.tensor([first + num_rows], dtype=torch.int32, device=GPU)
+    per_expert = most * top_k / experts
+    elsewhere = torch.rand(most, top_k, device=GPU) < 0.4
+    given = torch.where(elsewhere, experts, ids)
+    if quantised:
+        gate_up, down = (
+            BlockFP8(w.to(torch.float8_e4m3fn), torch.rand(experts, w.shape[1] // 128, w.shape[2] // 128, device=GPU))
+            for w in (gate_up, down)
+        )
+        values, scales = quantise(x)
+        arrived = Arrived(values, scales.t().contiguous(), where, count, first, per_expert)
+        mlp = experts_fp8_triton.grouped_mlp
+    else:
+        gate_up, down = gate_up.to(BF16), down.to(BF16)
+        arrived = Arrived(x, None, where, count, first, per_expert)
+        mlp = experts_triton.grouped_mlp
+    parts = mlp(arrived, given, weights, gate_up, down)
+    dense = mlp(x[where.long()], ids, weights, gate_up, down)
+    here = ~elsewhere[:num_rows]
+    assert torch.equal(parts[:num_rows][here], dense[:num_rows][here])
