@@ -19,6 +19,7 @@ import torch
 import zmq
 
 from nmoe import ipc, metrics
+from nmoe.arena import ArenaLayout
 from nmoe.checkpoint import open_checkpoint
 from nmoe.messages import (
     CHANNEL_DECODE,
@@ -35,6 +36,7 @@ from nmoe.messages import (
 )
 from nmoe.profiles import Numerics
 from nmoe.worker.batch import KVCache
+from nmoe.worker.blocks import Arena
 from nmoe.worker.cache import make_cache
 from nmoe.worker.model import load_model
 from nmoe.worker.runner import Launched, Runner
@@ -130,7 +132,17 @@ class Worker:
     def _report(self, launched: Launched) -> None:
         tokens = launched.tokens()
         if self._runner.exchange.check():
-            self._send(StepDone(self._boot.generation, self._boot.index, launched.step_id, tokens))
+            blocks, sizes = launched.blocks()
+            self._send(
+                StepDone(
+                    self._boot.generation,
+                    self._boot.index,
+                    launched.step_id,
+                    tokens,
+                    blocks=blocks,
+                    block_sizes=sizes,
+                )
+            )
 
     def _receive(self) -> Step | None:
         """The next step if one is there that is not of an earlier scheduler's life."""
@@ -193,7 +205,10 @@ def _load(boot: ipc.Boot) -> tuple[Runner, int] | None:
     model = load_model(checkpoint, config, boot.index, device, _progress(boot.control), boot.slabs, meeting)
     loaded = time.monotonic()
     cache = make_cache(config, checkpoint, device)
-    runner = Runner(model, cache, num_slots=config.num_slots, max_seq_len=checkpoint.max_seq_len)
+    arena = None
+    if boot.arena is not None:
+        arena = Arena(ArenaLayout.of(checkpoint.architecture, config.parallel.world_size), boot.arena, boot.index)
+    runner = Runner(model, cache, num_slots=config.num_slots, max_seq_len=checkpoint.max_seq_len, arena=arena)
     # The warm-up needs all ranks, and they take different times to load.
     if not runner.exchange.meet(_life(boot.generation, 0), lambda: _hung_up(boot.control), bounded=False):
         return None

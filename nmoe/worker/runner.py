@@ -19,20 +19,25 @@ from nmoe.messages import CHANNEL_DECODE, ROW_HAS_IDS, ROW_SAMPLES, Step
 from nmoe.profiles import Numerics
 from nmoe.worker.adjustments import Adjustment, Adjustments
 from nmoe.worker.batch import Batch, KVCache
+from nmoe.worker.blocks import Arena, Blocks
 from nmoe.worker.graphs import DecodeGraphs
 from nmoe.worker.model import Model
+from nmoe.worker.outputs import Outputs, Returning, Selection
 from nmoe.worker.philox import uniforms
 from nmoe.worker.sampler import Plan, greedy, make_plan, sample
 from nmoe.worker.slots import MalformedStep, SlotTable
 
 Array = npt.NDArray[Any]
+# Raw logits [S, V], tokens [S], and the log-probabilities of the draws, float32 [S], where some row draws.
+_Sampled = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 class Launched:
     """A step on its way. On the CPU it is done when it is made."""
 
-    def __init__(self, step_id: int, tokens_S: torch.Tensor) -> None:
+    def __init__(self, step_id: int, tokens_S: torch.Tensor, blocks: Blocks | None = None) -> None:
         self.step_id = step_id
+        self._blocks = blocks
         self._event: torch.cuda.Event | None = None
         if tokens_S.is_cuda:
             host_S = torch.empty(tokens_S.shape, dtype=torch.int32, pin_memory=True)
@@ -52,6 +57,10 @@ class Launched:
         if self._event is not None:
             self._event.synchronize()
         return self._tokens_S.numpy().tobytes()
+
+    def blocks(self) -> tuple[bytes, bytes]:
+        """`StepDone.blocks` and `block_sizes`, after `tokens`; logits are in their cells."""
+        return self._blocks.finish() if self._blocks is not None else (b"", b"")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,12 +84,16 @@ class _Rows:
     last_tokens: torch.Tensor  # int64 [S], on the device: the sampling rows' last tokens, in T
     plan: Plan
     adjustment: Adjustment | None  # of the sampling rows' logits
+    returning: Returning | None  # what comes back besides tokens
 
 
 class Runner:
     """One rank's model, cache and slots."""
 
-    def __init__(self, model: Model, cache: KVCache, *, num_slots: int, max_seq_len: int) -> None:
+    def __init__(
+        self, model: Model, cache: KVCache, *, num_slots: int, max_seq_len: int, arena: Arena | None = None
+    ) -> None:
+        """`arena`: where logits go that come back; without it, no request can ask for them."""
         pages_per_slot = -(-max_seq_len // cache.page_size)
         self._model = model
         self.exchange = model.exchange
@@ -88,6 +101,7 @@ class Runner:
         self._device = model.device
         self._slots = SlotTable(num_slots, pages_per_slot, cache.page_size, cache.num_pages, model.device)
         self._adjustments = Adjustments(num_slots, model.architecture.vocab_size, model.device)
+        self._outputs = Outputs(model, self._slots, arena)
         self._graphs: DecodeGraphs | None = None
         self.reset()
 
@@ -102,6 +116,7 @@ class Runner:
         """Forget every request; the weights and the cache's memory stay."""
         self._slots.reset()
         self._adjustments.reset()
+        self._outputs.reset()
         self._rows = self._form(np.empty((0, 4), np.int32))
         self._ends = np.empty(0, np.int64)
 
@@ -115,6 +130,7 @@ class Runner:
         """Start `step`; returns without waiting for the device. Raises MalformedStep, which nothing can follow."""
         try:
             firsts, ids = self._prepare(step)
+            selection = self._outputs.select(self._rows.returning, firsts, self._ends, step.cells)
         except MalformedStep as error:
             raise MalformedStep(f"step {step.step_id}: {error}") from None
         rows = self._rows
@@ -126,46 +142,64 @@ class Runner:
             and graphs.covers(step.num_tokens)
             and not rows.num_ids
         ):
-            return Launched(step.step_id, self._replay(graphs, step.num_tokens, firsts))
-        batch = self._batch(firsts, ids)
-        # An idle rank goes through the layers too: there its experts serve the other ranks' tokens.
-        hidden_TD = self._model.forward(batch, self._cache, step.numerics)
-        if not len(rows.sampling):
-            return Launched(step.step_id, rows.sampling_slots)
-        tokens_S = self._sample(self._model.logits(hidden_TD[rows.last_tokens], step.numerics))
-        self._slots.last_S.index_copy_(0, rows.sampling_slots, tokens_S)
-        return Launched(step.step_id, tokens_S)
+            hidden_TD, sampled = None, self._replay(graphs, step.num_tokens, firsts, selection)
+        else:
+            batch = self._batch(firsts, ids)
+            # An idle rank goes through the layers too: there its experts serve the other ranks' tokens.
+            hidden_TD = self._model.forward(batch, self._cache, step.numerics)
+            sampled = self._sample_last(hidden_TD, step.numerics, selection)
+        logits_SV, tokens_S, drawn_S = sampled
+        if selection is None:
+            return Launched(step.step_id, tokens_S)
+        blocks = self._outputs.compute(selection, hidden_TD, logits_SV, tokens_S, drawn_S, step.numerics)
+        return Launched(step.step_id, tokens_S, blocks)
 
-    def _replay(self, graphs: DecodeGraphs, num_tokens: int, firsts: Array) -> torch.Tensor:
-        """The tokens of a step whose rows all go on from their last token, [S]."""
+    def _sample_last(self, hidden_TD: torch.Tensor, numerics: Numerics, selection: Selection | None) -> _Sampled:
+        """The tokens of the rows that sample, from the hidden states of their last positions."""
+        rows = self._rows
+        if not len(rows.sampling):
+            return hidden_TD[:0], rows.sampling_slots, None
+        logits_SV = self._model.logits(hidden_TD[rows.last_tokens], numerics)
+        tokens_S, drawn_S = self._sample(logits_SV, selection)
+        self._slots.last_S.index_copy_(0, rows.sampling_slots, tokens_S)
+        return logits_SV, tokens_S, drawn_S
+
+    def _replay(self, graphs: DecodeGraphs, num_tokens: int, firsts: Array, selection: Selection | None) -> _Sampled:
+        """The tokens of a step whose rows all go on from their last token."""
         rows, table = self._rows, self._slots
         places, pages = table.places_of(rows.slots, firsts), table.pages_of(rows.slots, self._ends)
         logits_SV, tokens_S = graphs.launch(num_tokens, rows.slots, firsts, places, pages)
         if not len(rows.drawing) and rows.adjustment is None:
-            return tokens_S
-        tokens_S = self._sample(logits_SV.float())
+            return logits_SV, tokens_S, None
+        tokens_S, drawn_S = self._sample(logits_SV, selection)
         table.last_S.index_copy_(0, rows.sampling_slots, tokens_S)
-        return tokens_S
+        return logits_SV, tokens_S, drawn_S
 
-    def _sample(self, logits_SV: torch.Tensor) -> torch.Tensor:
-        """The step's tokens, int64 [S]; a drawn one is at the position where its row ends."""
-        rows = self._rows
+    def _sample(self, raw_SV: torch.Tensor, selection: Selection | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The step's tokens, int64 [S]; a drawn one is at the position where its row ends. With something to return,
+        also the log-probabilities of the draws, and the logits stay as they are."""
+        rows, logits_SV = self._rows, raw_SV.float()
         if rows.adjustment is not None:
+            if selection is not None and logits_SV is raw_SV:
+                logits_SV = raw_SV.clone()
             self._adjustments.apply(rows.adjustment, logits_SV, self._ends[rows.sampling])
+        drawn_S = None
         if len(rows.drawing):
             random_D = torch.from_numpy(uniforms(rows.drawing_seeds, self._ends[rows.drawing]))
-            tokens_S = sample(logits_SV, rows.plan, random_D.to(self._device))
+            drawn_S = logits_SV.new_empty(len(logits_SV)) if selection is not None else None
+            tokens_S = sample(logits_SV, rows.plan, random_D.to(self._device), drawn_S)
         else:
             tokens_S = greedy(logits_SV)
         if rows.adjustment is not None:
             self._adjustments.count(rows.adjustment, tokens_S)
-        return tokens_S
+        return tokens_S, drawn_S
 
     def _prepare(self, step: Step) -> tuple[Array, Array]:
         """Bring the slot table up to `step`; the first position of each row and the ids that came, int64."""
         if step.admits:
             self._slots.admit(step.admits)
             self._adjustments.admit(step.admits)
+            self._outputs.admit(step.admits)
         if step.pages:
             self._slots.append_pages(np.frombuffer(step.pages, np.int32).reshape(-1, 2))
         if step.rows is None:
@@ -220,6 +254,7 @@ class Runner:
             last_tokens=self._put(starts[1:][sampling] - 1),
             plan=plan,
             adjustment=self._adjustments.plan(sampling_slots),
+            returning=self._outputs.plan(slots, starts, flags),
         )
 
     def _check(self, slots: Array, counts: Array, flags: Array, num_continued: int) -> None:

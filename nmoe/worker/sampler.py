@@ -80,30 +80,51 @@ def greedy(logits_SV: torch.Tensor) -> torch.Tensor:
     return logits_SV.argmax(-1)
 
 
-def sample(logits_SV: torch.Tensor, plan: Plan, uniforms_D: torch.Tensor) -> torch.Tensor:
-    """The next token of each row, int64 [S], from float32 logits and the float64 [D] uniform numbers in [0, 1)."""
-    if not plan.has_greedy:
-        return _draw(logits_SV, plan, uniforms_D)
-    tokens_S = greedy(logits_SV)
-    tokens_S[plan.drawn_D] = _draw(logits_SV[plan.drawn_D], plan, uniforms_D)
+def sample(
+    logits_SV: torch.Tensor, plan: Plan, uniforms_D: torch.Tensor, logprobs_S: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The next token of each row, int64 [S], from float32 logits and the float64 [D] uniform numbers in [0, 1).
+
+    `logprobs_S` float32 becomes the tokens' log-probabilities under the distributions they are drawn from, 0 in the
+    rows that draw nothing.
+    """
+    logprobs_D = None if logprobs_S is None else torch.empty_like(plan.temperature_D1[:, 0])
+    if plan.has_greedy:
+        tokens_S = greedy(logits_SV)
+        tokens_S[plan.drawn_D] = _draw(logits_SV[plan.drawn_D], plan, uniforms_D, logprobs_D)
+    else:
+        tokens_S = _draw(logits_SV, plan, uniforms_D, logprobs_D)
+    if logprobs_S is not None and logprobs_D is not None:
+        logprobs_S.zero_()[plan.drawn_D] = logprobs_D
     return tokens_S
 
 
-def _draw(logits_DV: torch.Tensor, plan: Plan, uniforms_D: torch.Tensor) -> torch.Tensor:
-    """The drawn tokens, int64 [D]."""
+def _draw(
+    logits_DV: torch.Tensor, plan: Plan, uniforms_D: torch.Tensor, logprobs_D: torch.Tensor | None
+) -> torch.Tensor:
+    """The drawn tokens, int64 [D], and their log-probabilities where these are wanted."""
     weights_DV = _weights(logits_DV, plan.temperature_D1)
     if plan.least_D1 is not None:
         weights_DV.masked_fill_(weights_DV < plan.least_D1, 0)
     uniforms_D1 = uniforms_D[:, None]
     if not len(plan.filtered_F):
-        return _pick(weights_DV, uniforms_D1)[:, 0]
+        return _draw_unfiltered(weights_DV, plan, uniforms_D1, logprobs_D)
     if not len(plan.unfiltered_U):
-        return _draw_filtered(weights_DV, plan, uniforms_D1)
+        return _draw_filtered(weights_DV, plan, uniforms_D1, logprobs_D)
     tokens_D = torch.empty_like(plan.drawn_D)
-    unfiltered, filtered = plan.unfiltered_U, plan.filtered_F
-    tokens_D[unfiltered] = _pick(weights_DV[unfiltered], uniforms_D1[unfiltered])[:, 0]
-    tokens_D[filtered] = _draw_filtered(weights_DV[filtered], plan, uniforms_D1[filtered])
+    for rows, draw in ((plan.unfiltered_U, _draw_unfiltered), (plan.filtered_F, _draw_filtered)):
+        logprobs = None if logprobs_D is None else logprobs_D[rows]
+        tokens_D[rows] = draw(weights_DV[rows], plan, uniforms_D1[rows], logprobs)
+        if logprobs_D is not None and logprobs is not None:
+            logprobs_D[rows] = logprobs
     return tokens_D
+
+
+def _draw_unfiltered(
+    weights_UV: torch.Tensor, plan: Plan, uniforms_U1: torch.Tensor, logprobs_U: torch.Tensor | None
+) -> torch.Tensor:
+    """The drawn tokens of the rows without top-k and top-p, int64 [U]."""
+    return _pick(weights_UV, uniforms_U1, logprobs_U)[:, 0]
 
 
 def _weights(logits_DV: torch.Tensor, temperature_D1: torch.Tensor) -> torch.Tensor:
@@ -112,7 +133,9 @@ def _weights(logits_DV: torch.Tensor, temperature_D1: torch.Tensor) -> torch.Ten
     return scaled_DV.div_(temperature_D1).exp_().mul_(_ONE).to(torch.int64)
 
 
-def _draw_filtered(weights_FV: torch.Tensor, plan: Plan, uniforms_F1: torch.Tensor) -> torch.Tensor:
+def _draw_filtered(
+    weights_FV: torch.Tensor, plan: Plan, uniforms_F1: torch.Tensor, logprobs_F: torch.Tensor | None
+) -> torch.Tensor:
     """The drawn tokens of the rows with top-k or top-p, int64 [F]."""
     weights_FK, ids_FK = _candidates(weights_FV, plan.num_candidates)
     rank_K = torch.arange(plan.num_candidates, device=weights_FV.device)
@@ -121,7 +144,7 @@ def _draw_filtered(weights_FV: torch.Tensor, plan: Plan, uniforms_F1: torch.Tens
     enough_F1 = (sums_FK[:, -1:] * plan.top_p_F1).clamp_min_(1.0)
     before_FK = sums_FK - weights_FK
     weights_FK = weights_FK.masked_fill_(before_FK >= enough_F1, 0)
-    return ids_FK.gather(1, _pick(weights_FK, uniforms_F1))[:, 0]
+    return ids_FK.gather(1, _pick(weights_FK, uniforms_F1, logprobs_F))[:, 0]
 
 
 def _candidates(weights_FV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,8 +159,9 @@ def _candidates(weights_FV: torch.Tensor, count: int) -> tuple[torch.Tensor, tor
     return keys_FK >> _ID_BITS, last - (keys_FK & last)
 
 
-def _pick(weights_NV: torch.Tensor, uniforms_N1: torch.Tensor) -> torch.Tensor:
+def _pick(weights_NV: torch.Tensor, uniforms_N1: torch.Tensor, logprobs_N: torch.Tensor | None) -> torch.Tensor:
     """Where `uniform` falls on each row's weights laid end to end, int64 [N, 1]; a zero weight is never hit.
+    `logprobs_N` becomes the logarithm of what share of its row's weights each was.
 
     A row whose weights make no sense, because its logits were not finite, gets some place of its own: one outside would
     be no token, and take the whole worker down in the next step. The weights are overwritten.
@@ -145,4 +169,9 @@ def _pick(weights_NV: torch.Tensor, uniforms_N1: torch.Tensor) -> torch.Tensor:
     sums_NV = weights_NV.cumsum_(-1)
     total_N1 = sums_NV[:, -1:]
     target_N1 = torch.minimum((total_N1 * uniforms_N1).to(torch.int64), total_N1 - 1)
-    return torch.searchsorted(sums_NV, target_N1, right=True).clamp_(max=sums_NV.shape[1] - 1)
+    picked_N1 = torch.searchsorted(sums_NV, target_N1, right=True).clamp_(max=sums_NV.shape[1] - 1)
+    if logprobs_N is not None:
+        before_N1 = sums_NV.gather(1, (picked_N1 - 1).clamp_(min=0)).masked_fill_(picked_N1 == 0, 0)
+        weight_N1 = sums_NV.gather(1, picked_N1) - before_N1
+        logprobs_N.copy_((weight_N1.double() / total_N1).log_()[:, 0])
+    return picked_N1

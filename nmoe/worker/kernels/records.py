@@ -1,0 +1,77 @@
+"""What a record says of a token (nmoe/outputs.py), from the logits it was chosen or scored by.
+
+Shape suffixes: S rows of logits, N records, V vocabulary, C ids whose log-probabilities are wanted, K of them the
+likeliest, W = 3 + K + C words of a record.
+
+No record depends on another one: each row is summed on its own.
+"""
+
+import numpy as np
+import torch
+
+HEAD = 3  # log-probability, that of the draw, rank
+_ID_BITS = 20  # as in the sampler: an order-preserving integer of the logit above a token id
+_TILE = 1 << 24  # keys that are made at once
+
+
+def likeliest(logits_SV: torch.Tensor, rows_N: torch.Tensor, count: int) -> torch.Tensor:
+    """The ids of the `count` largest logits of each of these rows, int64 [N, K]; of equal ones the lower id first.
+
+    One int64 key holds a logit and its id, so keys are distinct and any selection algorithm gives the same list.
+    """
+    last = (1 << _ID_BITS) - 1
+    ids_V = last - torch.arange(logits_SV.shape[1], device=logits_SV.device)
+    ids_NK = torch.empty(len(rows_N), count, dtype=torch.int64, device=logits_SV.device)
+    size = max(1, _TILE // len(ids_V))
+    for begin in range(0, len(rows_N), size):
+        rows, out = rows_N[begin : begin + size], ids_NK[begin : begin + size]
+        bits = (logits_SV[rows].float() + 0.0).view(torch.int32)  # 0.0: minus zero is zero
+        ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+        out.copy_(last - ((ordered << _ID_BITS).add_(ids_V).topk(count).values & last))
+    return ids_NK
+
+
+def records(
+    logits_SV: torch.Tensor,
+    rows_N: torch.Tensor,
+    tokens_N: torch.Tensor,
+    drawn_N: torch.Tensor | float,
+    ids_NC: torch.Tensor,
+    top_k: int,
+) -> torch.Tensor:
+    """The words of a record of each token, int32 [N, W]: the head, the first K ids, the log-probabilities of all ids.
+
+    Record n is of token `tokens_N[n]` under the logits of row `rows_N[n]`. `drawn_N` float32, or one
+    number for all, is passed through.
+    """
+    words_NW = torch.empty(len(rows_N), HEAD + top_k + ids_NC.shape[1], dtype=torch.int32)
+    floats_NW = words_NW.view(torch.float32)
+    floats_NW[:, 1] = drawn_N
+    words_NW[:, HEAD : HEAD + top_k] = ids_NC[:, :top_k]
+    logits, tokens, ids = logits_SV.float().numpy(), tokens_N.numpy(), ids_NC.numpy()
+    words, floats = words_NW.numpy(), floats_NW.numpy()
+    for n, row in enumerate(rows_N.tolist()):
+        shifted_V = logits[row] - logits[row].max()
+        log_sum = np.log(np.exp(shifted_V).sum(dtype=np.float64))
+        token = shifted_V[tokens[n]]
+        floats[n, 0] = token - log_sum
+        words[n, 2] = np.count_nonzero(shifted_V > token) + 1
+        floats[n, HEAD + top_k :] = shifted_V[ids[n]] - log_sum
+    return words_NW
+
+
+def make_records(
+    logits_SV: torch.Tensor,
+    rows_N: torch.Tensor,
+    tokens_N: torch.Tensor,
+    drawn_N: torch.Tensor | float,
+    top_k: int,
+    scored_NI: torch.Tensor,
+) -> torch.Tensor:
+    """The records of these tokens, as `records` gives them, with the K likeliest and the ids `scored_NI`, int64."""
+    ids_NC = torch.cat((likeliest(logits_SV, rows_N, top_k), scored_NI), 1) if top_k else scored_NI
+    if logits_SV.is_cuda:
+        from nmoe.worker.kernels import records_triton
+
+        return records_triton.records(logits_SV, rows_N, tokens_N, drawn_N, ids_NC, top_k)
+    return records(logits_SV, rows_N, tokens_N, drawn_N, ids_NC, top_k)

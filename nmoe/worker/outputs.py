@@ -1,0 +1,244 @@
+"""What rows return besides their tokens: which positions, and the tensors that tell of them.
+
+Shape suffixes: T tokens of the step, R its rows, S rows that sample, N rows that return something, M those of them that
+sample, P positions of prompts that have a record, J routed positions, C cells, V vocabulary, K top-k, I ids whose
+log-probabilities are wanted, W words of a record.
+
+Invariants: `_cursors[slot]` is where the slot's outputs go on; a row returns what lies between it and its end, once. A
+position of a prompt tells of the next token, which may come with a later step: so the slot knows its prompt. Which rows
+return, and in what shape, follows from the rows alone and is made once for them; a step without such rows does nothing
+here.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nmoe.messages import ROW_RETURNS, ROW_SAMPLES, Admit
+from nmoe.outputs import Returns
+from nmoe.profiles import Numerics
+from nmoe.worker.blocks import Arena, Blocks, Shapes
+from nmoe.worker.kernels.records import make_records
+from nmoe.worker.model import Model
+from nmoe.worker.slots import MalformedStep, SlotTable
+
+Array = npt.NDArray[Any]
+_TILE = 1 << 24  # logits of prompts that are there at once
+_NOTHING = Returns()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Returning:
+    """The rows of a step that return something, as far as they stay the same while the rows go on."""
+
+    rows: Array  # int64 [N]
+    slots: Array  # int64 [N]
+    starts: Array  # int64 [N]: where each row's tokens begin in T
+    has_prompt: Array  # bool [N]
+    has_sampled: Array  # bool [N]: a record of the token that it samples
+    has_logits: Array  # bool [N]
+    has_routing: Array  # bool [N]
+    prompt_lens: Array  # int64 [N]
+    top_k: Array  # int64 [N]
+    scored: Array  # int64 [N]: how many ids
+    scored_ids_NI: Array  # int64, the rows' ids, filled up with zeros
+    sampled_M: torch.Tensor  # int64, on the device: which of S they are
+    scored_ids_MI: torch.Tensor  # int64, on the device
+    celled_M: torch.Tensor  # int64, on the device: those of M whose logits are wanted
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Selection:
+    """What one step returns: positions and tokens, on the host."""
+
+    returning: Returning
+    shapes: Shapes
+    prompt_rows_P: Array  # int64: which of N each is of
+    prompt_places_P: Array  # int64: where its hidden state is in T
+    prompt_tokens_P: Array  # int64: the token it tells of
+    routed_slots_J: Array  # int64
+    routed_positions_J: Array  # int64
+
+
+class Outputs:
+    """The slots' wishes, and how far they are fulfilled."""
+
+    def __init__(self, model: Model, table: SlotTable, arena: Arena | None) -> None:
+        """`arena` is where this rank's logits go, None when no request can ask for them."""
+        self._model, self._table, self._arena = model, table, arena
+        self._vocab_size = model.architecture.vocab_size
+        self._returns = [_NOTHING] * table.num_slots
+        self._prompts = [np.empty(0, np.int64)] * table.num_slots
+        self._prompt_lens = np.zeros(table.num_slots, np.int64)
+        self._cursors = np.zeros(table.num_slots, np.int64)
+
+    def reset(self) -> None:
+        """Forget every request."""
+        self._returns = [_NOTHING] * len(self._returns)
+
+    def admit(self, admits: Sequence[Admit]) -> None:
+        """Start new requests in their slots."""
+        for admit in admits:
+            slot, returns = admit.slot, admit.returns
+            self._returns[slot] = returns
+            if not returns:
+                continue
+            self._check(slot, returns)
+            self._cursors[slot], self._prompt_lens[slot] = admit.returned, admit.prompt_len
+            if returns.prompt:
+                prompt = np.frombuffer(admit.past, np.int32)[: admit.prompt_len].astype(np.int64)
+                if len(prompt) != admit.prompt_len:
+                    raise MalformedStep(f"admit: slot {slot} returns its prompt's records and brings no prompt")
+                self._prompts[slot] = prompt
+
+    def _check(self, slot: int, returns: Returns) -> None:
+        top = max(returns.scored_ids, default=0)
+        if returns.top_k > self._vocab_size or top >= self._vocab_size or min(returns.scored_ids, default=0) < 0:
+            raise MalformedStep(
+                f"admit: slot {slot} asks for top {returns.top_k} and ids up to {top} of {self._vocab_size} tokens"
+            )
+        if returns.logits and self._arena is None:
+            raise MalformedStep(f"admit: slot {slot} asks for logits, and there is no arena")
+
+    def plan(self, slots: Array, starts: Array, flags: Array) -> Returning | None:
+        """For rows of these slots, int64 [R], whose tokens begin at `starts`; None when none of them returns."""
+        rows = np.flatnonzero(flags & ROW_RETURNS)
+        if not len(rows):
+            return None
+        wishes = [self._returns[slot] for slot in slots[rows].tolist()]
+        if not all(wishes):
+            slot = slots[rows][[not wish for wish in wishes].index(True)]
+            raise MalformedStep(f"a row of slot {slot} returns something, and its request asked for nothing")
+        samples = flags & ROW_SAMPLES != 0
+        has_sampled = samples[rows] & np.array([wish.records for wish in wishes])
+        has_logits = np.array([wish.logits for wish in wishes])
+        scored = np.array([len(wish.scored_ids) for wish in wishes])
+        scored_ids_NI = np.zeros((len(rows), scored.max()), np.int64)
+        for row, wish in enumerate(wishes):
+            scored_ids_NI[row, : len(wish.scored_ids)] = wish.scored_ids
+        return Returning(
+            rows=rows,
+            slots=slots[rows],
+            starts=starts[rows],
+            has_prompt=np.array([wish.prompt for wish in wishes]),
+            has_sampled=has_sampled,
+            has_logits=has_logits,
+            has_routing=np.array([wish.routing for wish in wishes]),
+            prompt_lens=self._prompt_lens[slots[rows]],
+            top_k=np.array([wish.top_k for wish in wishes]),
+            scored=scored,
+            scored_ids_NI=scored_ids_NI,
+            sampled_M=self._put((samples.cumsum() - 1)[rows[has_sampled]]),
+            scored_ids_MI=self._put(scored_ids_NI[has_sampled]),
+            celled_M=self._put(np.flatnonzero(has_logits[has_sampled])),
+        )
+
+    def select(self, returning: Returning | None, firsts: Array, ends: Array, cells: bytes) -> Selection | None:
+        """What the step returns whose rows, int64 [R], go from `firsts` to `ends`. Raises MalformedStep."""
+        if returning is None:
+            if cells:
+                raise MalformedStep(f"{len(cells) // 4} cells where no row returns anything")
+            return None
+        slots, firsts, ends = returning.slots, firsts[returning.rows], ends[returning.rows]
+        cursors = self._cursors[slots]
+        begins = np.maximum(firsts, cursors)
+        told = np.where(returning.has_prompt, np.minimum(ends, returning.prompt_lens - 1) - begins, 0).clip(0)
+        routed = np.where(returning.has_routing, ends - cursors, 0).clip(0)
+        records = told + returning.has_sampled
+        cells_C = np.frombuffer(cells, np.int32)
+        num_cells = np.where(returning.has_logits, records, 0)
+        self._check_cells(cells_C, int(num_cells.sum()))
+        self._cursors[slots] = np.maximum(cursors, ends)
+        prompt_rows_P = np.repeat(np.arange(len(slots)), told)
+        prompt_positions_P = begins[prompt_rows_P] + _counted(told)
+        routed_rows_J = np.repeat(np.arange(len(slots)), routed)
+        tokens = [self._prompts[slots[row]][begins[row] + 1 :][: told[row]] for row in np.flatnonzero(told)]
+        return Selection(
+            returning=returning,
+            shapes=Shapes(told, returning.has_sampled, num_cells, routed, returning.top_k, returning.scored, cells_C),
+            prompt_rows_P=prompt_rows_P,
+            prompt_places_P=(returning.starts - firsts)[prompt_rows_P] + prompt_positions_P,
+            prompt_tokens_P=np.concatenate(tokens) if tokens else np.empty(0, np.int64),
+            routed_slots_J=slots[routed_rows_J],
+            routed_positions_J=cursors[routed_rows_J] + _counted(routed),
+        )
+
+    def _check_cells(self, cells_C: Array, needed: int) -> None:
+        if len(cells_C) != needed:
+            raise MalformedStep(f"{len(cells_C)} cells where {needed} records have logits")
+        if needed and self._arena is not None:
+            mine = self._arena.cells
+            if cells_C.min() < mine.start or cells_C.max() >= mine.stop or len(np.unique(cells_C)) != needed:
+                raise MalformedStep(f"cells {cells_C.tolist()}: not of {mine.start} to {mine.stop - 1}, each once")
+
+    def compute(
+        self,
+        selection: Selection,
+        hidden_TD: torch.Tensor | None,
+        logits_SV: torch.Tensor,
+        tokens_S: torch.Tensor,
+        drawn_S: torch.Tensor | None,
+        numerics: Numerics,
+    ) -> Blocks:
+        """Start to bring it to the host. `logits_SV` are raw, in any dtype; `hidden_TD` may be None when no prompt has
+        a record; `drawn_S` float32 is None when every row is greedy."""
+        returning = selection.returning
+        blocks = Blocks(selection.shapes, self._arena)
+        if len(returning.sampled_M):
+            sampled_M = returning.sampled_M
+            words = make_records(
+                logits_SV,
+                sampled_M,
+                tokens_S[sampled_M],
+                0.0 if drawn_S is None else drawn_S[sampled_M],
+                int(returning.top_k.max()),
+                returning.scored_ids_MI,
+            )
+            blocks.add_sampled(words)
+            if len(returning.celled_M):
+                blocks.add_sampled_logits(logits_SV[sampled_M[returning.celled_M]])
+        if len(selection.prompt_rows_P):
+            assert hidden_TD is not None
+            self._score_prompts(selection, hidden_TD, numerics, blocks)
+        return blocks
+
+    def _score_prompts(self, selection: Selection, hidden_TD: torch.Tensor, numerics: Numerics, blocks: Blocks) -> None:
+        """The prompts' records, a tile of positions at a time: their logits together would fill the memory."""
+        returning, rows_P = selection.returning, selection.prompt_rows_P
+        size = max(1, _TILE // self._vocab_size)
+        for begin in range(0, len(rows_P), size):
+            tile = slice(begin, begin + size)
+            rows = rows_P[tile]
+            logits_PV = self._model.logits(hidden_TD[self._put(selection.prompt_places_P[tile])], numerics)
+            words = make_records(
+                logits_PV,
+                torch.arange(len(rows), device=logits_PV.device),
+                self._put(selection.prompt_tokens_P[tile]),
+                math.nan,  # they were not drawn
+                int(returning.top_k.max()),
+                self._put(returning.scored_ids_NI[rows]),
+            )
+            blocks.add_prompts(words)
+            celled = np.flatnonzero(returning.has_logits[rows])
+            if len(celled) == len(rows):
+                blocks.add_prompt_logits(logits_PV)
+            elif len(celled):
+                blocks.add_prompt_logits(logits_PV[self._put(celled)])
+
+    def _put(self, array: Array) -> torch.Tensor:
+        """The array on the device, without waiting for it."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self._model.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self._model.device, non_blocking=True)
+
+
+def _counted(counts: Array) -> Array:
+    """0, 1, ... counts[0] - 1, 0, 1, ... counts[1] - 1, ..."""
+    counted: Array = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    return counted
