@@ -105,5 +105,6 @@ def write_jsonl(path: pathlib.Path, count: int) -> pathlib.Path:
     """An input of `count` short completions."""
     with path.open("w") as file:
         for number in range(count):
-            file.write(json.dumps(line(f"id-{number}", prompt=[2, 3, number % 200 + 5], max_tokens=2)) + "\n")
+            item = line(f"id-{number}", prompt=[2, 3, number % 200 + 5], max_tokens=24, ignore_eos=True)
+            file.write(json.dumps(item) + "\n")
     return path
