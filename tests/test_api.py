@@ -113,7 +113,7 @@ def test_cached_tokens(client, server):
     ("fields", "param"),
     [
         ({"n": 200}, "n"),
-        ({"logprobs": 1}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
         ({"best_of": 2}, "best_of"),
         ({"temperature": 3}, "temperature"),
         ({"max_tokens": 10_000_000}, "max_tokens"),

@@ -10,6 +10,7 @@ from nmoe.errors import RequestError
 from nmoe.frontend.body import parse_object
 from nmoe.frontend.openai import parse_call
 from nmoe.frontend.schema import FIELDS
+from nmoe.outputs import Returns
 
 properties = settings(derandomize=True, deadline=None, max_examples=200)
 USER = {"role": "user", "content": "a"}
@@ -25,7 +26,8 @@ def refused(endpoint, **document):
 
 # Field, value, what the message says beside the field's name.
 WRONG = [
-    ("max_tokens", 0, ">= 1"),
+    ("max_tokens", 0, "nothing would come back"),
+    ("max_tokens", -1, ">= 0"),
     ("max_tokens", "5", "expected `int`, got `str`"),
     ("max_tokens", 5.5, "expected `int`, got `float`"),
     ("max_tokens", True, "expected `int`, got `bool`"),
@@ -48,7 +50,17 @@ WRONG = [
     ("ignore_eos", 1, "expected `bool`"),
     ("return_token_ids", "true", "expected `bool`"),
     ("model", 5, "expected `str`"),
-    ("logprobs", True, "not supported"),
+    ("best_of", 2, "not supported"),
+    ("prompt_logprobs", 21, "<= 20"),
+    ("prompt_logprobs", -1, ">= 0"),
+    ("prompt_logprobs", True, "expected `int`, got `bool`"),
+    ("top_k_logprobs", 0, ">= 1"),
+    ("top_k_logprobs", 129, "<= 128"),
+    ("logprob_token_ids", [*range(129)], "<= 128"),
+    ("logprob_token_ids", [5, 5], "more than once"),
+    ("logprob_token_ids", [-1], ">= 0"),
+    ("logprob_token_ids", 5, "expected `array`"),
+    ("return_routed_experts", 1, "expected `bool`"),
     ("n", 0, ">= 1"),
     ("n", 129, "<= 128"),
     ("min_p", 1.1, "<= 1"),
@@ -64,8 +76,6 @@ WRONG = [
     ("stop_token_ids", [-1], ">= 0"),
     ("priority", 1 << 31, "<= "),
     ("profile", "fast", "there are production_generate, "),
-    ("profile", "eval_exact", "not served yet"),
-    ("profile", "offline_distill", "not served yet"),
     ("user", 5, "expected `str`"),
     ("user", "a" * 513, "<= 512"),
     ("metadata", {"a": 1}, "expected `str`"),
@@ -145,8 +155,66 @@ def test_two_names_of_one_length():
         assert parse_call("chat", {"messages": [USER], **fields}).max_tokens == 5
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "fields", "param", "text"),
+    [
+        ("completions", {"logprobs": True}, "logprobs", "expected `int`, got `bool`"),
+        ("completions", {"logprobs": 21}, "logprobs", "<= 20"),
+        ("completions", {"top_logprobs": 2}, "top_logprobs", "not supported"),
+        ("completions", {"max_tokens": 0, "logprobs": 1}, "max_tokens", "prompt_logprobs"),
+        ("completions", {"max_tokens": 0, "top_k_logprobs": 1}, "max_tokens", "prompt_logprobs"),
+        ("completions", {"max_tokens": 0, "echo": True, "min_tokens": 1}, "min_tokens", "more than max_tokens = 0"),
+        ("chat", {"logprobs": 1}, "logprobs", "expected `bool`, got `int`"),
+        ("chat", {"top_logprobs": 2}, "top_logprobs", "only together with logprobs: true"),
+        ("chat", {"top_logprobs": 0, "logprobs": False}, "top_logprobs", "only together with logprobs: true"),
+        ("chat", {"top_logprobs": 0, "logprobs": False, "profile": "rl_sample"}, "top_logprobs", "only together"),
+        ("chat", {"top_logprobs": 21, "logprobs": True}, "top_logprobs", "<= 20"),
+        ("chat", {"echo": True}, "echo", "not supported"),
+        *[
+            (endpoint, {"stream": True, "profile": name}, "stream", f"profile {name} does not stream")
+            for endpoint in ("completions", "chat")
+            for name in ("online_distill", "rl_sample", "eval_exact", "offline_distill")
+        ],
+    ],
+)
+def test_contradictions_about_outputs(endpoint, fields, param, text):
+    error = refused(endpoint, **({"prompt": "a"} if endpoint == "completions" else {"messages": [USER]}), **fields)
+    assert error.param == param and text in str(error) and error.status == 400
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "fields", "returns"),
+    [
+        ("completions", {}, Returns()),
+        ("completions", {"logprobs": 0}, Returns(True)),
+        ("completions", {"logprobs": 3, "top_k_logprobs": 100, "prompt_logprobs": 5}, Returns(True, True, 100)),
+        ("completions", {"logprobs": 3, "echo": True}, Returns(True, True, 3)),
+        ("completions", {"echo": True, "prompt_logprobs": None}, Returns()),
+        ("completions", {"logprob_token_ids": [9, 2]}, Returns(True, False, 0, (9, 2))),
+        ("completions", {"logprob_token_ids": []}, Returns()),
+        ("completions", {"return_routed_experts": True}, Returns(routing=True)),
+        ("completions", {"max_tokens": 0, "echo": True, "logprobs": 1}, Returns(True, True, 1)),
+        ("completions", {"max_tokens": 0, "profile": "eval_exact"}, Returns(True, True)),
+        ("completions", {"profile": "rl_sample"}, Returns(True)),
+        ("completions", {"profile": "online_distill"}, Returns(True, False, 10)),
+        ("completions", {"profile": "offline_distill", "top_k_logprobs": 64}, Returns(True, False, 64)),
+        ("completions", {"profile": "eval_exact", "logprobs": 2}, Returns(True, True, 2)),
+        ("chat", {"logprobs": True}, Returns(True)),
+        ("chat", {"logprobs": True, "top_logprobs": 20}, Returns(True, False, 20)),
+        ("chat", {"logprobs": False, "top_logprobs": None}, Returns()),
+        ("chat", {"profile": "rl_sample"}, Returns(True)),
+        ("chat", {"profile": "rl_sample", "top_logprobs": 4}, Returns(True, False, 4)),
+        ("chat", {"profile": "rl_sample", "logprobs": False}, Returns()),
+        ("chat", {"profile": "eval_exact", "max_tokens": 0}, Returns(True, True)),
+    ],
+)
+def test_what_has_to_come_back(endpoint, fields, returns):
+    prompt = {"prompt": "a"} if endpoint == "completions" else {"messages": [USER]}
+    assert parse_call(endpoint, {**prompt, **fields}).returns == returns
+
+
 def test_null_is_absent():
-    nothing = dict.fromkeys([*FIELDS["completions"], "logprobs", "tools"])
+    nothing = dict.fromkeys([*FIELDS["completions"], "top_logprobs", "tools"])
     assert parse_call("completions", {**nothing, "prompt": "a"}) == parse_call("completions", {"prompt": "a"})
 
 

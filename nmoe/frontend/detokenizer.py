@@ -13,7 +13,7 @@ from typing import Protocol
 import tokenizers
 
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Detokenizer(Protocol):
@@ -21,6 +21,10 @@ class Detokenizer(Protocol):
 
     def feed(self, token: int) -> str:
         """The text that is certain now that `token` has come; often all of its own, "" when some of it must wait."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether some text must wait."""
 
     def flush(self) -> str:
         """The rest, once no more tokens come."""
@@ -37,6 +41,14 @@ def _bytes_of_letters() -> dict[str, int]:
 _BYTES = _bytes_of_letters()
 
 
+def token_bytes(piece: str) -> bytes:
+    """The bytes of a token of byte-level BPE."""
+    try:
+        return bytes(map(_BYTES.__getitem__, piece))
+    except KeyError:  # an added token is written as it is, not in the byte alphabet
+        return piece.encode()
+
+
 class BytePieces(dict[int, str | bytes]):
     """Token id -> its text, or its bytes where they are no text of their own; filled as ids are met."""
 
@@ -46,11 +58,7 @@ class BytePieces(dict[int, str | bytes]):
 
     def __missing__(self, token: int) -> str | bytes:
         # A model's vocabulary may be padded past the tokenizer's: such ids have no text.
-        piece = self._tokenizer.id_to_token(token) or ""
-        try:
-            raw = bytes(map(_BYTES.__getitem__, piece))
-        except KeyError:  # an added token is written as it is, not in the byte alphabet
-            raw = piece.encode()
+        raw = token_bytes(self._tokenizer.id_to_token(token) or "")
         try:
             self[token] = raw.decode()
         except UnicodeDecodeError:
@@ -78,6 +86,11 @@ class ByteLevelDetokenizer:
         self._inside = bool(self._decoder.getstate()[0])
         return text
 
+    @property
+    def holds(self) -> bool:
+        """See Detokenizer."""
+        return self._inside
+
     def flush(self) -> str:
         """See Detokenizer."""
         return self._decoder.decode(b"", True)
@@ -103,12 +116,17 @@ class WindowDetokenizer:
         if piece is None or token in self._hidden:
             return ""
         run_ends = bool(self._waiting)
-        if _BYTE_TOKEN.fullmatch(piece):
+        if BYTE_TOKEN.fullmatch(piece):
             self._waiting.append(token)
             return ""
         before = self._take() if run_ends else ""
         self._waiting.append(token)
         return before + self._take()
+
+    @property
+    def holds(self) -> bool:
+        """See Detokenizer."""
+        return bool(self._waiting)
 
     def flush(self) -> str:
         """See Detokenizer."""

@@ -13,6 +13,7 @@ from nmoe.errors import RequestError
 from nmoe.frontend import openai, replies
 from nmoe.frontend.health import Health
 from nmoe.frontend.http import Headers, json_response
+from nmoe.frontend.logprobs import ChoiceFormats, Formats, PromptFormats, Vocabulary
 from nmoe.frontend.openai import Call
 from nmoe.frontend.prompt import Prompt, Prompts, check_returned, end_ids, make_sampling, make_submit, output_limit
 from nmoe.frontend.replies import Answer, Choice
@@ -23,6 +24,7 @@ from nmoe.frontend.streams import Stream, Streams
 from nmoe.ipc import Boot
 from nmoe.messages import Ended, Sampling, Submit
 from nmoe.metrics import row_index
+from nmoe.outputs import RoutingLayout
 from nmoe.trace import Record, Recorder, sampling_fields
 
 _log = logging.getLogger("nmoe.frontend")
@@ -45,6 +47,7 @@ class Generations:
         boot: Boot,
         prompts: Prompts,
         eos_ids: tuple[int, ...],
+        routing: RoutingLayout,
         health: Health,
         streams: Streams,
         requests: Requests,
@@ -55,7 +58,9 @@ class Generations:
         self._generation = boot.generation
         self._row = boot.board.rows[row_index("frontend", boot.index, boot.config.parallel.world_size)]
         self._prompts = prompts
+        self._vocabulary = Vocabulary(prompts.tokenizer)
         self._eos_ids = eos_ids
+        self._routing = routing
         self._health = health
         self._streams = streams
         self._requests = requests
@@ -114,6 +119,9 @@ class Generations:
             generation.choices.append(Choice(len(generation.choices), prompt, stream))
         submit = make_submit(call, self._generation, uids[0], prompt, max_tokens, sampling, ends)
         generation.submits.append(submit)
+        if call.is_repeatable:
+            for choice in generation.choices[-call.n :]:
+                choice.seed = submit.sampling.seed
 
     async def _run(self, generation: Generation, request: web.BaseRequest, headers: Headers) -> web.StreamResponse:
         """From the scheduler to the end of the response, whoever ends it."""
@@ -125,7 +133,10 @@ class Generations:
             timer = asyncio.get_running_loop().call_later(left, _expire, generation, timeout)
         try:
             for place, submit in enumerate(generation.submits):
-                self._streams.submit(streams[place * submit.n : (place + 1) * submit.n], submit)
+                mine = slice(place * submit.n, (place + 1) * submit.n)
+                self._streams.submit(streams[mine], submit)
+                if submit.returns:
+                    self._add_formats(generation.call, generation.choices[mine])
             respond = self._respond_in_events if generation.call.stream else self._respond_whole
             response = await respond(generation, request, headers)
         finally:
@@ -139,11 +150,24 @@ class Generations:
         self._row.observe("nmoe:request_max_num_generation_tokens", longest)
         return response
 
+    def _add_formats(self, call: Call, siblings: Sequence[Choice]) -> None:
+        """What renders the outputs of one prompt's choices."""
+        formats = Formats(call, self._vocabulary, self._routing)
+        first = siblings[0].stream.outputs
+        assert first is not None
+        of_prompt = PromptFormats(formats, siblings[0].prompt, first)
+        for choice in siblings:
+            assert choice.stream.outputs is not None
+            choice.formats = ChoiceFormats(formats, of_prompt, len(choice.prompt.text), choice.stream.outputs)
+
     async def _respond_whole(
         self, generation: Generation, request: web.BaseRequest, headers: Headers
     ) -> web.StreamResponse:
         await _any_error(generation.choices, [choice.stream.ended for choice in generation.choices])
-        return json_response(replies.whole_body(generation.call, self._config.model_name, generation.choices), headers)
+        make_body = partial(replies.whole_body, generation.call, self._config.model_name, generation.choices)
+        # Outputs take long to render, so a thread does it.
+        body = await self._requests.run(make_body, 0) if generation.call.returns else make_body()
+        return json_response(body, headers)
 
     async def _respond_in_events(
         self, generation: Generation, request: web.BaseRequest, headers: Headers

@@ -21,9 +21,9 @@ from nmoe.frontend.schema import (
     Conversation,
     Endpoint,
 )
-from nmoe.profiles import PROFILES
+from nmoe.outputs import Returns
+from nmoe.profiles import PROFILES, Profile
 
-_OFFERED = ("production_generate",)  # the profiles whose outputs exist
 _TEMPLATES_OWN_NAMES = """
     messages tools documents add_generation_prompt continue_final_message chat_template tokenize
     bos_token eos_token unk_token pad_token raise_exception strftime_now
@@ -58,11 +58,29 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     include_usage: bool = False
     continuous_usage: bool = False
     return_token_ids: bool = False
+    logprobs: int | None = None  # of the output's tokens, and of so many likeliest ones at each; None: not wanted
+    prompt_logprobs: int | None = None  # the same of the prompt
+    top_k_logprobs: int = 0  # so many likeliest tokens in nmoe's own format
+    logprob_token_ids: tuple[int, ...] = ()
+    return_routed_experts: bool = False
     priority: int = 0
     profile: str = "production_generate"
     user: str = ""
     metadata: dict[str, str] = {}
     text_length: int = 0  # characters that will have to be tokenized, at least
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether the client gets to know the seed that was drawn for it."""
+        return self.seed is None and self.profile == "rl_sample"
+
+    @property
+    def returns(self) -> Returns:
+        """What has to come back with the tokens, for all fields together."""
+        prompt = self.prompt_logprobs is not None or (self.echo and self.logprobs is not None)
+        records = prompt or self.logprobs is not None or self.top_k_logprobs > 0 or bool(self.logprob_token_ids)
+        top_k = max(self.logprobs or 0, self.prompt_logprobs or 0, self.top_k_logprobs)
+        return Returns(records, prompt, top_k, self.logprob_token_ids, routing=self.return_routed_experts)
 
 
 class ToTokenize(msgspec.Struct, frozen=True):
@@ -93,8 +111,10 @@ def parse_call(endpoint: Endpoint, document: dict[str, Any]) -> Call:
     _settle_lengths(values)
     _settle_stops(values)
     _settle_numbers(values)
-    _settle_profile(values)
-    _settle_streaming(values)
+    profile = _settle_profile(values)
+    _settle_outputs(endpoint, values, profile)
+    _settle_streaming(values, profile)
+    _check_scoring(values)
     conversation = values.get("conversation")
     texts = [message.text for message in conversation.messages] if conversation else values["prompts"]
     call = Call(endpoint=endpoint, text_length=_text_length(texts), **values)
@@ -258,16 +278,44 @@ def _settle_numbers(values: dict[str, Any]) -> None:
         raise RequestError("logit_bias: a token id appears more than once", param="logit_bias")
 
 
-def _settle_profile(values: dict[str, Any]) -> None:
-    name = values.get("profile", _OFFERED[0])
+def _settle_profile(values: dict[str, Any]) -> Profile:
+    name = values.get("profile", "production_generate")
     if name not in PROFILES:
         raise RequestError(f"profile: unknown; there are {', '.join(PROFILES)}", param="profile")
-    if name not in _OFFERED:
-        message = f"profile: {name} is not served yet, because its outputs do not exist; there is {', '.join(_OFFERED)}"
-        raise RequestError(message, param="profile", code="unsupported_value")
+    return PROFILES[name]
 
 
-def _settle_streaming(values: dict[str, Any]) -> None:
+def _settle_outputs(endpoint: Endpoint, values: dict[str, Any], profile: Profile) -> None:
+    """What comes back besides the tokens: what was asked for, or what the profile brings unasked."""
+    if endpoint == "chat":
+        _settle_chat_logprobs(values, profile)
+    elif profile.scores:
+        values.setdefault("logprobs", 0)
+    if profile.scores_prompt:
+        values.setdefault("prompt_logprobs", 0)
+    if profile.top_k:
+        values.setdefault("top_k_logprobs", profile.top_k)
+    ids = values.get("logprob_token_ids", [])
+    if len(set(ids)) < len(ids):
+        raise RequestError("logprob_token_ids: a token id appears more than once", param="logprob_token_ids")
+    values["logprob_token_ids"] = tuple(ids)
+
+
+def _settle_chat_logprobs(values: dict[str, Any], profile: Profile) -> None:
+    """A chat has a switch, and a number beside it."""
+    is_on, number = values.pop("logprobs", profile.scores), values.pop("top_logprobs", None)
+    if number is not None and not is_on:
+        raise RequestError("top_logprobs: only together with logprobs: true", param="top_logprobs")
+    if is_on:
+        values["logprobs"] = number or 0
+
+
+def _settle_streaming(values: dict[str, Any], profile: Profile) -> None:
+    if values.get("stream") and not profile.streams:
+        streaming = ", ".join(name for name, each in PROFILES.items() if each.streams)
+        raise RequestError(
+            f"stream: the profile {profile.name} does not stream; leave stream out, or use {streaming}", param="stream"
+        )
     options = values.pop("stream_options", None)
     if options is None:
         return
@@ -277,3 +325,14 @@ def _settle_streaming(values: dict[str, Any]) -> None:
         param = "stream_options.continuous_usage_stats"
         raise RequestError(f"{param}: only allowed together with include_usage: true", param=param)
     values |= {"include_usage": options.include_usage, "continuous_usage": options.continuous_usage_stats}
+
+
+def _check_scoring(values: dict[str, Any]) -> None:
+    """Nothing is generated: then something must be asked of the prompt."""
+    asked = ("echo", "return_routed_experts")
+    if values.get("max_tokens") == 0 and values.get("prompt_logprobs") is None and not any(map(values.get, asked)):
+        raise RequestError(
+            "max_tokens = 0: nothing would come back; ask for something of the prompt (prompt_logprobs, echo with"
+            " logprobs, return_routed_experts), or for tokens",
+            param="max_tokens",
+        )

@@ -40,15 +40,16 @@ class Prompts:
     def of(self, call: Call, max_seq_len: int) -> list[Prompt]:
         """The prompts of a request, each of at least one token and with room for an output. Raises RequestError."""
         self._check_named_ids(call)
+        most = _longest(call, max_seq_len)
         if call.conversation is not None:
-            return [Prompt(self.conversation_ids(call.conversation, max_seq_len - 1), "messages")]
+            return [Prompt(self.conversation_ids(call.conversation, most), "messages")]
         prompts = []
         for place, given in enumerate(call.prompts):
             field = "prompt" if len(call.prompts) == 1 else f"prompt[{place}]"
             if isinstance(given, str):
-                prompt = Prompt(self.text_ids(given, field, max_seq_len - 1), field, given if call.echo else "")
+                prompt = Prompt(self.text_ids(given, field, most), field, given if call.echo else "")
             else:
-                _check_length(len(given), field, max_seq_len - 1)
+                _check_length(len(given), field, most)
                 self.check_ids(given, field)
                 prompt = Prompt(given, field, self._shown(given) if call.echo else "")
             prompts.append(prompt)
@@ -66,8 +67,8 @@ class Prompts:
             raise RequestError(f"{field}: this model has no tokenizer.json; send `prompt` as token ids", param=field)
         if (least := self.tokenizer.least_tokens(text)) > most:
             raise RequestError(
-                f"{field}: {len(text)} characters are at least {least} tokens, which leave no room for output in the"
-                f" context of {most + 1} tokens",
+                f"{field}: {len(text)} characters are at least {least} tokens, which leave no room in the context: a"
+                f" prompt may have at most {most} here",
                 param=field,
                 code="context_length_exceeded",
             )
@@ -96,6 +97,7 @@ class Prompts:
 
     def _check_named_ids(self, call: Call) -> None:
         self.check_ids(list(call.stop_token_ids), "stop_token_ids")
+        self.check_ids(list(call.logprob_token_ids), "logprob_token_ids")
         for token in call.logit_bias:
             if token >= self._vocab_size:
                 message = f"logit_bias: {token}: token ids are from 0 to {self._vocab_size - 1}"
@@ -113,17 +115,21 @@ class Prompts:
 def _check_length(num_tokens: int, field: str, most: int) -> None:
     if num_tokens > most:
         raise RequestError(
-            f"{field}: {num_tokens} tokens leave no room for output in the context of {most + 1} tokens",
+            f"{field}: {num_tokens} tokens leave no room in the context: a prompt may have at most {most} here",
             param=field,
             code="context_length_exceeded",
         )
 
 
+def _longest(call: Call, max_seq_len: int) -> int:
+    """How long a prompt may be: some output must fit behind it, if any is wanted."""
+    return max_seq_len if call.max_tokens == 0 else max_seq_len - 1
+
+
 def output_limit(call: Call, prompt: Prompt, max_seq_len: int) -> int:
     """How many tokens a prompt's answer may have. Raises RequestError when what is asked for does not fit."""
+    _check_length(len(prompt.ids), prompt.field, _longest(call, max_seq_len))
     room = max_seq_len - len(prompt.ids)
-    if room < 1:
-        _check_length(len(prompt.ids), prompt.field, max_seq_len - 1)
     limit = call.max_tokens
     if limit is None:
         limit = room if call.endpoint == "chat" else min(_COMPLETION_TOKENS, room)
@@ -181,8 +187,9 @@ def make_sampling(call: Call, ends: tuple[int, ...]) -> Sampling:
 def make_submit(
     call: Call, generation: int, uid: int, prompt: Prompt, max_tokens: int, sampling: Sampling, ends: tuple[int, ...]
 ) -> Submit:
-    """The message to the scheduler. A prompt of a request without a seed gets a random one."""
+    """The message to the scheduler. Each prompt of a request without a seed gets a random one, which JSON's readers
+    can repeat: many of them know integers below 2**53 only."""
     if call.seed is None:
-        sampling = msgspec.structs.replace(sampling, seed=random.getrandbits(63))
+        sampling = msgspec.structs.replace(sampling, seed=random.getrandbits(53))
     ids = array.array("i", prompt.ids).tobytes()
-    return Submit(generation, uid, ids, max_tokens, sampling, ends, call.n, call.priority, call.profile)
+    return Submit(generation, uid, ids, max_tokens, sampling, ends, call.n, call.priority, call.profile, call.returns)

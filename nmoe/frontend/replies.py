@@ -12,6 +12,7 @@ import msgspec
 import orjson
 
 from nmoe.errors import RequestError
+from nmoe.frontend.logprobs import ChoiceFormats, joined
 from nmoe.frontend.openai import Call
 from nmoe.frontend.prompt import Prompt
 from nmoe.frontend.streams import Stream
@@ -30,6 +31,8 @@ class Choice(msgspec.Struct):
     index: int
     prompt: Prompt
     stream: Stream
+    formats: ChoiceFormats | None = None  # unless the request wants nothing but tokens
+    seed: int | None = None  # of its prompt, if it was drawn and the client is to know it
 
 
 def error_body(error: RequestError) -> bytes:
@@ -84,6 +87,11 @@ def whole_body(call: Call, model: str, choices: Sequence[Choice]) -> bytes:
     if call.return_token_ids and call.endpoint == "chat":
         body["prompt_token_ids"] = choices[0].prompt.ids
     body |= {"choices": [_whole(call, choice) for choice in choices], "usage": usage(choices, call.n)}
+    first = choices[0]
+    if call.endpoint == "chat" and first.formats is not None:
+        body |= first.formats.prompt.fields
+    if first.seed is not None and len(call.prompts) <= 1:
+        body["seed"] = first.seed
     return orjson.dumps(body)
 
 
@@ -98,6 +106,13 @@ def _whole(call: Call, choice: Choice) -> dict[str, Any]:
         entry["token_ids"] = ids
         if call.endpoint == "completions":
             entry["prompt_token_ids"] = choice.prompt.ids
+    if choice.seed is not None and len(call.prompts) > 1:
+        entry["seed"] = choice.seed
+    if choice.formats is not None:
+        entry |= choice.formats.take(ids) | choice.formats.routed()
+        if call.endpoint == "completions":
+            entry |= choice.formats.prompt.fields
+            entry["logprobs"] = joined(choice.formats.prompt.echoed, entry["logprobs"])
     return entry
 
 
@@ -135,14 +150,9 @@ class Chunks:
 
     def opening(self) -> bytes | None:
         """The chunk before the first text: a chat's role, or the prompt that is to be echoed."""
-        no_ids: list[int] | None = [] if self._call.return_token_ids else None
-        if not self._is_chat:
-            if not self._choice.prompt.text:
-                return None
-            return orjson.dumps(self._with_prompt(self._chunk(self._choice.prompt.text, no_ids, None)))
-        chunk = self._chunk("", no_ids, None)
-        chunk["choices"][0]["delta"] = {"role": "assistant", "content": ""}
-        return orjson.dumps(self._with_prompt(chunk))
+        if not self._is_chat and not self._choice.prompt.text:
+            return None
+        return orjson.dumps(self._opening())
 
     def text(self, text: str, ids: list[int]) -> bytes:
         """A chunk with new text and, when asked for, the ids it came with."""
@@ -159,6 +169,13 @@ class Chunks:
         if self._is_chat and not text:
             chunk["choices"][0]["delta"] = {}
         return orjson.dumps(self._with_prompt(chunk))
+
+    def _opening(self) -> dict[str, Any]:
+        no_ids: list[int] | None = [] if self._call.return_token_ids else None
+        chunk = self._chunk(self._choice.prompt.text, no_ids, None)
+        if self._is_chat:
+            chunk["choices"][0]["delta"] = {"role": "assistant", "content": ""}
+        return self._with_prompt(chunk)
 
     def _chunk(self, text: str, ids: Any, reason: str | None) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": self._choice.index}
@@ -178,3 +195,39 @@ class Chunks:
             (chunk if self._is_chat else chunk["choices"][0])["prompt_token_ids"] = self._choice.prompt.ids
             self._prompt_due = False
         return chunk
+
+
+class OutputChunks(Chunks):
+    """The chunks of a choice that returns more than tokens; the first comes when the prompt has been computed."""
+
+    def __init__(self, answer: Answer, choice: Choice, formats: ChoiceFormats) -> None:
+        super().__init__(answer, choice)
+        self._formats = formats
+        self._opened = False
+
+    def opening(self) -> bytes | None:
+        """The chunk before the first text, with what is told of the prompt; only the first time."""
+        if self._opened:
+            return None
+        self._opened = True
+        fields, echoed = self._formats.prompt.fields, self._formats.prompt.echoed
+        if not (self._is_chat or self._choice.prompt.text or fields):
+            return None
+        chunk = self._opening()
+        (chunk if self._is_chat else chunk["choices"][0]).update(fields)
+        chunk["choices"][0]["logprobs"] = echoed
+        return orjson.dumps(chunk)
+
+    def text(self, text: str, ids: list[int]) -> bytes:
+        """A chunk with the text of some tokens, and what they returned."""
+        chunk = self._chunk(text, ids if self._call.return_token_ids else None, None)
+        chunk["choices"][0] |= self._formats.take(ids)
+        return orjson.dumps(self._with_prompt(chunk))
+
+    def closing(self, text: str, ids: list[int]) -> bytes:
+        """The chunk with the finish reason, the rest, and where all was computed."""
+        chunk = self._chunk(text, ids if self._call.return_token_ids else None, self._choice.stream.reason)
+        if self._is_chat and not text:
+            chunk["choices"][0]["delta"] = {}
+        chunk["choices"][0] |= (self._formats.take(ids) if ids else {}) | self._formats.routed()
+        return orjson.dumps(self._with_prompt(chunk))

@@ -7,11 +7,14 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from nmoe.outputs import MAX_SCORED, MAX_TOP_K
+
 Endpoint = Literal["completions", "chat"]
 
 MAX_STOPS = 4
 MAX_STOP_IDS = 16  # every token of every request is compared with so many
 MAX_BIASES = 1024
+MAX_LIKELIEST = 20  # tokens at each position in OpenAI's and vLLM's formats
 MAX_CHOICES = 1024  # of one request, all prompts together
 
 
@@ -69,7 +72,8 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     continuous_usage_stats: bool = False
 
 
-Length = Annotated[int, Meta(ge=1, lt=1 << 31)]
+Length = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Likeliest = Annotated[int, Meta(ge=0, le=MAX_LIKELIEST)]
 StopString = Annotated[str, Meta(max_length=1024)]  # each new text is compared with all of its beginnings
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 
@@ -102,6 +106,10 @@ _SHARED: dict[str, Any] = {
     "stream": bool,
     "stream_options": StreamOptions,
     "return_token_ids": bool,
+    "prompt_logprobs": Likeliest,
+    "top_k_logprobs": Annotated[int, Meta(ge=1, le=MAX_TOP_K)],
+    "logprob_token_ids": Annotated[list[TokenId], Meta(max_length=MAX_SCORED)],
+    "return_routed_experts": bool,
     "priority": Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)],
     "profile": str,
     "user": Annotated[str, Meta(max_length=512)],
@@ -110,8 +118,14 @@ _SHARED: dict[str, Any] = {
     ],
 }
 FIELDS: dict[Endpoint, dict[str, Any]] = {
-    "completions": {"prompt": str | list[int | str | list[int]], "echo": bool, **_SHARED},
-    "chat": {**_CONVERSATION, "max_completion_tokens": Length, **_SHARED},
+    "completions": {"prompt": str | list[int | str | list[int]], "echo": bool, "logprobs": Likeliest, **_SHARED},
+    "chat": {
+        **_CONVERSATION,
+        "max_completion_tokens": Length,
+        "logprobs": bool,
+        "top_logprobs": Likeliest,
+        **_SHARED,
+    },
 }
 TOKENIZE: dict[str, Any] = {
     "model": str,
@@ -125,7 +139,7 @@ REQUIRED: dict[Endpoint, str] = {"completions": "prompt", "chat": "messages"}
 
 # Fields of OpenAI's and vLLM's APIs that nmoe does not have: a misspelling of a field above is not the likely cause.
 _FOREIGN_NAMES = """
-    logprobs top_logprobs prompt_logprobs echo best_of suffix tools tool_choice functions function_call response_format
+    top_logprobs echo best_of suffix tools tool_choice functions function_call response_format
     parallel_tool_calls store service_tier modalities audio prediction reasoning_effort verbosity
     guided_json structured_outputs chat_template add_special_tokens skip_special_tokens include_stop_str_in_output
     web_search_options safety_identifier prompt_cache_key logit_processors bad_words allowed_token_ids documents

@@ -13,7 +13,7 @@ from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
 
 from nmoe.errors import RequestError
-from nmoe.frontend.replies import Answer, Choice, Chunks, error_body
+from nmoe.frontend.replies import Answer, Choice, Chunks, OutputChunks, error_body
 from nmoe.frontend.streams import Stream
 
 _log = logging.getLogger("nmoe.frontend")
@@ -60,7 +60,10 @@ class EventStream:
         events = cls(response, request.transport, answer, request.writer.drain)
         for choice in answer.choices:
             await events._room()  # an opening may hold the prompt
-            events._begin(choice, Chunks(answer, choice))
+            if choice.formats is None:
+                events._begin(choice, Chunks(answer, choice))
+            else:
+                events._begin_outputs(choice, OutputChunks(answer, choice, choice.formats))
         return events
 
     def _begin(self, choice: Choice, chunks: Chunks) -> None:
@@ -72,21 +75,29 @@ class EventStream:
         stream.on_tokens = functools.partial(self._on_tokens, stream, chunks)
         stream.ended.add_done_callback(lambda _: self._ended.put_nowait((choice, chunks)))
 
+    def _begin_outputs(self, choice: Choice, chunks: OutputChunks) -> None:
+        stream = choice.stream
+        self._on_outputs(stream, chunks)
+        stream.on_outputs = functools.partial(self._on_outputs, stream, chunks)
+        stream.ended.add_done_callback(lambda _: self._ended.put_nowait((choice, chunks)))
+
     async def follow(self) -> web.StreamResponse:
         """Close each choice as it ends, then the answer; at the first error the whole of it."""
         for left in reversed(range(len(self._answer.choices))):
             choice, chunks = await self._ended.get()
-            choice.stream.on_tokens = None
+            choice.stream.on_tokens = choice.stream.on_outputs = None
             await self._room()  # a closing has all that was held back, and may hold the prompt
             if choice.stream.error is not None:
                 self._write(error_body(choice.stream.error))  # no [DONE] follows: the answer is not complete
                 break
+            if isinstance(chunks, OutputChunks):
+                self._open(chunks)
             last = [chunks.closing(*choice.stream.take())]
             if not left:
                 last += [self._answer.usage(), _DONE] if self._answer.call.include_usage else [_DONE]
             self._write(_BETWEEN.join(last))
         for choice in self._answer.choices:
-            choice.stream.on_tokens = None
+            choice.stream.on_tokens = choice.stream.on_outputs = None
         await self._end()
         return self._response
 
@@ -123,6 +134,16 @@ class EventStream:
             self._write(chunks.text(text, ids))
         elif stream.num_untaken > _MAX_BEHIND:
             self._drop()
+
+    def _on_outputs(self, stream: Stream, chunks: OutputChunks) -> None:
+        """Log-probabilities go out with the text that their tokens make: a part of it must not wait."""
+        if stream.num_untaken and not stream.holds_text:
+            self._open(chunks)
+            self._on_tokens(stream, chunks)
+
+    def _open(self, chunks: OutputChunks) -> None:
+        if (opening := chunks.opening()) is not None:
+            self._write(opening)
 
     def _drop(self) -> None:
         """The client does not read: what waits for it is let go with the connection, and its handler is cancelled."""

@@ -30,6 +30,11 @@ class StopFinder:
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
+    @property
+    def holds(self) -> bool:
+        """Whether some text is held back."""
+        return bool(self._held) and not self.found
+
     def flush(self) -> str:
         """What was held back, once no more text comes."""
         return "" if self.found else self._held

@@ -8,16 +8,21 @@ The path of a token is short, because there are many: `Streams.deliver` runs in 
 stream, and calls the stream's `on_tokens`, which writes to the client's transport. No task wakes up.
 """
 
+import array
 import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
+import msgspec
+
 from nmoe.errors import RequestError
 from nmoe.frontend.detokenizer import Detokenizer
+from nmoe.frontend.outputs import Outputs
 from nmoe.frontend.stops import StopFinder
-from nmoe.messages import Abort, Ended, Finish, FrontendToScheduler, Reason, Rejected, Submit, Tokens, make_uid
+from nmoe.messages import Abort, Ended, Finish, FrontendToScheduler, Reason, Rejected, Release, Submit, Tokens, make_uid
 from nmoe.metrics import Row
+from nmoe.outputs import cells_of
 
 _log = logging.getLogger("nmoe.frontend")
 
@@ -46,6 +51,8 @@ class Stream:
         self.started: asyncio.Future[None] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
         self.on_tokens: Callable[[], None] | None = None
+        self.on_outputs: Callable[[], None] | None = None  # after `on_tokens`, also for steps without a token
+        self.outputs: Outputs | None = None  # unless the request wants nothing but tokens
         self.reason: Reason | None = None
         self.error: RequestError | None = None
         self.num_tokens = 0
@@ -60,6 +67,12 @@ class Stream:
         self.stopped = False  # a stop string has appeared: the output is complete
         self._texts: list[str] = []
         self._ids: list[int] = []
+
+    @property
+    def holds_text(self) -> bool:
+        """Whether some of the tokens' text may still become part of a stop string, or is half a character."""
+        in_stops = self._stops is not None and self._stops.holds
+        return in_stops or (self._detokenizer is not None and self._detokenizer.holds)
 
     @property
     def num_untaken(self) -> int:
@@ -161,10 +174,17 @@ class Streams:
         for stream in streams:
             self._live[stream.uid] = stream
             stream.num_siblings = submit.n
+        if submit.returns:
+            # The prompt's records come with the first sibling.
+            others = msgspec.structs.replace(submit.returns, prompt=False)
+            for place, stream in enumerate(streams):
+                stream.outputs = Outputs(others if place else submit.returns, len(submit.prompt) // 4)
 
     def close(self, stream: Stream) -> None:
         """Nobody reads the stream any more: if the scheduler still computes for it, it stops now."""
-        stream.on_tokens = None
+        stream.on_tokens = stream.on_outputs = None
+        if stream.outputs is not None:
+            self.release(stream.outputs.take_cells()[1])
         if self._live.pop(stream.uid, None) is not None and not stream.stopped:
             self._tell(Abort(self._generation, stream.uid))
 
@@ -172,6 +192,7 @@ class Streams:
         """Tokens of one step, and the requests that ended with it. `now` is on CLOCK_MONOTONIC."""
         uids = memoryview(message.uids).cast("q").tolist()
         tokens = memoryview(message.tokens).cast("i").tolist()
+        with_outputs = self._add_outputs(uids, message) if message.block_sizes is not None else ()
         stopped: list[Stream] = []
         gaps: dict[float, int] = {}  # seconds between two tokens -> how often: nearly all rows of a step have the same
         for uid, mine in zip(uids, _split(tokens, message.counts), strict=True):
@@ -185,12 +206,54 @@ class Streams:
                 stopped.append(stream)
         for gap, times in gaps.items():
             self._row.observe("nmoe:inter_token_latency_seconds", gap, times)
+        for stream in with_outputs:
+            self._show_outputs(stream)
         for ended in message.ended:
             if (stream := self._live.pop(ended.uid, None)) is not None:
                 stream.finish(ended)
         for stream in stopped:
             if stream.uid in self._live:
                 self._tell(Finish(self._generation, stream.uid, stream.num_tokens))
+
+    def release(self, cells: Sequence[int]) -> None:
+        """Give cells of the arena back."""
+        if cells:
+            self._tell(Release(self._generation, array.array("i", cells).tobytes()))
+
+    def _add_outputs(self, uids: list[int], message: Tokens) -> list[Stream]:
+        """Hand each stream its block before its tokens come; those that got one. What nobody reads is released."""
+        assert message.block_sizes is not None
+        sizes = memoryview(message.block_sizes).cast("i").tolist()
+        blocks, start = memoryview(message.blocks), 0
+        streams, unread = [], array.array("i")
+        for uid, size in zip(uids, sizes, strict=True):
+            block, start = blocks[start : start + size], start + size
+            if not size:
+                continue
+            stream = self._live.get(uid)
+            if stream is None or stream.outputs is None or stream.stopped or stream.reason is not None:
+                unread.extend(cells_of(block))
+                continue
+            try:
+                stream.outputs.add(block)
+                streams.append(stream)
+            except ValueError:  # a defect
+                _log.exception("request %x: its outputs could not be read", uid)
+                stream.fail(RequestError("internal error", status=500))
+        self.release(unread)
+        return streams
+
+    def _show_outputs(self, stream: Stream) -> None:
+        """Tell whoever reads the stream, once its tokens are there too."""
+        if stream.outputs is not None and stream.stopped:
+            self.release(stream.outputs.end(stream.num_tokens))
+        if stream.on_outputs is None:
+            return
+        try:
+            stream.on_outputs()
+        except Exception:  # as in _advance
+            _log.exception("request %x: its outputs could not be delivered", stream.uid)
+            stream.fail(RequestError("internal error", status=500))
 
     def reject(self, message: Rejected) -> None:
         """The scheduler did not accept a request, nor its siblings."""
@@ -203,14 +266,16 @@ class Streams:
         """The scheduler has forgotten every request, or this frontend is about to end."""
         streams, self._live = self._live, {}
         for stream in streams.values():
+            if stream.outputs is not None:
+                stream.outputs.take_cells()  # which its next life gives out anew
             stream.fail(error)
 
-    def _tell(self, message: Abort | Finish) -> None:
-        """A scheduler that takes no messages computes nothing either: there is nothing to stop."""
+    def _tell(self, message: Abort | Finish | Release) -> None:
+        """A scheduler that takes no messages computes nothing either, and holds no cells: there is nothing to stop."""
         try:
             self._send(message)
         except RequestError as error:
-            _log.warning("request %x: %s", message.uid, error)
+            _log.warning("a message to the scheduler was lost: %s", error)
 
     def _advance(self, stream: Stream, tokens: Sequence[int], now: float) -> bool:
         """Hand a stream its tokens; whether they completed a stop string."""

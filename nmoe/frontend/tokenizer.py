@@ -10,7 +10,14 @@ from typing import Any
 import tokenizers
 
 from nmoe.errors import CheckpointError
-from nmoe.frontend.detokenizer import ByteLevelDetokenizer, BytePieces, Detokenizer, WindowDetokenizer
+from nmoe.frontend.detokenizer import (
+    BYTE_TOKEN,
+    ByteLevelDetokenizer,
+    BytePieces,
+    Detokenizer,
+    WindowDetokenizer,
+    token_bytes,
+)
 
 
 class Tokenizer:
@@ -37,7 +44,9 @@ class Tokenizer:
         self._longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=0) if is_plain else 0
         if any(added.lstrip or added.rstrip for added in tokenizer.get_added_tokens_decoder().values()):
             self._longest = 0  # these take any amount of space along
-        self._pieces = BytePieces(tokenizer, self._hidden) if _is_byte_level(file, json.loads(text)) else None
+        self._is_byte_level = _is_byte_level(file, json.loads(text))
+        self._pieces = BytePieces(tokenizer, self._hidden) if self._is_byte_level else None
+        self._token_bytes: dict[int, bytes] = {}
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tokenizers.Encoding:
         """The encoding of `text`, whose `ids` are made when they are asked for; with `add_special_tokens` also what the
@@ -51,6 +60,24 @@ class Tokenizer:
     def strings(self, ids: list[int]) -> list[str]:
         """Each token as the vocabulary writes it; empty where it has none."""
         return [self._tokenizer.id_to_token(token) or "" for token in ids]
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token alone stands for within a text; a special token for its name, an unknown id for nothing."""
+        if token not in self._token_bytes:
+            self._token_bytes[token] = self._bytes_of(token)
+        return self._token_bytes[token]
+
+    def _bytes_of(self, token: int) -> bytes:
+        piece = self._tokenizer.id_to_token(token)
+        if piece is None or token in self._hidden:
+            return (piece or "").encode()
+        if self._is_byte_level:
+            return token_bytes(piece)
+        if BYTE_TOKEN.fullmatch(piece):
+            return bytes([int(piece[1:-1], 16)])
+        # What some decoders do at the start of a text (strip a space) they do not do to the second of two.
+        once = self.decode([token])
+        return self.decode([token, token])[len(once) :].encode()
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, special tokens included."""

@@ -1,0 +1,211 @@
+"""A request's outputs beside its text, in the formats of the API's fields (docs/api.md).
+
+Log-probabilities are of exactly the tokens that `usage` counts: the end token and those of a stop string included.
+"""
+
+import base64
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from nmoe.frontend.detokenizer import Detokenizer
+from nmoe.frontend.openai import Call
+from nmoe.frontend.outputs import Outputs
+from nmoe.frontend.prompt import Prompt
+from nmoe.frontend.tokenizer import Tokenizer
+from nmoe.outputs import Record, RoutingLayout, read_records
+
+_LEAST = -9999.0  # OpenAI's number for what JSON has none for
+_LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "token_ids", "drawn_logprobs")
+
+
+class Vocabulary:
+    """Tokens as the formats show them. Without a tokenizer there are only ids."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+
+    def raw(self, token: int) -> bytes | None:
+        """The bytes that a token stands for."""
+        return self._tokenizer.token_bytes(token) if self._tokenizer is not None else None
+
+    def text(self, token: int) -> str:
+        """The text of a token, with replacement characters for a part of one."""
+        raw = self.raw(token)
+        return f"token_id:{token}" if raw is None else raw.decode(errors="replace")
+
+    def detokenizer(self) -> Detokenizer | None:
+        """One at the start of a text."""
+        return self._tokenizer.detokenizer() if self._tokenizer is not None else None
+
+
+class Offsets:
+    """Where in a text its tokens begin, in characters."""
+
+    def __init__(self, vocabulary: Vocabulary, start: int, silent_ids: Sequence[int] = ()) -> None:
+        self._detokenizer = vocabulary.detokenizer()
+        self._silent_ids = silent_ids
+        self._at = start
+
+    def of(self, ids: Sequence[int]) -> list[int]:
+        """Of the next tokens; those within a character begin where it does."""
+        found = []
+        for token in ids:
+            found.append(self._at)
+            if self._detokenizer is not None and token not in self._silent_ids:
+                self._at += len(self._detokenizer.feed(token))
+        return found
+
+
+class Formats(msgspec.Struct, frozen=True):
+    """What all choices of a request have in common."""
+
+    call: Call
+    vocabulary: Vocabulary
+    routing: RoutingLayout
+
+
+class PromptFormats:
+    """What a prompt's tokens returned: it came with the first of the siblings, and is rendered once for all."""
+
+    def __init__(self, formats: Formats, prompt: Prompt, outputs: Outputs) -> None:
+        self._formats = formats
+        self._prompt = prompt
+        self._outputs = outputs
+
+    @functools.cached_property
+    def _records(self) -> list[Record]:
+        return read_records(memoryview(bytes(self._outputs.prompt)), self._outputs.returns)
+
+    @functools.cached_property
+    def fields(self) -> dict[str, Any]:
+        """The fields whose names begin with prompt_. The first token has nothing before it, so null stands for it."""
+        call = self._formats.call
+        if call.prompt_logprobs is None:
+            return {}
+        fields: dict[str, Any] = {"prompt_logprobs": [None, *map(self._entry, self._prompt.ids[1:], self._records)]}
+        for name, value in _own_fields(call, self._records).items():
+            parts = {key: [None, *rows] for key, rows in value.items()} if isinstance(value, dict) else [None, *value]
+            fields[f"prompt_{name}"] = parts
+        return fields
+
+    def _entry(self, token: int, record: Record) -> dict[str, Any]:
+        """One position in vLLM's format."""
+        shown = {token: (record.logprob, record.rank)}
+        likeliest = zip(record.top_ids, record.top_logprobs, strict=True)
+        for place, (each, logprob) in enumerate(likeliest):
+            if place == self._formats.call.prompt_logprobs:
+                break
+            shown.setdefault(each, (logprob, place + 1))
+        return {
+            str(each): {"logprob": _number(logprob), "rank": rank, "decoded_token": self._formats.vocabulary.text(each)}
+            for each, (logprob, rank) in shown.items()
+        }
+
+    @functools.cached_property
+    def echoed(self) -> dict[str, list[Any]] | None:
+        """The echoed tokens in OpenAI's format of completions."""
+        call, ids = self._formats.call, self._prompt.ids
+        if not call.echo or call.logprobs is None:
+            return None
+        offsets = Offsets(self._formats.vocabulary, 0).of(ids)
+        lists = _completion_lists(self._formats, ids[1:], self._records, offsets[1:])
+        first = (self._formats.vocabulary.text(ids[0]), None, None, 0, ids[0], None)
+        echoed = {name: [value, *lists[name]] for name, value in zip(_LISTS, first, strict=True)}
+        return echoed | {"drawn_logprobs": [None] * len(ids)}
+
+
+class ChoiceFormats:
+    """What the output's tokens of one choice returned."""
+
+    def __init__(self, formats: Formats, prompt: PromptFormats, text_start: int, outputs: Outputs) -> None:
+        self.prompt = prompt
+        self._formats = formats
+        self._outputs = outputs
+        self._offsets = Offsets(formats.vocabulary, text_start, formats.call.stop_token_ids)
+
+    def take(self, ids: Sequence[int]) -> dict[str, Any]:
+        """The choice's fields for `ids`, the tokens since the last call."""
+        call = self._formats.call
+        records = read_records(memoryview(self._outputs.take()), self._outputs.returns)
+        assert len(records) == len(ids) or not self._outputs.returns.records, "a token without its record"
+        fields: dict[str, Any] = {"logprobs": None}
+        if call.logprobs is not None and call.endpoint == "chat":
+            content = list(map(self._entry, ids, records))
+            fields["logprobs"] = {"content": content, "refusal": None}
+        elif call.logprobs is not None:
+            fields["logprobs"] = _completion_lists(self._formats, ids, records, self._offsets.of(ids))
+        return fields | _own_fields(call, records)
+
+    def routed(self) -> dict[str, Any]:
+        """The field that comes at the end of an answer."""
+        if not self._formats.call.return_routed_experts:
+            return {}
+        layout, data = self._formats.routing, bytes(self._outputs.routing)
+        shape = (len(data) // layout.position_bytes, layout.layers, layout.top_k)
+        dtype = "uint8" if layout.item_bytes == 1 else "uint16"
+        return {"routed_experts": {"dtype": dtype, "shape": shape, "data": base64.b64encode(data).decode()}}
+
+    def _entry(self, token: int, record: Record) -> dict[str, Any]:
+        """One token in OpenAI's format of chats, with `drawn_logprob`."""
+        number = self._formats.call.logprobs
+        likeliest = zip(record.top_ids[:number], record.top_logprobs[:number], strict=True)
+        return self._shown(token, record.logprob) | {
+            "top_logprobs": [self._shown(each, logprob) for each, logprob in likeliest],
+            "drawn_logprob": _number(record.drawn_logprob),
+        }
+
+    def _shown(self, token: int, logprob: float) -> dict[str, Any]:
+        raw = self._formats.vocabulary.raw(token)
+        text = self._formats.vocabulary.text(token)
+        return {"token": text, "logprob": _number(logprob), "bytes": None if raw is None else list(raw)}
+
+
+def joined(first: dict[str, list[Any]] | None, then: dict[str, list[Any]] | None) -> dict[str, list[Any]] | None:
+    """The lists of an echoed prompt, followed by those of the output."""
+    if first is None or then is None:
+        return first or then
+    return {name: first[name] + then[name] for name in _LISTS}
+
+
+def _completion_lists(
+    formats: Formats, ids: Sequence[int], records: Sequence[Record], offsets: list[int]
+) -> dict[str, list[Any]]:
+    """OpenAI's format of completions, with `token_ids` and `drawn_logprobs`."""
+    text = formats.vocabulary.text
+    tops = []
+    for token, record in zip(ids, records, strict=True):
+        # By text, of which two tokens may have the same: the likelier counts. The token itself is always there.
+        likeliest = zip(record.top_ids, record.top_logprobs, strict=True)
+        top: dict[str, float] = {}
+        for _, (each, logprob) in zip(range(formats.call.logprobs or 0), likeliest, strict=False):
+            top.setdefault(text(each), _number(logprob))
+        top.setdefault(text(token), _number(record.logprob))
+        tops.append(top)
+    return {
+        "tokens": list(map(text, ids)),
+        "token_logprobs": [_number(record.logprob) for record in records],
+        "top_logprobs": tops,
+        "text_offset": offsets,
+        "token_ids": list(ids),
+        "drawn_logprobs": [_number(record.drawn_logprob) for record in records],
+    }
+
+
+def _own_fields(call: Call, records: Sequence[Record]) -> dict[str, Any]:
+    """nmoe's own formats."""
+    fields: dict[str, Any] = {}
+    if k := call.top_k_logprobs:
+        fields["top_k_logprobs"] = {
+            "ids": [record.top_ids[:k] for record in records],
+            "logprobs": [list(map(_number, record.top_logprobs[:k])) for record in records],
+        }
+    if call.logprob_token_ids:
+        fields["token_id_logprobs"] = [list(map(_number, record.scored)) for record in records]
+    return fields
+
+
+def _number(logprob: float) -> float:
+    return max(logprob, _LEAST)

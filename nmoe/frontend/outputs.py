@@ -1,0 +1,58 @@
+"""What came back of one request besides its tokens (nmoe/outputs.py), in step with them.
+
+Invariants: after each delivery there is a record for each of the stream's tokens, none for a token behind a stop
+string; every cell is handed out once, by `take_cells`, to somebody who releases it.
+"""
+
+import array
+
+from nmoe.outputs import Returns, unpack
+
+
+class Outputs:
+    """The outputs of one stream. Records and routing stay bytes until somebody renders them."""
+
+    def __init__(self, returns: Returns, prompt_len: int) -> None:
+        self.returns = returns
+        self.prompt = bytearray()  # records of the prompt's tokens but the first, if they were asked for
+        self.routing = bytearray()  # of all computed positions
+        self._prompt_size = (prompt_len - 1) * returns.record_bytes if returns.prompt else 0
+        self._records = bytearray()  # of the output's tokens, from the first that was not taken
+        self._num_taken = 0  # records
+        self._cells = array.array("i")
+        self._num_cells = 0  # taken
+
+    def add(self, data: memoryview) -> None:
+        """A block. Raises ValueError when it is none that `returns` makes."""
+        block = unpack(data, self.returns)
+        missing = self._prompt_size - len(self.prompt)
+        self.prompt += block.records[:missing]
+        self._records += block.records[missing:]
+        self.routing += block.routing
+        self._cells.frombytes(block.cells.cast("b"))
+
+    def end(self, num_tokens: int) -> "array.array[int]":
+        """The output ends after so many tokens: drops the records behind them. The cells that nobody will take."""
+        size = self.returns.record_bytes
+        del self._records[(num_tokens - self._num_taken) * size :]
+        if not self._cells:
+            return array.array("i")
+        kept = self._prompt_size // size + num_tokens - self._num_cells
+        dropped = self._cells[kept:]
+        del self._cells[kept:]
+        return dropped
+
+    def take(self) -> bytes:
+        """The records of output tokens since the last call."""
+        taken = bytes(self._records)
+        self._num_taken += len(taken) // self.returns.record_bytes
+        self._records.clear()
+        return taken
+
+    def take_cells(self) -> tuple[int, "array.array[int]"]:
+        """The cells since the last call, each with the logits behind one record, to be released by the caller; and
+        which record the first belongs to, counted over those of the prompt and the output together."""
+        first, cells = self._num_cells, self._cells
+        self._num_cells += len(cells)
+        self._cells = array.array("i")
+        return first, cells
