@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test test-gpu lint format clean
+.PHONY: serve test test-gpu soak lint format clean
 
 # CONFIG=configs/production.toml serves that instead of the embedded demo.
 serve: $(VENV)/.installed
@@ -17,6 +17,11 @@ test: $(VENV)/.installed-test
 # Every CUDA path against its reference; collects nothing where there is no NVIDIA driver.
 test-gpu: $(VENV)/.installed-test
 	$(BIN)/python -m pytest tests/gpu
+
+# Random load for so many minutes (20 before a release), of which nothing may be left.
+MINUTES ?= 2
+soak: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

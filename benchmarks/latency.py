@@ -6,7 +6,8 @@ Works against any OpenAI endpoint; without --url it starts `nmoe serve` with the
 Poisson process of `--rate` per second, or in bursts of 8 at the same mean rate, whether or not the ones before them are
 done. One in `--long-every` has a long prompt. Printed: time to first token, time between tokens and to the end
 (percentiles), the worst stall of any running stream. --sweep doubles the rate until the SLO fails (TTFT p99 2 s,
-between tokens p99 100 ms, no failed request), then bisects. --plot needs matplotlib (`pip install nmoe[bench]`). The
+between tokens p99 100 ms, no failed request), then bisects until the highest rate that passes and the lowest that fails
+are within `--precision` of each other. --plot needs matplotlib (`pip install nmoe[bench]`). The
 last line is JSON.
 """
 
@@ -33,7 +34,6 @@ TTFT_P99_S, ITL_P99_S = 2.0, 0.1  # the SLO
 BURST = 8
 PERCENTILES = (50, 90, 99, 100)
 LEAST_RATE = 0.05  # requests per second: below it a sweep gives up
-PRECISION = 1.15  # between the highest rate that passes and the lowest that fails
 
 
 def arrivals(rate: float, seconds: float, kind: str, rng: random.Random) -> Iterator[float]:
@@ -91,7 +91,7 @@ def summary(rate: float, outcomes: list[Outcome]) -> dict[str, Any]:
 def sweep(url: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows at rates that double, then bisect (geometrically) between the last that passes and the first that fails."""
     best, fails, rate = 0.0, 0.0, arguments.rate
-    while not fails or not best or fails / best > PRECISION:
+    while not fails or not best or fails / best > arguments.precision:
         row = summary(rate, asyncio.run(offer(url, rate, arguments)))
         yield row
         if row["meets_slo"]:
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--url")
     parser.add_argument("--rate", type=float, default=4.0, help="requests per second; of a sweep the first")
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--precision", type=float, default=1.04, help="of a sweep: a ratio of two rates")
     parser.add_argument("--arrivals", choices=("poisson", "bursty"), default="poisson")
     parser.add_argument("--seconds", type=float, default=15.0, help="of arrivals, per rate")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a short prompt: half to twice as many")

@@ -1,5 +1,6 @@
 """One streaming request to any OpenAI endpoint, and when its parts came."""
 
+import asyncio
 import json
 import time
 from typing import Any
@@ -13,6 +14,7 @@ class Outcome(msgspec.Struct):
 
     began: float
     prompt_tokens: int
+    profile: str = ""
     arrivals: list[float] = []  # of the events with text, in order
     problem: str = ""
 
@@ -39,7 +41,7 @@ async def complete(
 ) -> Outcome:
     """A streaming completion, read to its end, or left after so many events."""
     began = time.monotonic()
-    outcome = Outcome(began, len(body["prompt"]))
+    outcome = Outcome(began, len(body["prompt"]), body.get("profile", ""))
     try:
         async with session.post(f"{url}/v1/completions", json=body | {"stream": True}) as response:
             if response.status != 200:
@@ -61,4 +63,22 @@ async def complete(
         outcome.problem = f"{type(error).__name__}: {error}"
         return outcome
     outcome.problem = "the stream ended without [DONE]"
+    return outcome
+
+
+async def answer(
+    session: aiohttp.ClientSession, url: str, body: dict[str, Any], leave_after: float | None = None
+) -> Outcome:
+    """A completion in one piece, or left after so many seconds; it has no arrivals."""
+    outcome = Outcome(time.monotonic(), len(body["prompt"]), body.get("profile", ""))
+    try:
+        async with asyncio.timeout(leave_after), session.post(f"{url}/v1/completions", json=body) as response:
+            text = await response.text()
+            if response.status != 200:
+                outcome.problem = f"{response.status} {text[:200]}"
+    except TimeoutError:
+        if leave_after is None:
+            outcome.problem = "no answer in time"
+    except aiohttp.ClientError as error:
+        outcome.problem = f"{type(error).__name__}: {error}"
     return outcome

@@ -2,11 +2,13 @@
 
     python -m benchmarks.soak [--minutes 20] [--world-size 2] [--clients 24]
 
-Each client sends one random request after another: prompts of 1 to 800 tokens, answers of 1 to 200, greedy or
-sampled, alone or two siblings, some with stop strings; a quarter of the clients leave before the end. Afterwards the
-server must be as it was: no request running or waiting, no page held, the descriptors and threads from before, and no
-process grown by more than GROWTH_MB since the first quarter of the time. Printed: how requests ended, the memory of
-each process, a histogram of the gaps between events of running streams with the longest. The last line is JSON.
+Each client sends one random request after another, in every profile that the server offers: prompts of 1 to 800
+tokens, answers of 1 to 200, greedy or sampled, alone or two siblings, some with stop strings; a quarter of the clients
+leave before the end. Afterwards the server must be as it was: no request running or waiting, no page held, the
+descriptors, threads and tasks from before, no process replaced (a scheduler ends whose idle ranks hold a page or a
+slot), and none grown by more than GROWTH_MB since the first quarter of the time. Printed: how requests ended, the
+memory of each process, a histogram of the gaps between events of running streams with the longest. The last line is
+JSON.
 """
 
 import argparse
@@ -17,12 +19,14 @@ import pathlib
 import random
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
 import numpy as np
 
-from benchmarks.openai_client import Outcome, complete
+from benchmarks.openai_client import Outcome, answer, complete
+from nmoe.profiles import PROFILES
 from tests.checkpoints import make_checkpoint
 from tests.serving import Server
 
@@ -33,8 +37,8 @@ LONGEST = 800  # tokens of a prompt: with 200 of output it fits the context of t
 WARM = 0.25  # share of the time after which memory counts
 
 
-def random_body(rng: random.Random, model: str) -> dict[str, Any]:
-    """A request of any kind that fits."""
+def random_body(rng: random.Random, model: str, profiles: Sequence[str]) -> dict[str, Any]:
+    """A request of any kind that fits; every second one in the first of `profiles`."""
     length = rng.randint(100, LONGEST) if rng.random() < 0.15 else rng.randint(1, 60)
     body: dict[str, Any] = {
         "model": model,
@@ -43,6 +47,7 @@ def random_body(rng: random.Random, model: str) -> dict[str, Any]:
         "temperature": rng.choice((0, 0.7, 1.0)),
         "ignore_eos": rng.random() < 0.5,
         "n": rng.choice((1, 1, 1, 2)),
+        "profile": profiles[0] if rng.random() < 0.5 else rng.choice(profiles),
     }
     if rng.random() < 0.3:
         body["prompt"] = [7] * length  # shares pages with its like
@@ -53,20 +58,35 @@ def random_body(rng: random.Random, model: str) -> dict[str, Any]:
     return body
 
 
-async def client(server: Server, seed: int, until: float, outcomes: list[Outcome]) -> None:
+async def offered(server: Server) -> list[str]:
+    """The profiles that the server serves, those that stream first."""
+    names = sorted(PROFILES, key=lambda name: not PROFILES[name].streams)
+    async with aiohttp.ClientSession() as session:
+        bodies = [{"model": server.model, "prompt": [7], "max_tokens": 1, "profile": name} for name in names]
+        found = [await answer(session, server.url, body) for body in bodies]
+    return [name for name, outcome in zip(names, found, strict=True) if not outcome.problem]
+
+
+async def client(server: Server, seed: int, until: float, profiles: Sequence[str], outcomes: list[Outcome]) -> None:
     """One request after the other."""
     rng = random.Random(seed)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         while time.monotonic() < until:
-            leave = rng.randint(0, 30) if rng.random() < 0.25 else None
-            outcomes.append(await complete(session, server.url, random_body(rng, server.model), leave))
+            leaves = rng.random() < 0.25
+            body = random_body(rng, server.model, profiles)
+            if PROFILES[body["profile"]].streams:
+                outcome = await complete(session, server.url, body, rng.randint(0, 30) if leaves else None)
+            else:
+                outcome = await answer(session, server.url, body, rng.uniform(0, 0.5) if leaves else None)
+            outcomes.append(outcome)
 
 
 async def load(server: Server, seconds: float, clients: int) -> tuple[list[Outcome], dict[str, int]]:
     """All clients at once; what they saw, and the memory of each process after the first quarter, in bytes."""
     outcomes: list[Outcome] = []
-    began = time.monotonic()
-    running = [asyncio.create_task(client(server, seed, began + seconds, outcomes)) for seed in range(clients)]
+    profiles = await offered(server)
+    until = time.monotonic() + seconds
+    running = [asyncio.create_task(client(server, seed, until, profiles, outcomes)) for seed in range(clients)]
     await asyncio.sleep(seconds * WARM)
     warm = await asyncio.to_thread(memory, server)
     await asyncio.gather(*running)
@@ -94,16 +114,18 @@ def held(server: Server) -> dict[str, float]:
         "descriptors": sum(process.num_fds() for process in family),
         "threads": sum(process.num_threads() for process in family),
         "processes": len(family),
+        "tasks": sum(value for key, value in server.metrics().items() if key.split("{")[0] == "nmoe:num_tasks"),
     }
 
 
 def run(server: Server, seconds: float, clients: int) -> dict[str, Any]:
     """The whole soak against a running server."""
     asyncio.run(load(server, 1.0, clients))  # every pool and cache of descriptors has its size
-    before = held(server)
+    before, family = held(server), {process.pid for process in server.family()}
     outcomes, warm = asyncio.run(load(server, seconds, clients))
     after = held(server)
     grown = {name: round((now - warm[name]) / 2**20, 1) for name, now in memory(server).items()}
+    restarted = [process.name() for process in server.family() if process.pid not in family]
     gaps = [gap for outcome in outcomes for gap in outcome.gaps]
     counts = np.histogram(gaps, (0.0, *STALLS_S, np.inf))[0].tolist()
     problems = collections.Counter(outcome.problem for outcome in outcomes if outcome.problem)
@@ -112,7 +134,9 @@ def run(server: Server, seconds: float, clients: int) -> dict[str, Any]:
         "seconds": seconds,
         "clients": clients,
         "requests": len(outcomes),
+        "profiles": dict(collections.Counter(outcome.profile for outcome in outcomes).most_common()),
         "problems": dict(problems.most_common(5)),
+        "restarted": restarted,
         "leaked": {name: after[name] - before[name] for name in before if after[name] != before[name]},
         "grown_mb": grown,
         "growth_bound_mb": GROWTH_MB,
@@ -125,7 +149,8 @@ def failures(result: dict[str, Any]) -> list[str]:
     """What is not as it must be."""
     grown = [f"{name} grew by {by} MB" for name, by in result["grown_mb"].items() if by > GROWTH_MB]
     leaked = [f"{name}: {by:+g}" for name, by in result["leaked"].items()]
-    return grown + leaked + [f"{count} x {problem}" for problem, count in result["problems"].items()]
+    restarted = [f"{name} was restarted" for name in result["restarted"]]
+    return grown + leaked + restarted + [f"{count} x {problem}" for problem, count in result["problems"].items()]
 
 
 def main() -> None:

@@ -75,6 +75,7 @@ SPECS = (
     _seconds("nmoe:time_to_first_token_seconds", "From arrival to the first new token"),
     _seconds("nmoe:inter_token_latency_seconds", "Between two tokens of a request"),
     _seconds("nmoe:e2e_request_latency_seconds", "From arrival to the end"),
+    Spec("nmoe:num_tasks", "gauge", "Tasks in the frontends' event loops: one per connection, few besides"),
     Spec("nmoe:heartbeat_seconds", "gauge", "When the process last said it lives, on CLOCK_MONOTONIC", exposed=False),
     Spec("nmoe:step_deadline_seconds", "gauge", "When the oldest step is overdue; 0: none is due", exposed=False),
 )

@@ -188,6 +188,7 @@ class Engine:
                 for rank in range(len(self.workers)):
                     self.answer(rank)
         assert self.scheduler.idle, "work is left but nothing is planned"
+        self.scheduler.check_idle()
         assert all(client.ended for client in self.clients.values())
 
     def starved(self) -> bool:

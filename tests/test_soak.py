@@ -1,6 +1,8 @@
 """The soak of benchmarks/soak.py in small: about 20 seconds of random load on two workers, and nothing is left of it.
 
-It is the suite's longest test: what leaks once per request needs some thousand requests to show.
+It is the suite's longest test. What leaks once per request shows after some hundred of them, since pages, slots,
+descriptors, threads and tasks are counted exactly. Only the growth of memory needs minutes; two of them would be half
+of the time that the whole suite may take, so `make soak` has them, and `make soak MINUTES=20` goes before a release.
 """
 
 from benchmarks import soak

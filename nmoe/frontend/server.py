@@ -126,6 +126,7 @@ class Frontend:
     async def _beat(self) -> None:
         while True:
             self._row.set("nmoe:heartbeat_seconds", time.monotonic())
+            self._row.set("nmoe:num_tasks", len(asyncio.all_tasks()))
             await asyncio.sleep(_HEARTBEAT_S)
 
     def _receive(self, message: SchedulerToFrontend) -> None:

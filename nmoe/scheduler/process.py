@@ -138,6 +138,8 @@ class Process:
                 self._report.update(self._policy)
             if self._policy is None or self._policy.idle:
                 gc.collect()
+            if self._policy and self._policy.idle:
+                self._policy.check_idle()
 
     def _rest(self) -> list[Any] | None:
         """Sleep until something comes or the heart must beat: the links that have something. None when the launcher has

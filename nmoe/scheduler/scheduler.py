@@ -281,6 +281,13 @@ class Scheduler:
         """Whether no request is open and no step in flight."""
         return not self._requests and not self._flights
 
+    def check_idle(self) -> None:
+        """Raises RuntimeError when slots are held though no request is open. Pages are checked as they are released."""
+        table = self._ranks.table
+        held = [self.limits.num_slots - table.num_free(rank) for rank in range(self.limits.world_size)]
+        if any(held):
+            raise RuntimeError(f"the engine is idle, and slots are held: {held} by rank")
+
     @property
     def num_waiting(self) -> int:
         """Requests that are in no batch: queued, or waiting for a sibling's prompt."""
