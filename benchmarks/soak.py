@@ -7,13 +7,14 @@ tokens, answers of 1 to 200, greedy or sampled, alone or two siblings, some with
 leave before the end. Afterwards the server must be as it was: no request running or waiting, no page held, the
 descriptors, threads and tasks from before, no process replaced (a scheduler ends whose idle ranks hold a page or a
 slot), and none grown by more than GROWTH_MB since the first quarter of the time. Printed: how requests ended, the
-memory of each process, a histogram of the gaps between events of running streams with the longest. The last line is
-JSON.
+memory of each process, a histogram of the gaps between events of running streams with the longest, how late the clients
+themselves were, and the frontends' own histogram of gaps. The last line is JSON.
 """
 
 import argparse
 import asyncio
 import collections
+import gc
 import json
 import pathlib
 import random
@@ -81,16 +82,28 @@ async def client(server: Server, seed: int, until: float, profiles: Sequence[str
             outcomes.append(outcome)
 
 
-async def load(server: Server, seconds: float, clients: int) -> tuple[list[Outcome], dict[str, int]]:
-    """All clients at once; what they saw, and the memory of each process after the first quarter, in bytes."""
+async def lateness(until: float) -> float:
+    """The longest time, in seconds, by which this process came late to a timer: it may be starved as well as the
+    server."""
+    longest = 0.0
+    while (now := time.monotonic()) < until:
+        await asyncio.sleep(0.01)
+        longest = max(longest, time.monotonic() - now - 0.01)
+    return longest
+
+
+async def load(server: Server, seconds: float, clients: int) -> tuple[list[Outcome], dict[str, int], float]:
+    """All clients at once; what they saw, the memory of each process after the first quarter in bytes, and how late the
+    clients were."""
     outcomes: list[Outcome] = []
     profiles = await offered(server)
     until = time.monotonic() + seconds
     running = [asyncio.create_task(client(server, seed, until, profiles, outcomes)) for seed in range(clients)]
+    late = asyncio.create_task(lateness(until))
     await asyncio.sleep(seconds * WARM)
     warm = await asyncio.to_thread(memory, server)
     await asyncio.gather(*running)
-    return outcomes, warm
+    return outcomes, warm, await late
 
 
 def memory(server: Server) -> dict[str, int]:
@@ -118,11 +131,21 @@ def held(server: Server) -> dict[str, float]:
     }
 
 
+def gaps_by_server(server: Server) -> dict[str, float]:
+    """How many gaps between tokens the frontends have seen, by upper bound in seconds: cumulative as Prometheus has
+    it."""
+    bucket = "nmoe:inter_token_latency_seconds_bucket{"
+    return {key.split('"')[1]: count for key, count in server.metrics().items() if key.startswith(bucket)}
+
+
 def run(server: Server, seconds: float, clients: int) -> dict[str, Any]:
     """The whole soak against a running server."""
+    gc.freeze()  # looking at all that is imported for the tests would hold the clients up for most of a second
     asyncio.run(load(server, 1.0, clients))  # every pool and cache of descriptors has its size
     before, family = held(server), {process.pid for process in server.family()}
-    outcomes, warm = asyncio.run(load(server, seconds, clients))
+    earlier = gaps_by_server(server)
+    outcomes, warm, late = asyncio.run(load(server, seconds, clients))
+    gc.unfreeze()
     after = held(server)
     grown = {name: round((now - warm[name]) / 2**20, 1) for name, now in memory(server).items()}
     restarted = [process.name() for process in server.family() if process.pid not in family]
@@ -142,6 +165,8 @@ def run(server: Server, seconds: float, clients: int) -> dict[str, Any]:
         "growth_bound_mb": GROWTH_MB,
         "stalls": dict(zip([*(f"<= {bound:g} s" for bound in STALLS_S), "longer"], counts, strict=True)),
         "longest_stall_s": round(max(gaps, default=0.0), 3),
+        "clients_late_s": round(late, 3),
+        "stalls_by_server": {le: count - earlier[le] for le, count in gaps_by_server(server).items()},
     }
 
 
