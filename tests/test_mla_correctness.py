@@ -8,11 +8,15 @@ import pytest
 import torch
 
 from nmoe.architecture import Architecture, Rope, Yarn, expected_tensors
+from nmoe.profiles import Numerics
+from nmoe.worker.kernels import ops_for
 from nmoe.worker.kernels.mla import absorbed_is_cheaper
 from nmoe.worker.kernels.rope import rope_table
 from nmoe.worker.model import mla
 from nmoe.worker.model.mla import Attention, AttentionPlan
 from tests.stepping import Stepper
+
+OPS = ops_for(torch.device("cpu"), Numerics.FAST)
 
 BASE = Architecture(
     model_type="deepseek_v3",
@@ -177,7 +181,7 @@ class Layer:
         batch = self.stepper.batch(rows, decodes=decodes)
         plan = AttentionPlan.of(batch, self.stepper.cache, self.rope, self.architecture, torch.float32)
         x_TD = self.inputs.flatten(0, 1)[batch.ids_T]
-        out = self.attention.forward(x_TD, plan, self.stepper.cache.rows_LNSC[0].flatten(0, 1))
+        out = self.attention.forward(x_TD, plan, self.stepper.cache.rows_LNSC[0].flatten(0, 1), OPS)
         return out.split([count for _, count in rows])
 
     def direct(self, which, length):
@@ -245,7 +249,7 @@ def test_a_recomputed_last_token_is_not_written():
     batch = layer.stepper.batch([(sequence, 1)], write=False)
     plan = AttentionPlan.of(batch, layer.stepper.cache, layer.rope, BASE, torch.float32)
     rows = layer.stepper.cache.rows_LNSC[0].flatten(0, 1)
-    close(layer.attention.forward(layer.inputs[0, 11:12], plan, rows), whole[11:])
+    close(layer.attention.forward(layer.inputs[0, 11:12], plan, rows, OPS), whole[11:])
     assert torch.equal(before[:, :-1].nan_to_num(7.0), layer.stepper.cache.rows_LNSC[:, :-1].nan_to_num(7.0))
 
 

@@ -8,6 +8,8 @@ import dataclasses
 
 import torch
 
+from nmoe.worker.chunks import Chunks
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Batch:
@@ -15,16 +17,23 @@ class Batch:
 
     Row r's tokens are `ids_T[starts[r] : starts[r + 1]]`; it attends to its first `contexts[r]` positions, the last
     of which is its own last token. `write_T` says where each token's cache row goes, as `page * page_size + offset`;
-    a token that must not be written (already in a shared page, or padding) points into the reserved page.
+    a token that must not be written (already in a shared page, or padding) points into the reserved page. Integers are
+    int32 or int64.
+
+    A captured step serves any rows that fit, so what the host knows of them is on the device instead: `starts` and
+    `contexts` are empty, `decodes_R` has the decode rows' positions and `chunks` the other rows. Then any of the first
+    `num_decodes` rows may be no decode row; what attention gives it is overwritten by its chunk's.
     """
 
-    ids_T: torch.Tensor  # int64 [T]
-    positions_T: torch.Tensor  # int64 [T]
-    write_T: torch.Tensor  # int64 [T]
+    ids_T: torch.Tensor  # [T]
+    positions_T: torch.Tensor  # [T]
+    write_T: torch.Tensor  # [T]
     starts: list[int]  # [R + 1]
     contexts: list[int]  # [R], tokens
-    pages_RP: torch.Tensor  # int64 [R, P]; entries past a row's context are the reserved page
+    pages_RP: torch.Tensor  # [R, P]; entries past a row's context mean nothing
     num_decodes: int  # rows [0, num_decodes) have one token each
+    decodes_R: torch.Tensor | None = None  # int32 [num_decodes]
+    chunks: Chunks | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

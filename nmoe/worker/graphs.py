@@ -1,29 +1,33 @@
-"""Decode steps as CUDA graphs, one per batch size of a ladder.
+"""Steps as CUDA graphs: decode steps over a ladder of batch sizes, steps with chunks over a ladder of token counts.
 
-A step of rows that each go on from their slot's last token needs nothing from the host but where its rows are: slots,
-positions, where their cache rows go, and pages. They go up in one copy from pinned memory into a place the graphs read;
-a batch between two sizes is filled up with rows that belong to nobody. Several staging buffers take turns, so that a
-step can be launched while the copies of those in flight may still be under way.
+A captured step reads all that it needs of its rows from words at a fixed place (inputs.py) and from the tables of the
+slots, so one graph serves any split of its tokens into decodes and chunks; tokens and rows that are missing belong to
+nobody. Steps beyond the ladders are launched kernel by kernel: those of more tokens, and those whose chunks' contexts
+are more than `_CONTEXTS` together. Their kernels are long, so that the host is ahead of the device all the same.
 
-Shape suffixes: R rows, padded to the graph's size, P pages of a slot, V vocabulary.
+Shape suffixes: R rows, T tokens, padded to the graph's sizes, V vocabulary.
 """
 
 import bisect
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from nmoe.messages import CHANNEL_DECODE
+from nmoe.messages import CHANNEL_DECODE, CHANNEL_PREFILL, Step
 from nmoe.profiles import Numerics
 from nmoe.worker.batch import Batch, KVCache
+from nmoe.worker.chunks import BLOCK, TILE
+from nmoe.worker.inputs import Layout, Parts, locate, write_chunks, write_rows
 from nmoe.worker.model import Model
+from nmoe.worker.rows import Rows
 from nmoe.worker.sampler import greedy
+from nmoe.worker.slots import DeviceSlots, SlotTable
 
-_STAGES = 3  # one more than the steps in flight
-_HEAD = 2  # words of a graph's inputs before those of its rows: how many rows there are, and one to keep 16 bytes whole
+Array = npt.NDArray[Any]
 
-Int64s = npt.NDArray[np.int64]
+_CONTEXTS = 16384  # positions that the chunks of a captured step can attend to, each context in whole blocks
 
 
 def ladder(largest: int) -> list[int]:
@@ -34,87 +38,119 @@ def ladder(largest: int) -> list[int]:
     return [*(size for size in sizes if size < largest), largest]
 
 
-class DecodeGraphs:
-    """The captured steps of one model, cache and slot table."""
+def chunk_ladder(largest: int) -> list[int]:
+    """The token counts of captured steps with chunks. Up to 512 tokens a step takes hardly longer for padding."""
+    sizes = [16, 32, 64, 128, 256, 384, *range(512, largest, 128)]
+    return [*(size for size in sizes if size < largest), largest]
 
-    def __init__(
-        self, model: Model, cache: KVCache, last_S: torch.Tensor, pages_per_slot: int, max_batch_size: int
-    ) -> None:
-        """Capture all sizes; `last_S` has one more entry than there are slots, for the rows that belong to nobody."""
-        self._model, self._cache, self._last_S = model, cache, last_S
-        self._pages = pages_per_slot
-        self._sizes = ladder(max_batch_size)
-        words = _HEAD + max_batch_size * (3 + pages_per_slot)
-        self._inputs = torch.zeros(words, dtype=torch.int64, device=model.device)
-        self._staging = [torch.zeros(words, dtype=torch.int64).pin_memory() for _ in range(_STAGES)]
-        self._turn = 0
-        self._logits_RV = torch.empty(
-            max_batch_size, model.architecture.vocab_size, dtype=model.dtype, device=model.device
-        )
-        self._tokens_R = torch.empty(max_batch_size, dtype=torch.int32, device=model.device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._capture()
 
-    def covers(self, rows: int) -> bool:
-        """Whether a step of so many rows can be replayed."""
-        return 0 < rows <= self._sizes[-1]
+class StepGraph:
+    """One captured step. Its results are overwritten by the next launch of any graph."""
 
-    def launch(
-        self, num_tokens: int, slots: Int64s, positions: Int64s, places: Int64s, pages_RP: Int64s
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Replay the step of these rows: their logits [R, V] in the model's dtype and greedy tokens, int32 [R].
+    def __init__(self, numerics: Numerics, channel: int, layout: Layout, inputs: torch.Tensor) -> None:
+        self.numerics, self.channel = numerics, channel
+        self.layout = layout
+        self.inputs = inputs
+        self.graph = torch.cuda.CUDAGraph()
+        self.hidden_TD: torch.Tensor  # after the final norm
+        self.logits_RV: torch.Tensor | None = None  # of a decode step, in the model's dtype
+        self.tokens_R: torch.Tensor  # of a decode step: the greedy tokens, which are their slots' last ones now
 
-        `num_tokens` are those of the rank with most, so that all ranks replay the same size; this one may have none.
-        Both are overwritten by the next launch. The greedy tokens have become their slots' last ones.
-        """
-        rows = len(slots)
-        size = self._sizes[bisect.bisect_left(self._sizes, num_tokens)]
-        staging = self._staging[self._turn]
-        self._turn = (self._turn + 1) % _STAGES
-        host = staging.numpy()[: _HEAD + size * (3 + self._pages)]
-        host[0] = rows
-        head_3R = host[_HEAD : _HEAD + 3 * size].reshape(3, size)
-        table_RP = host[_HEAD + 3 * size :].reshape(size, self._pages)
-        head_3R[:, :rows] = slots, positions, places
-        head_3R[:, rows:] = self._nobody()
-        table_RP[:rows, : pages_RP.shape[1]] = pages_RP
-        table_RP[rows:, 0] = self._cache.num_pages
-        self._inputs[: len(host)].copy_(staging[: len(host)], non_blocking=True)
-        self._graphs[size].replay()
-        return self._logits_RV[:rows], self._tokens_R[:rows]
+    def replay(self) -> None:
+        """Run it, on what was uploaded to `inputs`."""
+        self.graph.replay()
 
-    def _nobody(self) -> Int64s:
-        """Slot, position and place of a padding row, int64 [3, 1]: the reserved page's first position."""
-        return np.array([[len(self._last_S) - 1], [0], [self._cache.num_pages * self._cache.page_size]], np.int64)
+    def write_chunks(self, parts: Parts[Array], rows: Rows, ends: Array) -> None:
+        """What it needs to know of the chunks, if it is for steps that have some."""
+        if self.channel == CHANNEL_PREFILL:
+            write_chunks(parts, rows, ends)
 
-    def _capture(self) -> None:
-        host = self._staging[0].numpy()
-        pool = torch.cuda.graph_pool_handle()
-        for size in reversed(self._sizes):
-            host[0] = 0
-            host[_HEAD : _HEAD + 3 * size].reshape(3, size)[:] = self._nobody()
-            host[_HEAD + 3 * size : _HEAD + size * (3 + self._pages)] = self._cache.num_pages
-            self._inputs.copy_(self._staging[0])
-            self._step(size)  # compiles its kernels, outside the capture
-            self._graphs[size] = graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                self._step(size)
 
-    def _step(self, size: int) -> None:
-        rows, inputs = self._inputs[:1], self._inputs[_HEAD : _HEAD + size * (3 + self._pages)]
-        slots_R, positions_R, places_R = inputs[: 3 * size].view(3, size).unbind()
-        self._model.exchange.begin(CHANNEL_DECODE, size, rows)
+class StepGraphs:
+    """The captured steps of one model, cache and slots."""
+
+    def __init__(self, model: Model, cache: KVCache, slots: DeviceSlots, max_batch_size: int, max_chunk: int) -> None:
+        """Capture the fast class; the exact one is captured as its steps come, since few servers have any."""
+        self._model, self._cache, self._slots = model, cache, slots
+        self._max_batch_size = max_batch_size
+        self._sizes = {
+            CHANNEL_DECODE: ladder(max_batch_size),
+            CHANNEL_PREFILL: chunk_ladder(max_batch_size + max_chunk),
+        }
+        most = self._layout(CHANNEL_PREFILL, self._sizes[CHANNEL_PREFILL][-1])
+        self._inputs = torch.zeros(most.size + 2 * slots.pages_SP.numel(), dtype=torch.int32, device=model.device)
+        vocab = model.architecture.vocab_size
+        self._logits_RV = torch.empty(max_batch_size, vocab, dtype=model.dtype, device=model.device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
+        self._graphs: dict[tuple[Numerics, int, int], StepGraph] = {}
+        for channel, sizes in self._sizes.items():
+            for size in reversed(sizes):
+                self._graph(Numerics.FAST, channel, size)
+
+    def find(self, step: Step, rows: Rows, ends: Array) -> StepGraph | None:
+        """The graph for this step, if there is one; the same on all ranks but for where contexts are too long."""
+        decodes = step.channel == CHANNEL_DECODE
+        sizes = self._sizes[step.channel]
+        if not 0 < step.num_tokens <= sizes[-1] or len(rows.slots) > self._max_batch_size:
+            return None
+        if decodes and rows.num_ids:
+            return None
+        if -(-ends[rows.num_decodes :] // BLOCK).sum() * BLOCK > _CONTEXTS:
+            return None
+        return self._graph(step.numerics, step.channel, sizes[bisect.bisect_left(sizes, step.num_tokens)])
+
+    def _layout(self, channel: int, size: int) -> Layout:
+        rows = min(size, self._max_batch_size)
+        if channel == CHANNEL_DECODE:
+            return Layout(rows, size)
+        # The padding is cut into tiles too.
+        return Layout(rows, size, tiles=size // TILE + rows + 1, blocks=_CONTEXTS // BLOCK)
+
+    def _graph(self, numerics: Numerics, channel: int, size: int) -> StepGraph:
+        if (graph := self._graphs.get((numerics, channel, size))) is None:
+            graph = self._graphs[numerics, channel, size] = self._capture(numerics, channel, size)
+        return graph
+
+    def _capture(self, numerics: Numerics, channel: int, size: int) -> StepGraph:
+        layout = self._layout(channel, size)
+        graph = StepGraph(numerics, channel, layout, self._inputs)
+        words = np.zeros(layout.size, np.int32)
+        parts = layout.parts(words)
+        nobody = Rows.of(np.empty((0, 4), np.int32), SlotTable(0, 0, 1, 0))
+        write_rows(parts, nobody, nobody.slots, nobody.slots, nobody=self._slots.nobody)
+        graph.write_chunks(parts, nobody, nobody.slots)
+        torch.cuda.synchronize()
+        self._inputs[: layout.size].copy_(torch.from_numpy(words))
+        with torch.cuda.stream(self._stream):
+            self._step(graph)  # compiles its kernels, outside the capture
+            self._stream.synchronize()
+            # torch.cuda.graph would collect garbage first, which takes longer than the capture.
+            graph.graph.capture_begin(pool=self._pool)
+            self._step(graph)
+            graph.graph.capture_end()
+        return graph
+
+    def _step(self, graph: StepGraph) -> None:
+        layout, numerics = graph.layout, graph.numerics
+        parts = layout.parts(self._inputs)
+        self._model.exchange.begin(graph.channel, layout.tokens, parts.real)
+        ids_T, positions_T, write_T, pages_RP = locate(parts, self._slots, self._cache.page_size)
         batch = Batch(
-            ids_T=self._last_S[slots_R],
-            positions_T=positions_R,
-            write_T=places_R,
+            ids_T=ids_T,
+            positions_T=positions_T,
+            write_T=write_T,
             starts=[],
             contexts=[],
-            pages_RP=inputs[3 * size :].view(size, self._pages),
-            num_decodes=size,
+            pages_RP=pages_RP,
+            num_decodes=layout.rows,
+            decodes_R=parts.decodes,
+            chunks=layout.chunks(parts, _CONTEXTS) if graph.channel == CHANNEL_PREFILL else None,
         )
-        logits_RV = self._logits_RV[:size]
-        self._model.logits_into(self._model.forward(batch, self._cache, Numerics.FAST), logits_RV, Numerics.FAST)
-        tokens_R = greedy(logits_RV)
-        self._tokens_R[:size].copy_(tokens_R)
-        self._last_S.index_copy_(0, slots_R, tokens_R)
+        graph.hidden_TD = self._model.forward(batch, self._cache, numerics)
+        if graph.channel == CHANNEL_PREFILL:
+            return
+        graph.logits_RV = self._logits_RV[: layout.rows]
+        self._model.logits_into(graph.hidden_TD, graph.logits_RV, numerics)
+        graph.tokens_R = greedy(graph.logits_RV)
+        self._slots.remember(parts.sampling_slots, graph.tokens_R)

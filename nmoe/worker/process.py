@@ -45,6 +45,7 @@ from nmoe.worker.weights import ReportProgress
 _log = logging.getLogger("nmoe.worker")
 _HEARTBEAT_S = 1.0
 _PROGRESS_S = 0.1
+_CAPTURED_CHUNK = 4096  # tokens; longer kernels keep the device busy while the host launches the next
 
 
 def main(boot: ipc.Boot) -> None:
@@ -219,7 +220,7 @@ def _load(boot: ipc.Boot) -> tuple[Runner, int] | None:
         longest = min(checkpoint.max_seq_len, most)
         warm_up_prefills(runner, cache, longest, min(most, longest * config.engine.max_batch_size))
         if config.engine.enable_cuda_graph:
-            runner.capture(config.engine.max_batch_size)
+            runner.capture(config.engine.max_batch_size, min(most, _CAPTURED_CHUNK))
     _log.info(
         "worker %d: weights in %.1f s, %d pages of %d tokens and warm-up in %.1f s",
         boot.index,

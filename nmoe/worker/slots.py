@@ -1,14 +1,17 @@
 """What a worker remembers of its requests, one row per slot, so that a Step can be a delta.
 
+The host keeps what it must check a Step against; the device keeps what a step reads: the page table and the last
+tokens. The host never holds a page table of its own: what a Step adds goes up with the step's other inputs.
+
 Shape suffixes: S slots, P pages of a slot, R rows of a step.
 
 Invariants, checked on every step with one vectorised pass each:
-- `pages[s, : lengths[s]]` are the slot's pages in the order of its positions; every later entry is the reserved page.
+- `pages_SP[s, : lengths[s]]` are the slot's pages in the order of its positions; what lies behind them means nothing.
 - Positions below `ends[s]` have their cache rows, written by this slot or shared; a row starts at `ends[s]`. Only
   before a slot has computed anything may a row start lower, to recompute the last of the shared positions.
 - Positions below `floors[s]` lie in shared pages and are never written.
-- `last_S[s]` is the slot's last sampled token. It lives on the device, in device order: a step may read it before the
-  host has seen it. `sampled[s]` says that there is one.
+- `last_S[s]` is the slot's last sampled token. A step may read it before the host has seen it. `sampled[s]` says that
+  there is one.
 
 A Step that breaks an invariant is a defect of the scheduler and raises MalformedStep.
 """
@@ -29,16 +32,32 @@ class MalformedStep(AssertionError):
     """A Step contradicts what the worker knows; the message names the row."""
 
 
-class SlotTable:
-    """The slots of one rank. Host arrays, but for `last_S`."""
+class DeviceSlots:
+    """What the device knows of the slots, in device order. The last slot is nobody's: padding rows read it and write
+    its last token; its pages are the reserved one."""
 
-    def __init__(
-        self, num_slots: int, pages_per_slot: int, page_size: int, num_pages: int, device: torch.device
-    ) -> None:
+    def __init__(self, num_slots: int, pages_per_slot: int, num_pages: int, device: torch.device) -> None:
+        self.nobody = num_slots
+        self.pages_SP = torch.full((num_slots + 1, pages_per_slot), num_pages, dtype=torch.int32, device=device)
+        self.last_S = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
+
+    def append(self, assigned_2N: torch.Tensor) -> None:
+        """`SlotTable.append_pages`' result: where in the flattened table, and which pages. int32, on the device."""
+        self.pages_SP.view(-1).index_put_((assigned_2N[0],), assigned_2N[1])
+
+    def remember(self, slots_N: torch.Tensor, tokens_N: torch.Tensor) -> None:
+        """These are the slots' last tokens now. `slots_N` int32."""
+        self.last_S.index_put_((slots_N,), tokens_N.int())
+
+
+class SlotTable:
+    """The slots of one rank, as the host knows them."""
+
+    def __init__(self, num_slots: int, pages_per_slot: int, page_size: int, num_pages: int) -> None:
         self.num_slots = num_slots
+        self.pages_per_slot = pages_per_slot
         self.page_size = page_size
         self.num_pages = num_pages  # the reserved page has this number
-        self.pages = np.full((num_slots, pages_per_slot), num_pages, np.int64)
         self.lengths = np.zeros(num_slots, np.int64)  # pages
         self.ends = np.zeros(num_slots, np.int64)  # positions
         self.floors = np.zeros(num_slots, np.int64)  # positions
@@ -48,12 +67,9 @@ class SlotTable:
         self.top_p = np.ones(num_slots, np.float64)
         self.min_p = np.zeros(num_slots, np.float64)
         self.seeds = np.zeros(num_slots, np.int64)
-        # One entry more, for rows of a captured step that belong to nobody.
-        self.last_S = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
 
     def reset(self) -> None:
         """Forget every request."""
-        self.pages.fill(self.num_pages)
         for array in (self.lengths, self.ends, self.floors, self.sampled):
             array.fill(0)
 
@@ -63,7 +79,6 @@ class SlotTable:
             slot = admit.slot
             if not 0 <= slot < self.num_slots:
                 raise MalformedStep(f"admit: slot {slot} of {self.num_slots}")
-            self.pages[slot, : self.lengths[slot]] = self.num_pages
             self.lengths[slot] = 0
             self.ends[slot] = self.floors[slot] = admit.cached
             self.sampled[slot] = False
@@ -74,8 +89,9 @@ class SlotTable:
             self.min_p[slot] = sampling.min_p
             self.seeds[slot] = sampling.seed
 
-    def append_pages(self, assigned: Array) -> None:
-        """Append to the slots' page lists: [N, 2] of (slot, page), in this order."""
+    def append_pages(self, assigned: Array) -> Array:
+        """Append to the slots' page lists: [N, 2] of (slot, page), in this order. What `DeviceSlots.append` takes,
+        int32 [2, N]."""
         slots, pages = assigned[:, 0], assigned[:, 1]
         if slots.min(initial=0) < 0 or slots.max(initial=0) >= self.num_slots:
             raise MalformedStep(f"pages: slots {slots.min()} to {slots.max()} of {self.num_slots}")
@@ -86,11 +102,11 @@ class SlotTable:
         # The how-maniest of its slot in this step each page is.
         nth = np.arange(len(slots)) - np.searchsorted(slots, slots)
         places = self.lengths[slots] + nth
-        if places.max(initial=0) >= self.pages.shape[1]:
+        if places.max(initial=0) >= self.pages_per_slot:
             row = int(places.argmax())
-            raise MalformedStep(f"pages: slot {slots[row]} gets more than the {self.pages.shape[1]} a request can have")
-        self.pages[slots, places] = pages
+            raise MalformedStep(f"pages: slot {slots[row]} gets more than the {self.pages_per_slot} a request can have")
         np.maximum.at(self.lengths, slots, places + 1)
+        return np.stack((slots.astype(np.int64) * self.pages_per_slot + places, pages)).astype(np.int32)
 
     def advance(self, slots: Array, firsts: Array, counts: Array) -> Array:
         """Move the rows' slots on by `counts` positions from `firsts`; gives their new ends. All int64 [R]."""
@@ -103,23 +119,6 @@ class SlotTable:
             self._refuse(ends > room, slots, "ends at position {}, its slot's pages hold {}", ends, room)
         self.ends[slots] = ends
         return ends
-
-    def pages_of(self, slots: Array, ends: Array) -> Array:
-        """The page lists of the rows, [R, P] as in `Batch.pages_RP`."""
-        needed = -(-ends // self.page_size)
-        pages_RP = self.pages[:, : needed.max(initial=0)][slots]
-        if (self.lengths[slots] != needed).any():
-            pages_RP[np.arange(pages_RP.shape[1]) >= needed[:, None]] = self.num_pages
-        return pages_RP
-
-    def places_of(self, slots: Array, positions: Array) -> Array:
-        """Where each token's cache row goes, as in `Batch.write_T`, from the tokens' slots and positions."""
-        page, offset = np.divmod(positions, self.page_size)
-        pages = self.pages[slots, page]
-        shared = positions < self.floors[slots]
-        if shared.any():
-            pages[shared] = self.num_pages
-        return pages * self.page_size + offset
 
     @staticmethod
     def _refuse(wrong: Array, slots: Array, text: str, *numbers: Array) -> None:

@@ -4,11 +4,13 @@ bfloat16 results of float32 sums lie within 4e-3 of the reference (relative, ove
 """
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from nmoe.architecture import read_architecture
+from nmoe.worker.inputs import Layout, locate, write_chunks, write_rows
 from nmoe.worker.kernels import (
     experts,
     experts_fp8_triton,
@@ -25,8 +27,10 @@ from nmoe.worker.kernels.mla import Up, absorbed_decode
 from nmoe.worker.kernels.mla_decode_triton import absorbed_decode as absorbed_decode_gpu
 from nmoe.worker.kernels.mla_decode_triton import page_prefix
 from nmoe.worker.kernels.mla_inputs_triton import rope_and_cache
-from nmoe.worker.kernels.mla_prefill_triton import BLOCK_M, Tiles, expanded_chunks
+from nmoe.worker.kernels.mla_prefill_triton import expanded_chunks
 from nmoe.worker.kernels.rope import apply_rope, rope_table
+from nmoe.worker.rows import Rows
+from nmoe.worker.slots import DeviceSlots, SlotTable
 
 GPU = torch.device("cuda")
 BF16 = torch.bfloat16
@@ -212,28 +216,63 @@ def test_absorbed_decode_gives_the_same_bits_twice():
 
 
 @pytest.mark.parametrize("heads", [16, 128])
-def test_expanded_chunks(heads):
-    """Full prefills and chunks on prefixes of every alignment, behind other rows of the step."""
-    rows = [(200, 200), (1, 77), (130, 400), (64, 64), (129, 1000), (2, 2)]
-    queries, contexts = [3], [0]
-    for count, context in rows:
-        queries.append(queries[-1] + count)
-        contexts.append(contexts[-1] + context)
-    q, kv = random(queries[-1], heads, 192), random(contexts[-1], heads, 256)
-    k_rope = random(contexts[-1], 576)[:, 512:]
-    tiles = [(row, start) for row, (count, _) in enumerate(rows) for start in range(0, count, BLOCK_M)]
-    device_ints = [
-        torch.tensor(ints, dtype=torch.int32, device=GPU) for ints in (*zip(*tiles, strict=True), queries, contexts)
-    ]
-    out = torch.full((queries[-1], heads, 128), torch.nan, dtype=BF16, device=GPU)
-    expanded_chunks(q, kv, k_rope, Tiles(*device_ints), 0.07, out)
-    for row, (count, context) in enumerate(rows):
-        own_q, own = slice(queries[row], queries[row] + count), slice(contexts[row], contexts[row] + context)
-        keys = torch.cat((kv[own, :, :128], k_rope[own, None].expand(-1, heads, -1)), -1).double()
+@pytest.mark.parametrize("padding", [0, 150])
+def test_expanded_chunks(heads, padding):
+    """Full prefills and chunks on prefixes of every alignment, behind decode rows, before padding."""
+    rows, page, decodes = [(200, 200), (1, 77), (130, 400), (64, 64), (129, 1000), (2, 2)], 64, 3
+    counts = np.array([1] * decodes + [count for count, _ in rows])
+    contexts = np.array([50] * decodes + [context for _, context in rows])
+    total = int(counts.sum())
+    given = Rows.of(np.array([(r, 0, n, 3) for r, n in enumerate(counts)]), SlotTable(len(counts), 1, page, 0))
+    layout = Layout(len(counts) + 5, total + padding, tiles=40, blocks=30)
+    words = np.zeros(layout.size, np.int32)
+    parts = layout.parts(words)
+    write_rows(parts, given, contexts - counts, np.zeros(total, np.int64), nobody=99)
+    write_chunks(parts, given, contexts)
+    chunks = layout.chunks(layout.parts(torch.from_numpy(words).to(GPU)), 30 * 128)
+    pages = torch.randperm(len(counts) * 20, device=GPU, dtype=torch.int32).view(len(counts), 20)
+    cache = random(len(counts) * 20 * page, 576)
+    q, weight = random(total + padding, heads, 192), random(heads, 256, 512, std=0.05)
+    out = torch.full((total + padding, heads, 128), torch.nan, dtype=BF16, device=GPU)
+    expanded_chunks(q, cache, pages, weight, chunks, page, 0.07, out)
+    assert out[:decodes].isnan().all() and not out[total:].any()
+    for row in range(decodes, len(counts)):
+        count, context = int(counts[row]), int(contexts[row])
+        own_q = slice(int(given.starts[row]), int(given.starts[row]) + count)
+        held = cache.view(-1, page, 576)[pages[row].long()].flatten(0, 1)[:context]
+        kv = (held[:, :512].double() @ weight.flatten(0, 1).double().t()).to(BF16).double().view(context, heads, 256)
+        keys = torch.cat((kv[..., :128], held[:, None, 512:].double().expand(-1, heads, -1)), -1)
         scores = torch.einsum("qhd,khd->hqk", q[own_q].double(), keys) * 0.07
         hidden = torch.arange(context, device=GPU) > torch.arange(context - count, context, device=GPU)[:, None]
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        close(out[own_q], torch.einsum("hqk,khd->qhd", weights, kv[own, :, 128:].double()))
+        close(out[own_q], torch.einsum("hqk,khd->qhd", weights, kv[..., 128:]))
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (256, 256), (7, 500), (0, 16)])
+def test_where_tokens_are(rows, tokens):
+    """The kernel against the reference, bit for bit: decode rows, chunks of a shared prefix, and padding."""
+    rng = np.random.default_rng(rows)
+    slots = rng.permutation(300)[:rows]
+    counts = np.ones(rows, np.int64) if rows == tokens else rng.integers(1, 70, rows)
+    continued = rows // 2
+    counts[:continued] = 1
+    firsts = rng.integers(0, 2000, rows)
+    table = SlotTable(300, 40, 64, 12000)
+    table.floors[slots[continued:]] = firsts[continued:] + 5
+    table.sampled[:] = True
+    flags = np.where(np.arange(rows) < continued, 1, 3)
+    given = Rows.of(np.stack((slots, firsts, counts, flags), 1), table)
+    layout = Layout(rows + 3, tokens)
+    words = np.zeros(layout.size, np.int32)
+    write_rows(layout.parts(words), given, firsts, rng.integers(0, 999, given.num_ids), nobody=300)
+    results = []
+    for device in (torch.device("cpu"), GPU):
+        slots_there = DeviceSlots(300, 40, 12000, device)
+        slots_there.pages_SP[:-1] = torch.arange(12000, dtype=torch.int32, device=device).view(300, 40)
+        slots_there.last_S[:] = torch.arange(301, dtype=torch.int32, device=device) * 7
+        results.append(locate(layout.parts(torch.from_numpy(words).to(device)), slots_there, 64))
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(actual.cpu(), expected)
 
 
 @pytest.mark.parametrize("heads", [16, 48])

@@ -36,12 +36,12 @@ def _inputs_kernel(
     tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     half = tl.arange(0, ROPE // 2)
-    table = rope_ptr + tl.load(positions_ptr + token) * (2 * ROPE)
+    table = rope_ptr + tl.load(positions_ptr + token).to(tl.int64) * (2 * ROPE)
     cos = tl.load(table + half).to(tl.float32)
     sin = tl.load(table + ROPE + ROPE // 2 + half).to(tl.float32)
     if tl.program_id(1) == 0:
         kv = kv_ptr + token * KV_STRIDE
-        row = rows_ptr + tl.load(places_ptr + token) * (LATENT + ROPE)
+        row = rows_ptr + tl.load(places_ptr + token).to(tl.int64) * (LATENT + ROPE)
         latent = tl.arange(0, LATENT)
         x = tl.load(kv + latent).to(tl.float32)
         scale = tl.rsqrt(tl.sum(x * x, 0) / LATENT + eps)
@@ -73,7 +73,7 @@ def rope_and_cache(
 ) -> None:
     """Rope `q_THQ`'s last P dimensions in place; write each token's cache row to `rows_KC[places_T]`.
 
-    `kv_TC`: the latent before its norm and the key before its rope. Positions and places are int64.
+    `kv_TC`: the latent before its norm and the key before its rope. Positions and places are int32 or int64.
     """
     tokens, heads, query = q_THQ.shape
     rope = rope_M2P.shape[-1]

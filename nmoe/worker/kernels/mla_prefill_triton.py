@@ -1,43 +1,106 @@
 """Causal attention of chunks in the expanded form, on the GPU; `mla.py`'s `expanded_chunk` is the reference.
 
-Rows of any length lie end to end; a chunk is the last positions of its context. One program takes a tile of queries of
-one head: first the tiles of keys that all its queries see, then the ones on the diagonal.
+A chunk is the last positions of its row's context. First a block of positions of one row at a time is read from the
+row's pages and multiplied by kv_b_proj into a workspace, where contexts begin at whole blocks. Then one program takes a
+tile of queries of one head: the tiles of keys that all its queries see, then the ones on the diagonal.
 
-Shape suffixes: T queries, J positions of all contexts, H heads, N nope, P rope, Q = N + P, V value dimensions, X = N +
-V.
+Which rows, tiles and blocks there are is read on the device, and programs beyond the last one end at once: so a launch
+for the most that a step can have serves every smaller one, and can be replayed from a graph. A row with queries and no
+context is padding: its output is zero.
+
+Shape suffixes: T queries, J positions of all contexts in the workspace, H heads, N nope, P rope, Q = N + P, V value
+dimensions, X = N + V, L latent, C = L + P, K rows of the cache, R rows of the step, B pages of a row (padded).
 """
 
-import dataclasses
 import math
 
 import torch
 import triton
 import triton.language as tl
 
-BLOCK_M = 128  # queries of a tile
-_BLOCK_N = 64
+from nmoe.worker.chunks import BLOCK, TILE, Chunks
+
+_BLOCK_N = 64  # keys that a program holds at a time
+_BLOCK_X = 256  # columns of the expanding product
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Tiles:
-    """Which queries each program takes, int32 on the device."""
+_POINTERS = [
+    f"{name}_ptr"
+    for name in (
+        "starts",
+        "firsts",
+        "offsets",
+        "tile_row",
+        "tile_start",
+        "num_tiles",
+        "block_row",
+        "block_start",
+        "num_blocks",
+    )
+]
 
-    row: torch.Tensor  # of each tile
-    start: torch.Tensor  # of each tile: its first query, counted within its row
-    queries: torch.Tensor  # [rows + 1]: where each row's queries begin
-    contexts: torch.Tensor  # [rows + 1]: where each row's context begins
+
+@triton.jit(do_not_specialize=["max_pages"], do_not_specialize_on_alignment=[*_POINTERS, "pages_ptr"])
+def _expand_kernel(
+    rows_ptr,
+    pages_ptr,
+    weight_ptr,
+    kv_ptr,
+    rope_ptr,
+    starts_ptr,
+    firsts_ptr,
+    offsets_ptr,
+    block_row_ptr,
+    block_start_ptr,
+    num_blocks_ptr,
+    max_pages,
+    COLUMNS: tl.constexpr,
+    LATENT: tl.constexpr,
+    ROPE: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    block = tl.program_id(1)
+    if block < tl.load(num_blocks_ptr):
+        row = tl.load(block_row_ptr + block)
+        start = tl.load(block_start_ptr + block)
+        context = tl.load(firsts_ptr + row) + tl.load(starts_ptr + row + 1) - tl.load(starts_ptr + row)
+        position = start + tl.arange(0, BLOCK_J)
+        exists = position < context
+        page = tl.load(pages_ptr + row.to(tl.int64) * max_pages + position // PAGE, mask=exists, other=0).to(tl.int64)
+        held = rows_ptr + (page * PAGE + position % PAGE)[:, None] * (LATENT + ROPE)
+        column = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
+        inside = column < COLUMNS
+        lane = tl.arange(0, BLOCK_L)
+        weight = weight_ptr + column[:, None] * LATENT + lane[None, :]
+        acc = tl.zeros([BLOCK_J, BLOCK_X], tl.float32)
+        for at in tl.range(0, LATENT, BLOCK_L, num_stages=3):
+            latent = tl.load(held + at + lane[None, :], mask=exists[:, None], other=0.0)
+            w = tl.load(weight + at, mask=inside[:, None], other=0.0)
+            acc = tl.dot(latent, tl.trans(w), acc)
+        place = (tl.load(offsets_ptr + row) + position).to(tl.int64)[:, None]
+        out = kv_ptr + place * COLUMNS + column[None, :]
+        tl.store(out, acc.to(kv_ptr.dtype.element_ty), mask=exists[:, None] & inside[None, :])
+        if tl.program_id(0) == 0:
+            rope = tl.arange(0, ROPE)
+            key = tl.load(held + LATENT + rope[None, :], mask=exists[:, None], other=0.0)
+            tl.store(rope_ptr + place * ROPE + rope[None, :], key, mask=exists[:, None])
 
 
-@triton.jit(do_not_specialize_on_alignment=["tile_row_ptr", "tile_start_ptr", "queries_ptr", "contexts_ptr"])
+@triton.jit(do_not_specialize_on_alignment=_POINTERS)
 def _prefill_kernel(
     q_ptr,
     kv_ptr,
     rope_ptr,
     out_ptr,
+    starts_ptr,
+    firsts_ptr,
+    offsets_ptr,
     tile_row_ptr,
     tile_start_ptr,
-    queries_ptr,
-    contexts_ptr,
+    num_tiles_ptr,
     scale_log2,
     Q_STRIDE: tl.constexpr,
     ROPE_STRIDE: tl.constexpr,
@@ -49,14 +112,16 @@ def _prefill_kernel(
     BLOCK_N: tl.constexpr,
 ):
     # The last tiles of a row are the longest: they go first.
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    tile = tl.load(num_tiles_ptr) - 1 - tl.program_id(1)
+    if tile < 0:
+        return
     head = tl.program_id(0)
     row = tl.load(tile_row_ptr + tile)
     at = tl.load(tile_start_ptr + tile)
-    q_start = tl.load(queries_ptr + row)
-    q_len = tl.load(queries_ptr + row + 1) - q_start
-    k_start = tl.load(contexts_ptr + row).to(tl.int64)
-    context = (tl.load(contexts_ptr + row + 1) - k_start).to(tl.int32)
+    q_start = tl.load(starts_ptr + row)
+    q_len = tl.load(starts_ptr + row + 1) - q_start
+    k_start = tl.load(offsets_ptr + row).to(tl.int64)
+    context = tl.load(firsts_ptr + row) + q_len
     nope = tl.arange(0, NOPE)
     rope = tl.arange(0, ROPE)
     value = tl.arange(0, VALUE)
@@ -71,7 +136,7 @@ def _prefill_kernel(
     weight = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, VALUE], tl.float32)
     first = context - q_len + at
-    seen_by_all = (first + 1) // BLOCK_N * BLOCK_N
+    seen_by_all = tl.maximum(first + 1, 0) // BLOCK_N * BLOCK_N
     stop = tl.minimum(context, first + BLOCK_M)
     kv_base = kv_ptr + (k_start * HEADS + head) * (NOPE + VALUE)
     rope_base = rope_ptr + k_start * ROPE_STRIDE
@@ -94,40 +159,67 @@ def _prefill_kernel(
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
             peak = new_peak
     out = out_ptr + ((q_start + query).to(tl.int64) * HEADS + head)[:, None] * VALUE + value[None, :]
+    weight = tl.where(weight > 0, weight, 1.0)
     tl.store(out, (acc / weight[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def expanded_chunks(
     q_THQ: torch.Tensor,
-    kv_JHX: torch.Tensor,
-    k_rope_JP: torch.Tensor,
-    tiles: Tiles,
+    rows_KC: torch.Tensor,
+    pages_RB: torch.Tensor,
+    w_HXL: torch.Tensor,
+    chunks: Chunks,
+    page_size: int,
     scale: float,
     out_THV: torch.Tensor,
 ) -> None:
-    """Attended values of the chunks' queries into `out_THV`; indices in `tiles` count from the start of `q_THQ`.
-
-    `kv_JHX`: keys without rope and values of all contexts, end to end; `k_rope_JP`: their roped keys.
-    """
-    heads, query = q_THQ.shape[1:]
-    rope, value = k_rope_JP.shape[1], out_THV.shape[2]
-    _prefill_kernel[(heads, len(tiles.row))](
+    """Attended values of the chunks' queries into `out_THV`; `w_HXL` is kv_b_proj, its nope part above its values."""
+    heads, columns, latent = w_HXL.shape
+    query, rope, value = q_THQ.shape[2], rows_KC.shape[1] - latent, out_THV.shape[2]
+    kv_JHX = q_THQ.new_empty(chunks.positions, heads, columns)
+    k_rope_JP = q_THQ.new_empty(chunks.positions, rope)
+    _expand_kernel[(triton.cdiv(heads * columns, _BLOCK_X), len(chunks.block_row))](
+        rows_KC,
+        pages_RB,
+        w_HXL,
+        kv_JHX,
+        k_rope_JP,
+        chunks.starts,
+        chunks.firsts,
+        chunks.offsets,
+        chunks.block_row,
+        chunks.block_start,
+        chunks.num_blocks,
+        pages_RB.stride(0),
+        COLUMNS=heads * columns,
+        LATENT=latent,
+        ROPE=rope,
+        PAGE=page_size,
+        BLOCK_J=BLOCK,
+        BLOCK_X=_BLOCK_X,
+        BLOCK_L=64 if latent % 64 == 0 else 32,
+        num_warps=8,
+        num_stages=3,
+    )
+    _prefill_kernel[(heads, len(chunks.tile_row))](
         q_THQ,
         kv_JHX,
         k_rope_JP,
         out_THV,
-        tiles.row,
-        tiles.start,
-        tiles.queries,
-        tiles.contexts,
+        chunks.starts,
+        chunks.firsts,
+        chunks.offsets,
+        chunks.tile_row,
+        chunks.tile_start,
+        chunks.num_tiles,
         scale * math.log2(math.e),
         Q_STRIDE=q_THQ.stride(0),
-        ROPE_STRIDE=k_rope_JP.stride(0),
+        ROPE_STRIDE=rope,
         HEADS=heads,
         NOPE=query - rope,
         ROPE=rope,
         VALUE=value,
-        BLOCK_M=BLOCK_M,
+        BLOCK_M=TILE,
         BLOCK_N=_BLOCK_N,
         num_warps=8,
         num_stages=3,

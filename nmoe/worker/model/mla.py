@@ -103,7 +103,7 @@ class AttentionPlan:
             if row >= decodes
         ]
         cos_TP, sin_TP = rope_M2P[batch.positions_T].unbind(1)
-        return cls(cos_TP, sin_TP, batch.write_T, decodes, decode_RJ, hidden_RJ[:, None], chunks)
+        return cls(cos_TP, sin_TP, batch.write_T.long(), decodes, decode_RJ, hidden_RJ[:, None], chunks)
 
     def enter(
         self, q_THQ: torch.Tensor, kv_TC: torch.Tensor, norm_L: torch.Tensor, rows_KC: torch.Tensor

@@ -1,0 +1,141 @@
+"""What a step needs from the host, as one run of int32 words that goes up in one copy.
+
+The words have the same places in every step of the same sizes, so that a captured step finds them. Tokens and rows that
+fill a step up belong to a row of their own behind all others: its slot is nobody's, it is written to the reserved page
+and has no context.
+
+Shape suffixes: R rows, T tokens.
+"""
+
+import dataclasses
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nmoe.worker.chunks import Chunks, cut
+from nmoe.worker.kernels import step
+from nmoe.worker.rows import Rows
+from nmoe.worker.slots import DeviceSlots
+
+Array = npt.NDArray[Any]
+Words = TypeVar("Words", torch.Tensor, Array)
+
+_ALIGNMENT = 4  # every part begins at a multiple of 16 bytes
+_NEVER = np.iinfo(np.int32).max
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Parts(Generic[Words]):
+    """The words by what they mean, views on the host or on the device."""
+
+    real: Words  # [1]: how many tokens are no padding, the first ones
+    continued: Words  # [1]: how many tokens, the first ones, are their slots' last
+    slots: Words  # [R + 1]
+    firsts: Words  # [R + 1]: position of each row's first token
+    floors: Words  # [R + 1]: positions from here on are written
+    starts: Words  # [R + 2]: where each row's tokens begin
+    decodes: Words  # [R]: positions of the decode rows; 0 where there is none
+    sampling_slots: Words  # [R]: of the rows that sample, which come first here
+    last_tokens: Words  # [R]: and each one's last token
+    ids: Words  # [T]: of the tokens that are not continued
+    offsets: Words  # [R + 1]; this and the rest as in Chunks
+    num_tiles: Words
+    tile_row: Words
+    tile_start: Words
+    num_blocks: Words
+    block_row: Words
+    block_start: Words
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the parts lie for up to so many rows, tokens, tiles of queries and blocks of contexts."""
+
+    rows: int
+    tokens: int
+    tiles: int = 0
+    blocks: int = 0
+
+    def _sizes(self) -> list[int]:
+        rows = self.rows + 1
+        chunks = [rows, 1, self.tiles, self.tiles, 1, self.blocks, self.blocks] if self.tiles else [0] * 7
+        return [1, 1, rows, rows, rows, rows + 1, self.rows, self.rows, self.rows, self.tokens, *chunks]
+
+    @property
+    def size(self) -> int:
+        """Words altogether."""
+        return sum(map(_aligned, self._sizes()))
+
+    def parts(self, words: Words) -> Parts[Words]:
+        """Views of the first `size` words."""
+        views, at = [], 0
+        for size in self._sizes():
+            views.append(words[at : at + size])
+            at += _aligned(size)
+        return Parts(*views)
+
+    def chunks(self, parts: Parts[torch.Tensor], positions: int) -> Chunks:
+        """The prefill rows as attention takes them, expanded in a workspace of `positions`."""
+        return Chunks(
+            positions,
+            parts.starts,
+            parts.firsts,
+            parts.offsets,
+            parts.num_tiles,
+            parts.tile_row,
+            parts.tile_start,
+            parts.num_blocks,
+            parts.block_row,
+            parts.block_start,
+        )
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def write_rows(parts: Parts[Array], given: Rows, firsts: Array, ids: Array, *, nobody: int) -> None:
+    """A step's rows from their first positions [R] and the ids that came; `nobody` is the slot of the padding."""
+    rows, tokens, continued, decodes = len(given.slots), given.num_tokens, given.num_continued, given.num_decodes
+    parts.real[0], parts.continued[0] = tokens, continued
+    parts.slots[:rows], parts.slots[rows:] = given.slots, nobody
+    parts.firsts[:rows], parts.firsts[rows:] = firsts, 0
+    parts.floors[:rows], parts.floors[rows:] = given.floors, _NEVER
+    parts.starts[: rows + 1], parts.starts[rows + 1 : -1] = given.starts, tokens
+    parts.starts[-1] = len(parts.ids)
+    parts.firsts[-1] = tokens - len(parts.ids)
+    parts.decodes[:decodes], parts.decodes[decodes:] = firsts[:decodes], 0
+    sampling = len(given.sampling)
+    parts.sampling_slots[:sampling], parts.sampling_slots[sampling:] = given.sampling_slots, nobody
+    parts.last_tokens[:sampling], parts.last_tokens[sampling:] = given.last_tokens, 0
+    parts.ids[continued:tokens], parts.ids[tokens:] = ids, 0
+
+
+def write_chunks(parts: Parts[Array], given: Rows, ends: Array) -> None:
+    """How the rows that are no decode rows are cut, and the padding's tokens."""
+    first, rows = given.num_decodes, len(given.slots)
+    pieces = cut(given.counts[first:], ends[first:], first)
+    padding = cut(np.array([len(parts.ids) - given.num_tokens]), np.zeros(1, np.int64), len(parts.slots) - 1)
+    parts.offsets[first:rows] = pieces.offsets
+    # The last tile goes first, and the longest should.
+    tile_row = np.concatenate((padding.tile_row, pieces.tile_row))
+    parts.num_tiles[0], parts.num_blocks[0] = len(tile_row), len(pieces.block_row)
+    parts.tile_row[: len(tile_row)] = tile_row
+    parts.tile_start[: len(tile_row)] = np.concatenate((padding.tile_start, pieces.tile_start))
+    parts.block_row[: len(pieces.block_row)] = pieces.block_row
+    parts.block_start[: len(pieces.block_row)] = pieces.block_start
+
+
+def locate(
+    parts: Parts[torch.Tensor], slots: DeviceSlots, page_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, positions and cache places of the tokens, int32 [T], and the rows' pages, int32 [R, P]."""
+    rows = parts.slots, parts.firsts, parts.floors, parts.starts
+    if parts.ids.is_cuda:
+        from nmoe.worker.kernels.step_triton import locate_and_copy
+
+        return locate_and_copy(parts.ids, *rows, parts.continued, slots.last_S, slots.pages_SP, page_size)
+    tokens = step.locate(parts.ids, *rows, parts.continued, slots.last_S, slots.pages_SP, page_size)
+    return *tokens, step.rows_of_table(parts.slots[:-1], slots.pages_SP)
