@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import psutil
@@ -78,15 +79,18 @@ def serving(step_ms: float, frontends: int, overlap: bool, ranks: int = 8) -> It
 
 def _launch(config: Config, listener: socket.socket, run_dir: pathlib.Path, told: int) -> None:
     """In a child: the launcher, with simulated ranks instead of workers."""
-    os.dup2(told, 1)
     children._ENTRY["worker"] = "benchmarks.simulated_ranks"
     launch._slabs = lambda _: None
     server = launch._Server(config, listener, run_dir)
     try:
-        server.run()
+        server.run(partial(_tell, told))
     finally:
         server.children.stop(5.0)
         os._exit(0)
+
+
+def _tell(told: int) -> None:
+    os.write(told, b"ready\n")
 
 
 def measure(
