@@ -146,13 +146,15 @@ class Rig:
         """A message from the scheduler."""
         await self.router.send_multipart([ipc.identity(0), self._encode(message)])
 
-    async def tokens(self, submit, output="", reason=None, **ended):
-        """One step's tokens for one request: a text or ids; with `reason` they are its last."""
+    async def tokens(self, submit, output="", reason=None, block=b"", sibling=0, **ended):
+        """One step's tokens for one request: a text or ids, and their block; with `reason` they are its last."""
         ids = ids_of(output) if isinstance(output, str) else output
-        last = (Ended(submit.uid, reason, **ended),) if reason else ()
-        uids = array.array("q", [submit.uid] if ids else []).tobytes()
-        counts = array.array("i", [len(ids)] if ids else []).tobytes()
-        await self.send(Tokens(self.generation, uids, array.array("i", ids).tobytes(), counts, last))
+        uid = submit.uid + sibling
+        last = (Ended(uid, reason, **ended),) if reason else ()
+        uids = array.array("q", [uid] if ids or block else []).tobytes()
+        counts = array.array("i", [len(ids)] if uids else []).tobytes()
+        sizes = array.array("i", [len(block)]).tobytes() if block else None
+        await self.send(Tokens(self.generation, uids, array.array("i", ids).tobytes(), counts, last, block, sizes))
 
     async def told(self, kind):
         """The frontend's next message to the launcher, which must be of this kind."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
 
+from nmoe.profiles import PROFILES
 from tests.serving import Server
 
 MAX_SEQ_LEN = 48
@@ -70,13 +71,17 @@ shared = {
     "stream": some(st.booleans()),
     "return_token_ids": some(st.booleans()),
     "priority": some(st.integers(-(2**31), 2**31 - 1)),
-    "profile": some(st.just("production_generate")),
+    "profile": some(st.sampled_from([*PROFILES])),
+    "prompt_logprobs": some(st.integers(0, 20)),
+    "top_k_logprobs": some(st.integers(1, 128)),
+    "logprob_token_ids": some(st.lists(st.integers(0, VOCAB - 1), max_size=128, unique=True)),
+    "return_routed_experts": some(st.booleans()),
     "user": some(st.text(max_size=20)),
     "metadata": some(st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3)),
 }
 completions = st.fixed_dictionaries(
     {"prompt": texts | ids | st.lists(texts, min_size=1, max_size=3) | st.lists(ids, min_size=1, max_size=3)},
-    optional={"echo": some(st.booleans()), **shared},
+    optional={"echo": some(st.booleans()), "logprobs": some(st.integers(0, 20)), **shared},
 )
 roles = st.sampled_from(["system", "developer", "user", "assistant", "tool"])
 contents = st.text(max_size=3) | st.lists(
@@ -84,9 +89,29 @@ contents = st.text(max_size=3) | st.lists(
 )
 chats = st.fixed_dictionaries(
     {"messages": st.lists(st.fixed_dictionaries({"role": roles, "content": contents}), min_size=1, max_size=1)},
-    optional={"add_generation_prompt": some(st.booleans()), "chat_template_kwargs": some(st.just({"x": 1})), **shared},
+    optional={
+        "add_generation_prompt": some(st.booleans()),
+        "chat_template_kwargs": some(st.just({"x": 1})),
+        "logprobs": some(st.booleans()),
+        "top_logprobs": some(st.integers(0, 20)),
+        **shared,
+    },
 )
-requests = st.tuples(st.just("/v1/completions"), completions) | st.tuples(st.just("/v1/chat/completions"), chats)
+
+
+def consistent(request):
+    """Without what contradicts the rest."""
+    path, body = request
+    if not PROFILES[body.get("profile") or "production_generate"].streams:
+        body.pop("stream", None)
+    if not body.get("logprobs"):
+        body.pop("top_logprobs", None)
+    return path, body
+
+
+requests = (
+    st.tuples(st.just("/v1/completions"), completions) | st.tuples(st.just("/v1/chat/completions"), chats)
+).map(consistent)
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

@@ -1,0 +1,507 @@
+"""What comes back besides tokens stays in step with them and has the API's formats: against a script."""
+
+import array
+import asyncio
+import base64
+import math
+import struct
+
+import openai
+import pytest
+import pytest_asyncio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nmoe.errors import RequestError
+from nmoe.frontend.streams import Stream, Streams
+from nmoe.messages import Abort, Ended, Finish, Release, Sampling, Submit, Tokens
+from nmoe.metrics import Board
+from nmoe.outputs import Returns, pack, read_records
+from tests.scripted import BOS, EOS, MAX_SEQ_LEN, TOKENIZER, VOCAB_SIZE, Rig, events, ids_of, ints, run, write_model
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+USER = {"role": "user", "content": "a"}
+ALL = {
+    "logprobs": 2,
+    "prompt_logprobs": 1,
+    "top_k_logprobs": 3,
+    "logprob_token_ids": [9, 4],
+    "return_routed_experts": True,
+    "return_token_ids": True,
+}
+ROUTED = bytes([3, 1, 4, 1])  # of one position: layers with experts of the demo times experts per token
+
+
+@pytest_asyncio.fixture(scope="module")
+async def rig(tmp_path_factory):
+    config = {"num_hidden_layers": 3, "first_k_dense_replace": 1, "num_experts_per_tok": 2}
+    async with Rig(write_model(tmp_path_factory.mktemp("model"), **config)) as running:
+        yield running
+
+
+def record(token, returns):
+    """Of one token; every number is a multiple of 1/8 and tells of which token it is."""
+    likeliest = [token + i for i in range(returns.top_k)]
+    return struct.pack(
+        f"<2fi{returns.top_k}i{returns.top_k}f{len(returns.scored_ids)}f",
+        -token / 8,
+        -token / 4,
+        token + 1,
+        *likeliest,
+        *[-each / 8 for each in likeliest],
+        *[-(token + each) / 8 for each in returns.scored_ids],
+    )
+
+
+def block(submit, tokens, routed=0, *, cells=(), returns=None):
+    """Records of some tokens, of a prompt or of an output, and the routing of so many positions."""
+    returns = returns or submit.returns
+    records = b"".join(record(token, returns) for token in tokens) if returns.records else b""
+    return pack(array.array("i", cells).tobytes(), records, len(tokens), ROUTED * routed, routed)
+
+
+def text_of(token):
+    return TOKENIZER.decode([token], skip_special_tokens=False) if token < 261 else ""
+
+
+def completion_logprobs(tokens, number, *, prompt=0, start=0):
+    """OpenAI's format for ASCII tokens; `prompt` of them have not been drawn."""
+    tops = []
+    for token in tokens:
+        top = {}
+        for each in [*range(token, token + number), token]:
+            top.setdefault(text_of(each), -each / 8)
+        tops.append(top)
+    return {
+        "tokens": list(map(text_of, tokens)),
+        "token_logprobs": [-token / 8 for token in tokens],
+        "top_logprobs": tops,
+        "text_offset": [start + i for i in range(len(tokens))],
+        "token_ids": tokens,
+        "drawn_logprobs": [-token / 4 for token in tokens],
+    }
+
+
+def own_fields(tokens, prefix="", first=()):
+    ids = [[token, token + 1, token + 2] for token in tokens]
+    return {
+        f"{prefix}top_k_logprobs": {
+            "ids": [*first, *ids],
+            "logprobs": [*first, *[[-each / 8 for each in row] for row in ids]],
+        },
+        f"{prefix}token_id_logprobs": [*first, *[[-(token + 9) / 8, -(token + 4) / 8] for token in tokens]],
+    }
+
+
+def vllms(token, number):
+    shown = {token: token + 1} | {each: rank + 1 for rank, each in enumerate(range(token, token + number)) if rank}
+    return {
+        str(each): {"logprob": -each / 8, "rank": rank, "decoded_token": text_of(each)} for each, rank in shown.items()
+    }
+
+
+def routed_field(positions):
+    data = base64.b64encode(ROUTED * positions).decode()
+    return {"dtype": "uint8", "shape": [positions, 2, 2], "data": data}
+
+
+# ------------------------------------------------------------------------------------------------------------- formats
+
+
+async def test_a_completion_with_everything(rig):
+    asked = run(rig.ask(COMPLETIONS, prompt="abc", echo=True, **ALL))
+    submit = await rig.next(Submit)
+    assert submit.returns == Returns(True, True, 3, (9, 4), routing=True)
+    prompt = ints(submit.prompt)
+    assert prompt == [BOS, *ids_of("abc")]
+    await rig.tokens(submit, "", block=block(submit, prompt[1:3], 2))  # a chunk of the prompt: no token
+    await rig.tokens(submit, "x", block=block(submit, [prompt[3], *ids_of("x")], 2))
+    await rig.tokens(submit, "y", "length", block=block(submit, ids_of("y"), 1))
+    (choice,) = (await asked)[2]["choices"]
+    expected = completion_logprobs([*prompt[1:], *ids_of("xy")], 2)
+    for name, first in zip(expected, ["<bos>", None, None, 0, BOS, None], strict=True):
+        expected[name] = [first, *expected[name]]
+    expected["drawn_logprobs"][:4] = [None] * 4
+    assert choice == {
+        "index": 0,
+        "text": "abcxy",
+        "finish_reason": "length",
+        "logprobs": expected,
+        "token_ids": ids_of("xy"),
+        "prompt_token_ids": prompt,
+        "prompt_logprobs": [None, *[vllms(token, 1) for token in prompt[1:]]],
+        **own_fields(ids_of("xy")),
+        **own_fields(prompt[1:], "prompt_", [None]),
+        "routed_experts": routed_field(5),
+    }
+
+
+async def test_a_chat_with_everything(rig):
+    asked = run(rig.ask(CHAT, messages=[USER], **{**ALL, "logprobs": True, "top_logprobs": 2}))
+    submit = await rig.next(Submit)
+    prompt = ints(submit.prompt)
+    await rig.tokens(submit, "h", block=block(submit, [*prompt[1:], *ids_of("h")], len(prompt)))
+    await rig.tokens(submit, [EOS], "stop", block=block(submit, [EOS], 1))
+    body = (await asked)[2]
+    (choice,) = body["choices"]
+
+    def entry(token):
+        shown = [
+            {"token": text_of(each), "logprob": -each / 8, "bytes": list(text_of(each).encode())}
+            for each in (token, token + 1)
+        ]
+        return {**shown[0], "top_logprobs": shown, "drawn_logprob": -token / 4}
+
+    tokens = [*ids_of("h"), EOS]
+    assert choice["logprobs"] == {"content": [entry(token) for token in tokens], "refusal": None}
+    assert choice["token_ids"] == tokens and choice["message"]["content"] == "h"
+    assert choice["routed_experts"] == routed_field(len(prompt) + 1)
+    assert {name: choice[name] for name in own_fields(tokens)} == own_fields(tokens)
+    assert body["prompt_logprobs"] == [None, *[vllms(token, 1) for token in prompt[1:]]]
+    expected = own_fields(prompt[1:], "prompt_", [None])
+    assert {name: body[name] for name in expected} == expected
+    openai.types.chat.ChatCompletion.model_validate(body)
+
+
+async def test_only_what_was_asked_for(rig):
+    """One record serves all fields; each shows what belongs to it."""
+    asked = run(rig.ask(COMPLETIONS, prompt="a", logprobs=0, prompt_logprobs=None))
+    submit = await rig.next(Submit)
+    await rig.tokens(submit, "x", "length", block=block(submit, ids_of("x")))
+    choice = (await asked)[2]["choices"][0]
+    assert choice.keys() == {"index", "text", "finish_reason", "logprobs"}
+    assert choice["logprobs"] == completion_logprobs(ids_of("x"), 0)
+
+
+async def test_what_json_has_no_number_for(rig):
+    asked = run(rig.ask(COMPLETIONS, prompt="a", logprobs=0, logprob_token_ids=[5]))
+    submit = await rig.next(Submit)
+    data = struct.pack("<2fif", -math.inf, -math.inf, 300, -math.inf)
+    await rig.tokens(submit, "x", "length", block=pack(b"", data, 1, b"", 0))
+    choice = (await asked)[2]["choices"][0]
+    assert choice["logprobs"]["token_logprobs"] == choice["logprobs"]["drawn_logprobs"] == [-9999.0]
+    assert choice["token_id_logprobs"] == [[-9999.0]]
+
+
+async def test_parts_of_characters(rig):
+    """Both bytes of a character say where it begins; the bytes are in a chat's format."""
+    for path, prompt in ((COMPLETIONS, {"prompt": "a", "logprobs": 0}), (CHAT, {"messages": [USER], "logprobs": True})):
+        asked = run(rig.ask(path, **prompt))
+        submit = await rig.next(Submit)
+        await rig.tokens(submit, "aé!", "length", block=block(submit, ids_of("aé!")))
+        logprobs = (await asked)[2]["choices"][0]["logprobs"]
+        if path == COMPLETIONS:
+            assert logprobs["tokens"] == ["a", "\ufffd", "\ufffd", "!"] and logprobs["text_offset"] == [0, 1, 1, 2]
+        else:
+            assert b"".join(bytes(entry["bytes"]) for entry in logprobs["content"]) == "aé!".encode()
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_scoring_without_output(rig, is_stream):
+    asked = run(
+        rig.ask(COMPLETIONS, prompt="abc", echo=True, logprobs=1, max_tokens=0)
+        if not is_stream
+        else read(rig, COMPLETIONS, prompt="abc", echo=True, logprobs=1, max_tokens=0)
+    )
+    submit = await rig.next(Submit)
+    prompt = ints(submit.prompt)
+    assert submit.max_tokens == 0
+    await rig.tokens(submit, "", "length", block=block(submit, prompt[1:]))
+    answer = await asked
+    if is_stream:
+        opening, closing, done = answer
+        assert done == "[DONE]" and closing["choices"][0]["finish_reason"] == "length"
+        choice = opening["choices"][0]
+    else:
+        choice = answer[2]["choices"][0]
+        assert answer[2]["usage"]["completion_tokens"] == 0
+    assert choice["text"] == "abc"
+    assert choice["logprobs"]["token_logprobs"] == [None, *[-token / 8 for token in prompt[1:]]]
+
+
+async def test_a_scored_prompt_may_fill_the_context(rig):
+    prompt = [5] * MAX_SEQ_LEN
+    asked = run(rig.ask(COMPLETIONS, prompt=prompt, prompt_logprobs=0, max_tokens=0))
+    submit = await rig.next(Submit)
+    await rig.tokens(submit, "", "length", block=block(submit, prompt[1:]))
+    assert len((await asked)[2]["choices"][0]["prompt_logprobs"]) == MAX_SEQ_LEN
+    status, _, body = await rig.ask(COMPLETIONS, prompt=[*prompt, 5], prompt_logprobs=0, max_tokens=0)
+    assert status == 400 and body["error"]["param"] == "prompt"
+
+
+async def test_ids_must_be_in_the_vocabulary(rig):
+    status, _, body = await rig.ask(COMPLETIONS, prompt="a", logprob_token_ids=[0, VOCAB_SIZE])
+    assert status == 400 and body["error"]["param"] == "logprob_token_ids[1]"
+
+
+async def test_prompts_repeated_with_their_logprobs_are_bounded(tmp_path):
+    async with Rig(write_model(tmp_path), max_body_mb=1) as rig:
+        status, _, body = await rig.ask(COMPLETIONS, prompt=[5] * 150, n=128, prompt_logprobs=20)
+        assert status == 400 and body["error"]["param"] == "prompt_logprobs"
+
+
+# --------------------------------------------------------------------------------------------------- seeds and profiles
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_the_drawn_seed_comes_back_in_rl_sample(rig, path):
+    prompt = {"prompt": "a"} if path == COMPLETIONS else {"messages": [USER]}
+    for fields, is_told in (
+        ({"profile": "rl_sample"}, True),
+        ({"profile": "rl_sample", "seed": 5}, False),
+        ({}, False),
+    ):
+        asked = run(rig.ask(path, **prompt, **fields))
+        submit = await rig.next(Submit)
+        await rig.tokens(submit, "x", "length", block=block(submit, ids_of("x")) if submit.returns else b"")
+        body = (await asked)[2]
+        assert body.get("seed") == (submit.sampling.seed if is_told else None)
+
+
+async def test_each_prompt_tells_its_own_seed(rig):
+    asked = run(rig.ask(COMPLETIONS, prompt=["a", "a"], n=2, profile="rl_sample"))
+    submits = [await rig.next(Submit), await rig.next(Submit)]
+    for submit in submits:
+        for sibling in range(2):
+            await rig.tokens(submit, "x", "length", block=block(submit, ids_of("x")), sibling=sibling)
+    body = (await asked)[2]
+    seeds = [submit.sampling.seed for submit in submits]
+    assert [choice["seed"] for choice in body["choices"]] == [seeds[0], seeds[0], seeds[1], seeds[1]]
+    assert seeds[0] != seeds[1] and "seed" not in body
+
+
+# ------------------------------------------------------------------------------------------------------------- streams
+
+
+async def read(rig, path, **body):
+    async with rig.post(path, stream=True, **body) as response:
+        return await events(response)
+
+
+async def test_a_stream_tells_what_belongs_to_its_text(rig):
+    asked = run(read(rig, COMPLETIONS, prompt="ab", echo=True, stop="xyz", **ALL))
+    submit = await rig.next(Submit)
+    prompt = ints(submit.prompt)
+    await rig.tokens(submit, "", block=block(submit, prompt[1:2], 1))
+    for step, text in enumerate(["1", "x", "y", "2", "x"]):
+        told = [*prompt[2:], *ids_of(text)] if not step else ids_of(text)
+        await rig.tokens(submit, text, block=block(submit, told, 2 if not step else 1))
+        await asyncio.sleep(0.003)
+    await rig.tokens(submit, "!", "length", block=block(submit, ids_of("!"), 1))
+    opening, *chunks, done = await asked
+    assert done == "[DONE]"
+    first = opening["choices"][0]
+    assert first["text"] == "ab" and first["prompt_token_ids"] == prompt
+    assert first["logprobs"]["token_ids"] == prompt and len(first["prompt_logprobs"]) == 3
+    texts = [chunk["choices"][0]["text"] for chunk in chunks]
+    assert texts in (["1", "xy2", "x!"], ["1", "xy2", "x!", ""])  # what might have become the stop string waited
+    at = 2
+    for chunk in chunks:
+        choice = chunk["choices"][0]
+        tokens = ids_of(choice["text"])
+        if tokens:
+            assert choice["logprobs"] == completion_logprobs(tokens, 2, start=at)
+            expected = own_fields(tokens)
+            assert {name: choice[name] for name in expected} == expected
+            assert choice["token_ids"] == tokens
+        at += len(tokens)
+        assert ("routed_experts" in choice) == (choice["finish_reason"] is not None)
+    assert chunks[-1]["choices"][0]["routed_experts"] == routed_field(1 + 2 + 5)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_records_behind_a_stop_string_are_dropped(rig, is_stream):
+    fields = {"prompt": "a", "stop": "st", "logprobs": 0, "return_token_ids": True}
+    asked = run(read(rig, COMPLETIONS, **fields) if is_stream else rig.ask(COMPLETIONS, **fields))
+    submit = await rig.next(Submit)
+    await rig.tokens(submit, "a", block=block(submit, ids_of("a")))
+    await rig.tokens(submit, "bstcd", block=block(submit, ids_of("bstcd")))
+    assert (await rig.next(Finish)).count == 4
+    await rig.tokens(submit, "e", block=block(submit, ids_of("e")))  # which was on its way
+    await rig.tokens(submit, "", "stop")
+    answer = await asked
+    choices = [event["choices"][0] for event in answer[:-1]] if is_stream else answer[2]["choices"]
+    assert "".join(choice["text"] for choice in choices) == "ab"
+    told = [token for choice in choices if choice["logprobs"] for token in choice["logprobs"]["token_ids"]]
+    ids = [token for choice in choices for token in choice["token_ids"]]
+    assert told == ids == ids_of("abst")
+    logprobs = [value for choice in choices if choice["logprobs"] for value in choice["logprobs"]["token_logprobs"]]
+    assert logprobs == [-token / 8 for token in ids]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_siblings_share_the_prompts_records(rig, is_stream):
+    """They come with the first; each answer shows them."""
+    fields = {"prompt": "ab", "n": 2, "prompt_logprobs": 0, "logprobs": 0, "echo": True}
+    asked = run(read(rig, COMPLETIONS, **fields) if is_stream else rig.ask(COMPLETIONS, **fields))
+    submit = await rig.next(Submit)
+    prompt = ints(submit.prompt)
+    await rig.tokens(submit, "x", block=block(submit, [*prompt[1:], *ids_of("x")]))
+    await rig.tokens(submit, "y", "length", block=block(submit, ids_of("y")), sibling=1)
+    await rig.tokens(submit, "z", "length", block=block(submit, ids_of("z")))
+    answer = await asked
+    choices = [event["choices"][0] for event in answer[:-1]] if is_stream else answer[2]["choices"]
+    for index, text in enumerate(["abxz", "aby"]):
+        mine = [choice for choice in choices if choice["index"] == index]
+        assert "".join(choice["text"] for choice in mine) == text
+        told = [token for choice in mine if choice["logprobs"] for token in choice["logprobs"]["token_ids"]]
+        assert told == [BOS, *ids_of(text)]
+        assert [choice["prompt_logprobs"] for choice in mine if "prompt_logprobs" in choice] == [
+            [None, *[vllms(token, 0) for token in prompt[1:]]]
+        ]
+
+
+async def test_a_chats_stream(rig):
+    asked = run(read(rig, CHAT, messages=[USER], logprobs=True, prompt_logprobs=0))
+    submit = await rig.next(Submit)
+    prompt = ints(submit.prompt)
+    await rig.tokens(submit, "h", block=block(submit, [*prompt[1:], *ids_of("h")]))
+    await rig.tokens(submit, "é", "length", block=block(submit, ids_of("é")))
+    opening, *chunks, done = await asked
+    assert done == "[DONE]" and opening["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert len(opening["prompt_logprobs"]) == len(prompt)
+    content = [entry for chunk in chunks for entry in (chunk["choices"][0]["logprobs"] or {}).get("content", [])]
+    assert b"".join(bytes(entry["bytes"]) for entry in content) == "hé".encode()
+    for chunk in [opening, *chunks]:
+        openai.types.chat.ChatCompletionChunk.model_validate(chunk)
+
+
+async def test_a_block_that_nobody_can_read_ends_one_request(rig, caplog):
+    asked = run(rig.ask(COMPLETIONS, prompt="a", logprobs=0))
+    submit = await rig.next(Submit)
+    await rig.tokens(submit, "x", block=struct.pack("<3i", 0, 5, 0))
+    status, _, _ = await asked
+    assert status == 500 and (await rig.next(Abort)).uid == submit.uid
+    assert "its outputs could not be read" in caplog.text
+
+
+# --------------------------------------------------------------------------------------------- streams without a client
+
+
+class Desk:
+    """Streams whose scheduler is a list."""
+
+    def __init__(self):
+        self.sent = []
+        self.streams = Streams(0, 1, self.sent.append, Board(3).rows[0])
+
+    def open(self, returns, *, n=1, prompt_len=2, stops=()):
+        uids = self.streams.new_uids(n)
+        streams = [Stream(uid, _Letters(), stops, 0.0) for uid in uids]
+        submit = Submit(1, uids[0], bytes(4 * prompt_len), 99, Sampling(), n=n, returns=returns)
+        self.streams.submit(streams, submit)
+        return streams, submit
+
+    def deliver(self, rows, ended=()):
+        """`rows`: (uid, tokens, block)."""
+        uids = array.array("q", [uid for uid, _, _ in rows]).tobytes()
+        tokens = array.array("i", [token for _, mine, _ in rows for token in mine]).tobytes()
+        counts = array.array("i", [len(mine) for _, mine, _ in rows]).tobytes()
+        sizes = array.array("i", [len(data) for _, _, data in rows]).tobytes()
+        blocks = b"".join(data for _, _, data in rows)
+        self.streams.deliver(Tokens(1, uids, tokens, counts, tuple(ended), blocks, sizes), 1.0)
+
+    @property
+    def released(self):
+        return [cell for message in self.sent if isinstance(message, Release) for cell in ints(message.cells)]
+
+
+class _Letters:
+    """Token 65 is A, and so on."""
+
+    holds = False
+
+    def feed(self, token):
+        return chr(token)
+
+    def flush(self):
+        return ""
+
+
+LOGITS = Returns(True, True, logits=True)
+
+
+async def test_cells_are_handed_out_once_and_come_back():
+    desk = Desk()
+    (stream,), submit = desk.open(LOGITS, prompt_len=3, stops=("C",))
+    seen = []
+    stream.on_outputs = lambda: seen.append(stream.outputs.take_cells())
+    desk.deliver([(stream.uid, [], block(submit, [1], cells=[10]))])
+    desk.deliver([(stream.uid, [65], block(submit, [2, 65], cells=[11, 12]))])
+    assert [(first, [*cells]) for first, cells in seen] == [(0, [10]), (1, [11, 12])] and not desk.released
+    desk.deliver([(stream.uid, [66, 67, 68], block(submit, [66, 67, 68], cells=[13, 14, 15]))])
+    assert [*seen[-1][1]] == [13, 14] and desk.released == [15]  # behind the stop string
+    desk.deliver([(stream.uid, [69], block(submit, [69], cells=[16]))])
+    assert desk.released == [15, 16] and len(seen) == 3
+    desk.deliver([], [Ended(stream.uid, "stop")])
+    desk.streams.close(stream)
+    assert desk.released == [15, 16]
+
+
+async def test_cells_that_nobody_takes_are_released():
+    desk = Desk()
+    (stream,), submit = desk.open(LOGITS)
+    desk.deliver([(stream.uid, [65], block(submit, [1, 65], cells=[1, 2]))])
+    assert not desk.released
+    desk.streams.close(stream)  # the client left
+    assert desk.released == [1, 2] and isinstance(desk.sent[-1], Abort)
+    desk.deliver([(stream.uid, [66], block(submit, [66], cells=[3]))])
+    desk.deliver([(99, [66], block(submit, [66], cells=[4]))])
+    assert desk.released == [1, 2, 3, 4]
+    assert sum(isinstance(message, Release) for message in desk.sent) == 3
+
+
+async def test_a_schedulers_next_life_gets_no_cells_of_the_last():
+    desk = Desk()
+    (stream,), submit = desk.open(LOGITS)
+    desk.deliver([(stream.uid, [65], block(submit, [1, 65], cells=[1, 2]))])
+    desk.streams.fail_all(RequestError("gone", status=503))
+    desk.streams.close(stream)
+    assert not desk.released
+
+
+async def test_a_reader_that_fails_ends_its_stream_only(caplog):
+    desk = Desk()
+    (bad, good), submit = desk.open(Returns(True), n=2)
+    bad.on_outputs = lambda: 1 / 0
+    desk.deliver([(uid, [65], block(submit, [65])) for uid in (bad.uid, good.uid)])
+    assert bad.error.status == 500 and good.error is None and len(good.outputs.take()) == 12
+    assert "could not be delivered" in caplog.text
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.data())
+def test_records_stay_in_step_with_tokens(data):
+    """Whatever the steps, the stop strings and the moments of taking: each token has its own record."""
+
+    async def check():
+        desk = Desk()
+        stops = tuple(data.draw(st.lists(st.text("ABC", min_size=1, max_size=3), max_size=2)))
+        returns = Returns(True, data.draw(st.booleans()), data.draw(st.integers(0, 2)), logits=True)
+        prompt_len = data.draw(st.integers(1, 5))
+        (stream,), submit = desk.open(returns, prompt_len=prompt_len, stops=stops)
+        prompt = [*range(200, 200 + prompt_len - 1)] if returns.prompt else []
+        output = [ord(letter) for letter in data.draw(st.text("ABC", min_size=1, max_size=12))]
+        told, tokens, records, cells = prompt + output, [], b"", []
+        at = sampled = 0
+        while at < len(told):
+            step = data.draw(st.integers(1, len(told) - at))
+            mine = told[at : at + step]
+            new = output[sampled : max(0, at + step - len(prompt))]
+            desk.deliver([(stream.uid, new, block(submit, mine, cells=range(at, at + step)))])
+            at, sampled = at + step, sampled + len(new)
+            if data.draw(st.booleans()):
+                ids = stream.take()[1]
+                tokens, records = tokens + ids, records + stream.outputs.take()
+                cells += stream.outputs.take_cells()[1]
+        tokens, records = tokens + stream.take()[1], records + stream.outputs.take()
+        cells += stream.outputs.take_cells()[1]
+        assert tokens == output[: len(tokens)] and (stream.stopped or len(tokens) == len(output))
+        read_back = read_records(memoryview(records), returns)
+        assert [read_back_one.logprob for read_back_one in read_back] == [-token / 8 for token in tokens]
+        of_prompt = read_records(memoryview(bytes(stream.outputs.prompt)), returns)
+        assert [each.logprob for each in of_prompt] == [-token / 8 for token in prompt]
+        assert cells == [*range(len(prompt) + len(tokens))]
+        assert desk.released == [*range(len(prompt) + len(tokens), len(told))]
+
+    asyncio.run(check())
