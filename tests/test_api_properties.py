@@ -109,9 +109,9 @@ def consistent(request):
     return path, body
 
 
-requests = (
-    st.tuples(st.just("/v1/completions"), completions) | st.tuples(st.just("/v1/chat/completions"), chats)
-).map(consistent)
+requests = (st.tuples(st.just("/v1/completions"), completions) | st.tuples(st.just("/v1/chat/completions"), chats)).map(
+    consistent
+)
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
