@@ -54,12 +54,12 @@ def _step_kernel(
         tl.store(positions_ptr + token, position, mask=inside)
         tl.store(places_ptr + token, page * PAGE + position % PAGE, mask=inside)
     else:
-        row = tl.program_id(0) - blocks
-        slot = tl.load(slots_ptr + row).to(tl.int64)
+        copied = tl.program_id(0) - blocks
+        from_ptr = table_ptr + tl.load(slots_ptr + copied).to(tl.int64) * max_pages
+        to_ptr = pages_ptr + copied.to(tl.int64) * max_pages
         for start in range(0, max_pages, BLOCK_P):
-            at = start + tl.arange(0, BLOCK_P)
-            page = tl.load(table_ptr + slot * max_pages + at, mask=at < max_pages)
-            tl.store(pages_ptr + row.to(tl.int64) * max_pages + at, page, mask=at < max_pages)
+            lane = start + tl.arange(0, BLOCK_P)
+            tl.store(to_ptr + lane, tl.load(from_ptr + lane, mask=lane < max_pages), mask=lane < max_pages)
 
 
 def locate_and_copy(
