@@ -36,8 +36,8 @@ class Exchange(Protocol):
     def begin(self, channel: int, num_tokens: int, real: torch.Tensor | None = None) -> None:
         """A step begins: its channel, and the most tokens that a rank has, which is at least that of its largest rank.
 
-        Of a step that is captured into a graph, `num_tokens` counts padding, and `real`, an integer [1] on the device, is
-        read in each replay: how many of this rank's tokens are none, the first ones. Padding is pushed nowhere.
+        Of a step that is captured into a graph, `num_tokens` counts padding, and `real`, an integer [1] on the device,
+        is read in each replay: how many of this rank's tokens are none, the first ones. Padding is pushed nowhere.
         """
         ...
 
