@@ -121,6 +121,7 @@ class BetweenGPUs:
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
+            self._arrive()
             self._serve(experts)
 
         def combine() -> torch.Tensor:
@@ -159,8 +160,8 @@ class BetweenGPUs:
             launch_pdl=early(tokens),
         )
 
-    def _serve(self, experts: LocalExperts) -> None:
-        """Compute what arrives, a tile of rows at a time in the order of the slots, and push the sums back."""
+    def _arrive(self) -> None:
+        """Waits for all ranks' rows and lists them."""
         layout, at = self._layout, self._layout.channels[self._channel]
         slots = layout.world_size * self._most
         rows.arrive_kernel[(triton.cdiv(slots, _SLOTS_PER_PROGRAM),)](
@@ -183,6 +184,11 @@ class BetweenGPUs:
             num_warps=4,
             launch_pdl=early(self._most),
         )
+
+    def _serve(self, experts: LocalExperts) -> None:
+        """Compute what has arrived, a tile of rows at a time in the order of the slots, and push the sums back."""
+        layout, at = self._layout, self._layout.channels[self._channel]
+        slots = layout.world_size * self._most
         values_CD, scales_CG = self._pushed[self._channel]
         for first in range(0, slots, self._tile_rows):
             tile = slice(first, min(first + self._tile_rows, slots))

@@ -1,0 +1,327 @@
+"""What one RDEP exchange costs between GPUs, captured in a CUDA graph: dispatch, return, both, both around the experts.
+
+    python -m benchmarks.rdep [--shapes moonlight v3] [--tokens 1 8 32 128 256 1024 4096] [--world-size N]
+
+With two GPUs or more there is a process per GPU, and beside every figure NCCL's all-to-all of the same bytes, captured
+as well. With one GPU the ranks (two unless told otherwise) are streams of one process: that shows what the kernels and
+the protocol cost, but the ranks share one GPU's bandwidth and there is no link between them; the output says so.
+Uniform routing. The floor is the bytes that a rank pushes, those to itself apart where it has a link, over the bandwidth
+of a copy measured in the same run. Median over replays of a graph of 16 exchanges; JSON on the last line.
+"""
+
+import argparse
+import dataclasses
+import json
+import mmap
+import os
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from nmoe import envs
+from nmoe.architecture import Architecture, read_architecture
+from nmoe.config import Config, Engine, Parallel
+from nmoe.messages import CHANNEL_DECODE
+from nmoe.slab import ControlLayout, SlabLayout
+
+SHAPES = {"moonlight": "configs/models/moonlight.json", "v3": "configs/models/deepseek-v3.json"}
+LAYERS, REPLAYS = 16, 12
+BF16 = torch.bfloat16
+
+
+@dataclasses.dataclass
+class Rank:
+    """One rank's end of the exchange with its tokens, and the streams that it uses."""
+
+    link: Any  # BetweenGPUs
+    stream: torch.cuda.Stream
+    tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    parts_SKD: torch.Tensor
+    mlp: Callable[..., torch.Tensor]
+
+
+def layout_of(architecture: Architecture, world_size: int, tokens: int) -> SlabLayout:
+    """Slots for exactly the tokens of one run."""
+    engine = Engine(max_batch_size=tokens, max_prefill_tokens=world_size)
+    parallel = Parallel(world_size=world_size, device="cuda")
+    return SlabLayout.of(architecture, "bfloat16", Config(parallel=parallel, engine=engine))
+
+
+def make_mlp(a: Architecture, num_experts: int, device: torch.device) -> Callable[..., torch.Tensor]:
+    """One rank's experts with random weights."""
+    from nmoe.worker.kernels import experts_fp8_triton, experts_triton
+    from nmoe.worker.kernels.fp8 import BlockFP8
+
+    shapes = (
+        (num_experts, 2 * a.moe_intermediate_size, a.hidden_size),
+        (num_experts, a.hidden_size, a.moe_intermediate_size),
+    )
+    if not a.quant_block:
+        dense = [torch.randn(shape, device=device, dtype=BF16).mul_(0.02) for shape in shapes]
+        return lambda x, ids, weights: experts_triton.grouped_mlp(x, ids, weights, *dense)
+    quantised = [
+        BlockFP8(
+            torch.randint(0, 120, shape, device=device, dtype=torch.uint8).view(torch.float8_e4m3fn),
+            torch.full((shape[0], shape[1] // 128, shape[2] // 128), 1e-4, device=device),
+        )
+        for shape in shapes
+    ]
+    return lambda x, ids, weights: experts_fp8_triton.grouped_mlp(x, ids, weights, *quantised)
+
+
+def make_rank(
+    a: Architecture,
+    layout: SlabLayout,
+    slab: torch.Tensor,
+    bases: list[int],
+    control: Any,
+    rank: int,
+    tokens: int,
+    mlp: Callable[..., torch.Tensor],
+) -> Rank:
+    """Rank `rank` with `tokens` random tokens."""
+    from nmoe.worker.rdep.between_gpus import BetweenGPUs
+
+    link = BetweenGPUs(layout, slab, bases, control, rank, BF16, expected_rows=64)
+    generator = torch.Generator(slab.device).manual_seed(rank)
+    x_TD = torch.randn(tokens, a.hidden_size, device=slab.device, generator=generator).to(BF16)
+    scores_TE = torch.rand(tokens, a.num_experts, device=slab.device, generator=generator)
+    ids_TK = scores_TE.topk(a.num_experts_per_tok).indices.int()
+    weights_TK = torch.rand(ids_TK.shape, device=slab.device, generator=generator)
+    rows = min(link._tile_rows, layout.world_size * tokens)
+    parts_SKD = torch.zeros(rows, layout.top_k, a.hidden_size, device=slab.device, dtype=BF16)
+    return Rank(link, torch.cuda.Stream(slab.device), (x_TD, ids_TK, weights_TK), parts_SKD, mlp)
+
+
+def run(rank: Rank, what: str) -> None:
+    """One exchange, or the part of it that `what` says."""
+    if what == "dispatch":
+        rank.link._push(*rank.tokens)
+        rank.link._arrive()
+    elif what == "both":
+        rank.link.dispatch(lambda x, ids, weights: rank.parts_SKD[: len(ids)], *rank.tokens)()
+    else:
+        rank.link.dispatch(rank.mlp, *rank.tokens)()
+
+
+def capture(rank: Rank, what: str) -> torch.cuda.CUDAGraph:
+    """A graph of so many exchanges."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=rank.stream):
+        for _ in range(LAYERS):
+            run(rank, what)
+    return graph
+
+
+def time_graphs(pairs: list[tuple[Rank, torch.cuda.CUDAGraph]], barrier: Callable[[], None]) -> float:
+    """Microseconds of one of a graph's exchanges, from the first rank's start to the last one's end in this process."""
+    times = []
+    for _ in range(REPLAYS):
+        torch.cuda.synchronize()
+        barrier()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record(pairs[0][0].stream)
+        for rank, graph in pairs:
+            with torch.cuda.stream(rank.stream):
+                graph.replay()
+        for rank, _ in pairs[1:]:
+            pairs[0][0].stream.wait_stream(rank.stream)
+        end.record(pairs[0][0].stream)
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / LAYERS)
+    return statistics.median(times[2:])
+
+
+def pushed_bytes(a: Architecture, layout: SlabLayout, rank: Rank, own: bool) -> tuple[int, int]:
+    """What this rank pushes for a dispatch and what the others push back to it; with its `own` share or without."""
+    owners_TN = (rank.tokens[1] // layout.num_experts)[..., None] == torch.arange(layout.world_size, device="cuda")
+    wanted_N = owners_TN.any(1).sum(0)
+    rows = int(wanted_N.sum()) - (0 if own else int(wanted_N[rank.link._rank]))
+    row = a.hidden_size * (1 + 1 / 32) if layout.quantised else layout.row_bytes
+    return int(rows * (row + 8 * layout.top_k + 4)), rows * layout.row_bytes
+
+
+def copy_gb_s(device: torch.device, peer: torch.device) -> float:
+    """Bandwidth of a large copy, in bytes that arrive."""
+    source, target = (torch.empty(1 << 30, dtype=torch.uint8, device=place) for place in (device, peer))
+    times = []
+    for _ in range(8):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return source.numel() / min(times) / 1e9
+
+
+def figures(ranks: list[Rank], barrier: Callable[[], None], sent: tuple[int, int], gb_s: float) -> dict[str, float]:
+    """Microseconds of each part, and how the exchange compares with its floor."""
+    micros = {}
+    for what in ("dispatch", "both", "with experts"):
+        pairs = [(rank, capture(rank, what)) for rank in ranks]
+        micros[what] = time_graphs(pairs, barrier)
+    floor = sum(sent) / gb_s / 1e3
+    return {
+        "dispatch_us": micros["dispatch"],
+        "return_us": micros["both"] - micros["dispatch"],
+        "both_us": micros["both"],
+        "floor_us": floor,
+        "with_experts_us": micros["with experts"],
+    }
+
+
+def in_one_process(shapes: list[str], counts: list[int], world_size: int) -> list[dict[str, Any]]:
+    """All ranks on the one GPU."""
+    from nmoe.worker.rdep.control import Control
+
+    device, results, pages = torch.device("cuda", 0), [], []
+    gb_s = copy_gb_s(device, device)
+    for shape in shapes:
+        a = read_architecture(SHAPES[shape])
+        mlp = make_mlp(a, a.num_experts // world_size, device)  # the same weights for all, since only time counts
+        for tokens in counts:
+            layout = layout_of(a, world_size, tokens)
+            pages.append(ControlLayout(world_size).make())
+            control = Control(ControlLayout(world_size), pages[-1])
+            slabs = [torch.zeros(layout.slab_bytes, dtype=torch.uint8, device=device) for _ in range(world_size)]
+            bases = [slab.data_ptr() for slab in slabs]
+            ranks = [make_rank(a, layout, slabs[i], bases, control, i, tokens, mlp) for i in range(world_size)]
+            start_life(ranks, 1)
+            ranks[0].link.leave()  # so that nothing waits while kernels are compiled
+            for rank in ranks:
+                with torch.cuda.stream(rank.stream):
+                    rank.link.begin(CHANNEL_DECODE, tokens)
+                    for what in ("dispatch", "both", "with experts"):
+                        run(rank, what)
+            start_life(ranks, 2)
+            sent = [pushed_bytes(a, layout, rank, own=True) for rank in ranks]
+            total = sum(there for there, _ in sent), sum(back for _, back in sent)
+            results.append({"shape": shape, "tokens": tokens, **figures(ranks, lambda: None, total, gb_s)})
+            show(results[-1])
+            assert all(rank.link.check() for rank in ranks)
+    print("all ranks share one GPU: its bandwidth is divided among them, and nothing crosses a link")
+    return results
+
+
+def start_life(ranks: list[Rank], life: int) -> None:
+    """What `meet` does, for ranks of one process: each but the last finds that the others have not come."""
+    torch.cuda.synchronize()
+    for rank in ranks:
+        rank.link.meet(life, lambda: True, bounded=False)
+
+
+def in_processes(rank: int, world_size: int, shapes: list[str], counts: list[int], page: mmap.mmap, folder: str) -> Any:
+    """This rank on its own GPU; rank 0 gives the results."""
+    from nmoe.worker.rdep.control import Control
+    from nmoe.worker.rdep.symmetric import PeerSlabs
+
+    device, results = torch.device("cuda", rank), []
+    torch.cuda.set_device(device)
+    control, life = Control(ControlLayout(world_size), page), 0
+    gb_s = copy_gb_s(device, torch.device("cuda", (rank + 1) % world_size))
+    for shape in shapes:
+        a = read_architecture(SHAPES[shape])
+        mlp = make_mlp(a, a.num_experts // world_size, device)
+        for tokens in counts:
+            layout = layout_of(a, world_size, tokens)
+            meeting = pathlib.Path(folder, f"{shape}-{tokens}")
+            peers = PeerSlabs(layout.slab_bytes, rank, world_size, device, meeting)
+            mine = make_rank(a, layout, peers.slab, peers.bases, control, rank, tokens, mlp)
+            life += 1
+            mine.link.meet(life, lambda: False, bounded=False)
+            mine.link.begin(CHANNEL_DECODE, tokens)
+            store = dist.FileStore(f"{meeting}-nccl", world_size)  # type: ignore[attr-defined]
+            dist.init_process_group("nccl", store=store, rank=rank, world_size=world_size, device_id=device)
+            with torch.cuda.stream(mine.stream):
+                for what in ("dispatch", "both", "with experts"):
+                    run(mine, what)
+            sent = pushed_bytes(a, layout, mine, own=False)
+            row = {"shape": shape, "tokens": tokens, **figures([mine], dist.barrier, sent, gb_s)}
+            row["nccl_us"] = nccl_us(mine, sent, world_size)
+            results.append(row)
+            if rank == 0:
+                show(row)
+            assert mine.link.check()
+            dist.barrier()
+            dist.destroy_process_group()
+    return results
+
+
+def nccl_us(rank: Rank, sent: tuple[int, int], world_size: int) -> float:
+    """All-to-all of as many bytes, both ways, in a graph."""
+    pairs = []
+    for size in sent:
+        each = max(1, size // (world_size - 1)) * world_size
+        pairs.append(tuple(torch.zeros(each, dtype=torch.uint8, device=rank.parts_SKD.device) for _ in range(2)))
+
+    def move() -> None:
+        for target, source in pairs:
+            dist.all_to_all_single(target, source)
+
+    with torch.cuda.stream(rank.stream):
+        move()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=rank.stream):
+        for _ in range(LAYERS):
+            move()
+    micros = time_graphs([(rank, graph)], dist.barrier)
+    del graph  # a process group destroyed while it lives would hang
+    return micros
+
+
+def show(row: dict[str, Any]) -> None:
+    """One line of the table."""
+    numbers = "  ".join(f"{name} {value:8.1f}" for name, value in row.items() if name.endswith("_us"))
+    print(f"{row['shape']:>9} {row['tokens']:>5}  {numbers}  both/floor {row['both_us'] / row['floor_us']:.2f}")
+    sys.stdout.flush()
+
+
+def fork_ranks(world_size: int, shapes: list[str], counts: list[int]) -> list[dict[str, Any]]:
+    """A process per GPU; rank 0's results."""
+    page = ControlLayout(world_size).make()
+    with tempfile.TemporaryDirectory(prefix="nmoe-rdep-") as folder:
+        pids = []
+        for rank in range(world_size):
+            if pid := os.fork():
+                pids.append(pid)
+                continue
+            results = in_processes(rank, world_size, shapes, counts, page, folder)
+            if rank == 0:
+                pathlib.Path(folder, "results").write_bytes(msgspec.json.encode(results))
+            os._exit(0)
+        ends = [os.waitpid(pid, 0)[1] for pid in pids]
+        if any(ends):
+            sys.exit(f"ranks ended with {ends}")
+        return msgspec.json.decode(pathlib.Path(folder, "results").read_bytes(), type=list[dict[str, Any]])
+
+
+def main() -> None:
+    """Print a table and the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32, 128, 256, 1024, 4096], help="per rank")
+    parser.add_argument("--world-size", type=int, help="default: all GPUs, or two ranks on the only one")
+    args = parser.parse_args()
+    gpus = torch.cuda.device_count()  # through NVML: no CUDA context before the fork
+    world_size = args.world_size or (gpus if gpus > 1 else 2)
+    envs.set_for_children(Config(parallel=Parallel(world_size=world_size, device="cuda")))
+    if apart := gpus >= world_size > 1:
+        results = fork_ranks(world_size, args.shapes, args.tokens)
+    else:
+        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # a queue for each stream of ranks that wait for each other
+        results = in_one_process(args.shapes, args.tokens, world_size)
+    where = "a GPU per rank" if apart else "all ranks on one GPU"
+    print(json.dumps({"benchmark": "rdep", "world_size": world_size, "where": where, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
