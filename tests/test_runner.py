@@ -320,7 +320,8 @@ def test_warming_up_prefills_leaves_nothing_behind():
     toy = Toy()
     runner = Runner(toy, cache, num_slots=SLOTS, max_seq_len=MAX_SEQ_LEN)
     warm_up_prefills(runner, cache, longest=21, most=70)
-    assert [np.diff(batch.starts).tolist() for batch in toy.batches] == [[16], [21, 11]]  # 64 tokens need 24 pages
+    # 64 tokens need 24 pages: idle steps, since other ranks may have them
+    assert [np.diff(batch.starts).tolist() for batch in toy.batches] == [[16], [21, 11], [], []]
     with pytest.raises(MalformedStep):
         runner.launch(_step(0, [(0, 21, 1, ROW_SAMPLES)]))
 

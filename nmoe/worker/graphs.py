@@ -96,9 +96,9 @@ class StepGraphs:
             return None
         if decodes and rows.num_ids:
             return None
-        if -(-ends[rows.num_decodes :] // BLOCK).sum() * BLOCK > _CONTEXTS:
-            return None
-        return self._graph(step.numerics, step.channel, sizes[bisect.bisect_left(sizes, step.num_tokens)])
+        # A capture exchanges tokens with the other ranks, so that no rank may leave it out.
+        graph = self._graph(step.numerics, step.channel, sizes[bisect.bisect_left(sizes, step.num_tokens)])
+        return graph if -(-ends[rows.num_decodes :] // BLOCK).sum() * BLOCK <= _CONTEXTS else None
 
     def _layout(self, channel: int, size: int) -> Layout:
         rows = min(size, self._max_batch_size)

@@ -271,14 +271,15 @@ def warm_up(runner: Runner, page_size: int) -> None:
 
 
 def warm_up_prefills(runner: Runner, cache: KVCache, longest: int, most: int) -> None:
-    """Steps of 16, 32, ... `most` tokens in rows of up to `longest`, as far as the cache holds them. Between them they
-    need every kernel in every shape and as much memory as any step: no request waits for a compiler or lacks room."""
+    """Steps of 16, 32, ... `most` tokens in rows of up to `longest`, as far as the cache holds them; beyond that idle
+    ones, since other ranks' caches may hold more. Between them they need every kernel in every shape and as much memory
+    as any step: no request waits for a compiler or lacks room."""
     per_row = -(-longest // cache.page_size)
     sizes = [16 << doubling for doubling in range(most.bit_length()) if 16 << doubling < most]
     for tokens in [*sizes, most]:
         lengths = [min(longest, tokens - start) for start in range(0, tokens, longest)]
         if len(lengths) * per_row > cache.num_pages:
-            break
+            lengths = []
         pages = [(slot, slot * per_row + page) for slot in range(len(lengths)) for page in range(per_row)]
         step = Step(
             generation=0,
@@ -287,7 +288,7 @@ def warm_up_prefills(runner: Runner, cache: KVCache, longest: int, most: int) ->
             channel=CHANNEL_PREFILL,
             num_tokens=tokens,
             rows=np.array([(s, 0, n, ROW_SAMPLES | ROW_HAS_IDS) for s, n in enumerate(lengths)], np.int32).tobytes(),
-            ids=bytes(4 * tokens),
+            ids=bytes(4 * sum(lengths)),
             pages=np.array(pages, np.int32).tobytes(),
             admits=tuple(Admit(slot, 0, Sampling(temperature=0.0)) for slot in range(len(lengths))),
         )

@@ -163,6 +163,7 @@ def test_delays_and_replays_never_change_a_bit(world_size, quantised):
     layout = make_layout(world_size, decodes=DECODES, quantised=quantised)
     ranks = Ranks(layout)
     entries = stress_entries(layout, world_size, chance)
+    assert sum(int(real.sum()) for _, _, reals in entries for real in reals) > VARIANTS * DECODES
     steps = STEPS[world_size]
     plan = torch.tensor([[chance.randrange(VARIANTS) for _ in range(LAYERS)] for _ in range(steps + 8)])
     captured = [CapturedRank(ranks, rank, entries, plan) for rank in range(world_size)]

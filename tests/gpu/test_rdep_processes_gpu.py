@@ -6,12 +6,15 @@ import signal
 import sys
 import time
 import traceback
+from types import SimpleNamespace
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 
 from nmoe.errors import PeerSilent
-from nmoe.messages import CHANNEL_DECODE
+from nmoe.messages import CHANNEL_DECODE, ROW_SAMPLES
 from nmoe.slab import ControlLayout
 from tests.forking import fork_call
 
@@ -117,8 +120,21 @@ def test_processes_exchange_and_survive_a_death_within_the_bound(tmp_path, world
 # ----------------------------------------------------------------------------------------------------------- the model
 
 
+class IdleRunner:
+    """Takes the Steps of a rank with work as one without does."""
+
+    def __init__(self, runner):
+        self.runner = runner
+
+    def launch(self, step):
+        rows = np.frombuffer(step.rows, np.int32).reshape(-1, 4)
+        idle = msgspec.structs.replace(step, rows=b"", ids=b"", pages=b"", admits=())
+        assert self.runner.launch(idle).tokens() == b""
+        return SimpleNamespace(tokens=lambda: bytes(4 * int((rows[:, 3] & ROW_SAMPLES != 0).sum())))
+
+
 def generate(rank, world_size, page, folder):
-    """Greedy tokens of the same prompts on every rank, steps with chunks and then replayed ones."""
+    """Greedy tokens of the same prompts on both ranks, kernel by kernel, then from graphs, then with rank 1 idle."""
     from nmoe.checkpoint import open_checkpoint
     from nmoe.config import Config, Engine, Model, Parallel
     from nmoe.worker.cache import make_cache
@@ -132,24 +148,24 @@ def generate(rank, world_size, page, folder):
     config = Config(
         Model(path=str(folder / "tiny"), dtype="bfloat16"),
         Parallel(world_size, "cuda"),
-        Engine(num_pages=200, page_size=PAGE, max_batch_size=16),
+        Engine(num_pages=200, page_size=PAGE, max_batch_size=16, max_prefill_tokens=512),
     )
     checkpoint = open_checkpoint(config)
     model = load_model(checkpoint, config, rank, device, lambda *_: None, page, folder / "meeting")
     cache = make_cache(config, checkpoint, device)
     runner = Runner(model, cache, num_slots=16, max_seq_len=checkpoint.max_seq_len)
-    assert runner.exchange.meet(1, lambda: False, bounded=False)
-    runner.capture(16)
     outputs = []
-    for life in (2, 3):
-        runner.reset()
+    for life, how in enumerate(("eager", "eager, idle", "captured", "captured, idle"), 1):
         assert runner.exchange.meet(life, lambda: False, bounded=False)
-        requests = Requests(runner, prompts(), OUTPUT, page_size=PAGE, num_pages=200)
+        if how == "captured":
+            runner.capture(16, 128)
+        runner.reset()
+        taker = IdleRunner(runner) if rank and "idle" in how else runner
+        requests = Requests(taker, prompts(), OUTPUT, page_size=PAGE, num_pages=200)
         outputs.append(requests.generate(OUTPUT, 48))
-        assert runner.exchange.check()
-    assert outputs[0] == outputs[1]
-    (folder / f"tokens-{rank}").write_text(repr(outputs[0]))
-    torch.cuda.synchronize()
+        torch.cuda.synchronize()
+    assert runner.exchange.check()
+    (folder / f"tokens-{rank}").write_text(repr(outputs))
     os._exit(0)
 
 
@@ -165,5 +181,8 @@ def test_two_ranks_generate_the_tokens_of_one(tmp_path, fp8):
     ends, output = ends_of(tmp_path, 2, generate)
     assert ends == [0, 0], output
     first, second = (eval(pathlib.Path(tmp_path / f"tokens-{rank}").read_text()) for rank in (0, 1))
-    assert first == second
-    assert agreement(first, alone) > (0.7 if fp8 else 0.85)
+    eager, beside_idle, captured, captured_beside_idle = first
+    assert [eager, captured] == [second[0], second[2]], "two ranks with the same prompts"
+    assert [eager, captured] == [beside_idle, captured_beside_idle], "whether rank 1 has work"
+    for outputs in (eager, captured):
+        assert agreement(outputs, alone) > (0.7 if fp8 else 0.85)
