@@ -145,11 +145,12 @@ class Client:
         """Logits as they come, then the answer without them. A caller that stops early closes the connection."""
         complete = False
         try:
-            for payload in self._payloads(request_body({"prompt": prompt, **fields})):
+            payloads = self._payloads(request_body({"prompt": prompt, **fields}))
+            for payload in payloads:
                 part = decode_arrays(payload)
                 if isinstance(part, Failure):
                     _raise(part)
-                complete = isinstance(part, Answer)
+                complete = isinstance(part, Answer) and next(payloads, None) is None
                 yield part
             if not complete:
                 raise ConnectionError(_CUT_OFF)
@@ -248,11 +249,12 @@ class AsyncClient:
             async with self._session.post(
                 self._url + PATH, data=body, headers={"Content-Type": CONTENT_TYPE, **headers}
             ) as response:
-                async for payload in _payloads(response):
+                payloads = _payloads(response)
+                async for payload in payloads:
                     part = decode(payload)
                     if isinstance(part, Failure):
                         _raise(part)
-                    complete = isinstance(part, Answer)
+                    complete = isinstance(part, Answer) and await anext(payloads, None) is None
                     yield part
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, EOFError) as error:
             raise ConnectionError(f"{_CUT_OFF}: {error!r}") from error

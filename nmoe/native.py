@@ -40,6 +40,7 @@ class Choice(msgspec.Struct, Generic[T], frozen=True, omit_defaults=True, kw_onl
     index: int
     text: str
     finish_reason: str
+    seed: int | None = None  # as in `Answer`, where there are several prompts
     token_ids: T  # int32 [n]
     prompt_token_ids: T | None = None  # int32 [p]
     logprobs: T | None = None  # float32 [n], by the model's own distribution
@@ -66,7 +67,7 @@ class Answer(msgspec.Struct, Generic[T], frozen=True, omit_defaults=True, tag="a
     created: int
     choices: list[Choice[T]]
     usage: dict[str, Any]  # OpenAI's
-    seed: int | None = None  # the one that was drawn, where the profile promises that the output can be repeated
+    seed: int | None = None  # the one that was drawn, where the profile lets the output be repeated
 
 
 class Logits(msgspec.Struct, Generic[T], frozen=True, tag="logits"):

@@ -23,6 +23,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import nmoe
 from nmoe import ipc
+from nmoe.architecture import read_architecture
+from nmoe.arena import ArenaLayout
 from nmoe.config import Config, Model, Parallel, Server, Trace
 from nmoe.frontend.server import Frontend
 from nmoe.messages import Ended, FrontendToScheduler, Hello, Serving, Tokens
@@ -105,7 +107,9 @@ class Rig:
         self._stack.callback(lambda: self.router.close())
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(FrontendToScheduler).decode
-        boot = ipc.Boot("frontend", 0, 1, self.config, run_dir, control, self.board, http)
+        self.layout = ArenaLayout.of(read_architecture(self.config.model.path), 1)
+        self.arena = self.layout.make()
+        boot = ipc.Boot("frontend", 0, 1, self.config, run_dir, control, self.board, http, arena=self.arena)
         self.frontend = asyncio.create_task(Frontend.run(boot))
         self._stack.push_async_callback(self.stop)
         self.session = await self._stack.enter_async_context(aiohttp.ClientSession(self.url))

@@ -15,7 +15,9 @@ from nmoe.errors import RequestError
 from nmoe.native import Answer, Choice, Logits, LogitsName, Tensor
 
 _TENSORS = tuple(
-    field.name for field in msgspec.structs.fields(Choice) if field.name not in ("index", "text", "finish_reason")
+    field.name
+    for field in msgspec.structs.fields(Choice)
+    if field.name not in ("index", "text", "finish_reason", "seed")
 )
 
 

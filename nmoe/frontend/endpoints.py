@@ -59,6 +59,7 @@ class Endpoints:
         return {
             "/v1/completions": (hdrs.METH_POST, partial(self._generations.answer, "completions")),
             "/v1/chat/completions": (hdrs.METH_POST, partial(self._generations.answer, "chat")),
+            "/v1/generate": (hdrs.METH_POST, partial(self._generations.answer, "generate")),
             "/v1/models": (hdrs.METH_GET, self._models),
             "/v1/models/": (hdrs.METH_GET, self._model),
             "/tokenize": (hdrs.METH_POST, self._tokenize),

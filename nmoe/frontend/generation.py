@@ -3,14 +3,17 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 import msgspec
 from aiohttp import web
 
+from nmoe.architecture import Architecture
+from nmoe.arena import ArenaLayout
 from nmoe.errors import RequestError
 from nmoe.frontend import openai, replies
+from nmoe.frontend.bulk import Bulk
 from nmoe.frontend.health import Health
 from nmoe.frontend.http import Headers, json_response
 from nmoe.frontend.logprobs import ChoiceFormats, Formats, PromptFormats, Vocabulary
@@ -28,6 +31,7 @@ from nmoe.outputs import RoutingLayout
 from nmoe.trace import Record, Recorder, sampling_fields
 
 _log = logging.getLogger("nmoe.frontend")
+_Respond = Callable[["Generation", web.BaseRequest, Headers], Awaitable[web.StreamResponse]]
 
 
 class Generation(msgspec.Struct):
@@ -47,7 +51,7 @@ class Generations:
         boot: Boot,
         prompts: Prompts,
         eos_ids: tuple[int, ...],
-        routing: RoutingLayout,
+        architecture: Architecture,
         health: Health,
         streams: Streams,
         requests: Requests,
@@ -60,11 +64,13 @@ class Generations:
         self._prompts = prompts
         self._vocabulary = Vocabulary(prompts.tokenizer)
         self._eos_ids = eos_ids
-        self._routing = routing
+        self._routing = RoutingLayout.of(architecture)
         self._health = health
         self._streams = streams
         self._requests = requests
         self._recorder = recorder
+        arena = ArenaLayout.of(architecture, boot.config.parallel.world_size)
+        self._bulk = Bulk(boot.config.model_name, boot.arena, arena, self._routing, streams, requests)
         self._on_idle = on_idle
         self.num_open = 0
 
@@ -82,7 +88,8 @@ class Generations:
 
     async def _prepare(self, endpoint: Endpoint, request: web.BaseRequest, arrived: float) -> Generation:
         """Everything up to the scheduler. Raises RequestError."""
-        call = await self._requests.read(request, partial(openai.parse_call, endpoint))
+        read = self._requests.read_packed if endpoint == "generate" else self._requests.read
+        call = await read(request, partial(openai.parse_call, endpoint))
         self._requests.check_model(call.model)
         self._check_number(max(1, len(call.prompts)), call.n)
         make_prompts = partial(self._prompts.of, call, self._health.require_serving())
@@ -135,10 +142,9 @@ class Generations:
             for place, submit in enumerate(generation.submits):
                 mine = slice(place * submit.n, (place + 1) * submit.n)
                 self._streams.submit(streams[mine], submit)
-                if submit.returns:
+                if submit.returns and generation.call.endpoint != "generate":
                     self._add_formats(generation.call, generation.choices[mine])
-            respond = self._respond_in_events if generation.call.stream else self._respond_whole
-            response = await respond(generation, request, headers)
+            response = await self._respond(generation)(generation, request, headers)
         finally:
             if timer is not None:
                 timer.cancel()
@@ -149,6 +155,20 @@ class Generations:
         longest = max(stream.num_tokens for stream in streams)
         self._row.observe("nmoe:request_max_num_generation_tokens", longest)
         return response
+
+    def _respond(self, generation: Generation) -> _Respond:
+        if generation.call.endpoint == "generate":
+            return self._respond_in_bulk
+        return self._respond_in_events if generation.call.stream else self._respond_whole
+
+    async def _respond_in_bulk(
+        self, generation: Generation, request: web.BaseRequest, headers: Headers
+    ) -> web.StreamResponse:
+        call, choices = generation.call, generation.choices
+        if call.logits:
+            return await self._bulk.respond_in_frames(call, choices, request, headers)
+        await _any_error(choices, [choice.stream.ended for choice in choices])
+        return await self._bulk.respond_whole(call, choices, headers)
 
     def _add_formats(self, call: Call, siblings: Sequence[Choice]) -> None:
         """What renders the outputs of one prompt's choices."""

@@ -145,10 +145,10 @@ class Router:
             raise RequestError(message, status=401, code="invalid_api_key")
 
 
-async def read_json_body(request: web.BaseRequest, max_bytes: int) -> bytes:
-    """The body of a JSON request. Raises RequestError: 415 for another type, 413 above `max_bytes`, 408 when slow."""
-    if request.content_type != "application/json":
-        raise RequestError(f"Content-Type is {request.content_type!r}; send application/json", status=415)
+async def read_body(request: web.BaseRequest, max_bytes: int, content_type: str) -> bytes:
+    """The body of a request. Raises RequestError: 415 for another type, 413 above `max_bytes`, 408 when slow."""
+    if request.content_type != content_type:
+        raise RequestError(f"Content-Type is {request.content_type!r}; send {content_type}", status=415)
     if (encoding := request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()) != "identity":
         # A small compressed body may be a large one that takes long to unpack.
         raise RequestError(f"Content-Encoding is {encoding[:40]!r}; send the body as it is", status=415)

@@ -63,6 +63,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     top_k_logprobs: int = 0  # so many likeliest tokens in nmoe's own format
     logprob_token_ids: tuple[int, ...] = ()
     return_routed_experts: bool = False
+    logits: bool = False  # behind all log-probabilities
     priority: int = 0
     profile: str = "production_generate"
     user: str = ""
@@ -79,8 +80,11 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         """What has to come back with the tokens, for all fields together."""
         prompt = self.prompt_logprobs is not None or (self.echo and self.logprobs is not None)
         records = prompt or self.logprobs is not None or self.top_k_logprobs > 0 or bool(self.logprob_token_ids)
+        records = records or self.logits
         top_k = max(self.logprobs or 0, self.prompt_logprobs or 0, self.top_k_logprobs)
-        return Returns(records, prompt, top_k, self.logprob_token_ids, routing=self.return_routed_experts)
+        return Returns(
+            records, prompt, top_k, self.logprob_token_ids, logits=self.logits, routing=self.return_routed_experts
+        )
 
 
 class ToTokenize(msgspec.Struct, frozen=True):

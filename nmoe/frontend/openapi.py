@@ -7,6 +7,7 @@ import msgspec
 
 from nmoe import __version__
 from nmoe.frontend.schema import DETOKENIZE, FIELDS, REQUIRED, TOKENIZE
+from nmoe.native import CONTENT_TYPE, FRAMES_CONTENT_TYPE
 
 _REF = "#/components/schemas/{name}"
 _ERROR = {
@@ -28,9 +29,12 @@ _ERROR = {
 _BODIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "/v1/completions": ("CompletionRequest", FIELDS["completions"], [REQUIRED["completions"]]),
     "/v1/chat/completions": ("ChatRequest", FIELDS["chat"], [REQUIRED["chat"]]),
+    "/v1/generate": ("GenerateRequest", FIELDS["generate"], [REQUIRED["generate"]]),
     "/tokenize": ("TokenizeRequest", TOKENIZE, []),
     "/detokenize": ("DetokenizeRequest", DETOKENIZE, ["tokens"]),
 }
+_PACKED = (CONTENT_TYPE, FRAMES_CONTENT_TYPE)
+_BULK = "Outputs in bulk, in msgpack; a prompt's token ids may also be the bytes of int32s (docs/generate.md)"
 _READS = {
     "/v1/models": "The served model, as a list",
     "/v1/models/{model}": "The served model",
@@ -58,10 +62,12 @@ def document() -> bytes:
             "required": required,
             "additionalProperties": False,
         }
-        body = {"required": True, "content": {"application/json": {"schema": {"$ref": _REF.format(name=name)}}}}
-        paths[path] = {"post": {"requestBody": body, "responses": _responses("application/json")}}
+        media = _PACKED if path == "/v1/generate" else ("application/json",)
+        body = {"required": True, "content": {media[0]: {"schema": {"$ref": _REF.format(name=name)}}}}
+        paths[path] = {"post": {"requestBody": body, "responses": _responses(*media)}}
     for path, text in _READS.items():
         paths[path] = {"get": {"summary": text, "responses": _responses(_content_type(path))}}
+    paths["/v1/generate"]["post"]["summary"] = _BULK
     paths["/v1/models/{model}"]["parameters"] = [
         {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
     ]
@@ -83,9 +89,9 @@ def _content_type(path: str) -> str:
     return "text/plain" if path == "/metrics" else "application/json"
 
 
-def _responses(content_type: str) -> dict[str, Any]:
+def _responses(*content_types: str) -> dict[str, Any]:
     error = {"application/json": {"schema": {"$ref": _REF.format(name="Error")}}}
     return {
-        "200": {"description": "The answer", "content": {content_type: {}}},
+        "200": {"description": "The answer", "content": {kind: {} for kind in content_types}},
         "default": {"description": "What is wrong", "content": error},
     }

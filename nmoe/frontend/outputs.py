@@ -49,10 +49,20 @@ class Outputs:
         self._records.clear()
         return taken
 
-    def take_cells(self) -> tuple[int, "array.array[int]"]:
-        """The cells since the last call, each with the logits behind one record, to be released by the caller; and
-        which record the first belongs to, counted over those of the prompt and the output together."""
-        first, cells = self._num_cells, self._cells
+    @property
+    def num_prompt_records(self) -> int:
+        """How many records the prompt's tokens have, come or still to come."""
+        return self._prompt_size // self.returns.record_bytes
+
+    @property
+    def num_untaken_cells(self) -> int:
+        """How many cells the next call of `take_cells` can give."""
+        return len(self._cells)
+
+    def take_cells(self, most: int | None = None) -> tuple[int, "array.array[int]"]:
+        """The next cells, `most` of them if there are more, each with the logits behind one record, to be released by
+        the caller; and which record the first belongs to, counted over those of the prompt and the output together."""
+        first, cells = self._num_cells, self._cells[:most]
         self._num_cells += len(cells)
-        self._cells = array.array("i")
+        del self._cells[: len(cells)]
         return first, cells

@@ -152,10 +152,10 @@ def output_limit(call: Call, prompt: Prompt, max_seq_len: int) -> int:
 def check_returned(call: Call, prompts: Sequence[Prompt], max_bytes: int) -> None:
     """Raises RequestError (400) when the prompts that every answer repeats are more than `max_bytes` altogether."""
     per_id = _ID_BYTES if call.return_token_ids else 0
-    if call.returns.prompt:
+    if call.returns.prompt and call.endpoint != "generate":  # which has each prompt once, in few bytes
         per_id += _LOGPROB_BYTES * (1 + max(call.prompt_logprobs or 0, call.logprobs or 0))
         per_id += _LOGPROB_BYTES // 2 * (call.top_k_logprobs + len(call.logprob_token_ids))
-    copies = call.n if call.endpoint == "completions" else 1  # a chat has its prompt beside the choices
+    copies = 1 if call.endpoint == "chat" else call.n  # a chat has its prompt beside the choices
     size = copies * sum(len(prompt.text) + per_id * len(prompt.ids) for prompt in prompts)
     if size > max_bytes:
         param = "prompt_logprobs" if call.prompt_logprobs is not None else "echo" if call.echo else "return_token_ids"

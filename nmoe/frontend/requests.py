@@ -10,7 +10,9 @@ from aiohttp import web
 
 from nmoe.errors import RequestError
 from nmoe.frontend.body import parse_object
-from nmoe.frontend.http import read_json_body
+from nmoe.frontend.http import read_body
+from nmoe.frontend.packed import unpack_object
+from nmoe.native import CONTENT_TYPE
 
 T = TypeVar("T")
 
@@ -32,11 +34,25 @@ class Requests:
         self._slow_thread = slow_thread
 
     async def read(self, request: web.BaseRequest, parse: Callable[[dict[str, Any]], T]) -> T:
-        """The checked request. Raises RequestError."""
-        body = await read_json_body(request, self._max_body_bytes)
+        """The checked request, which came as JSON. Raises RequestError."""
+        return await self._read(request, "application/json", parse_object, parse)
+
+    async def read_packed(self, request: web.BaseRequest, parse: Callable[[dict[str, Any]], T]) -> T:
+        """The checked request, which came as msgpack. Raises RequestError."""
+        return await self._read(request, CONTENT_TYPE, unpack_object, parse)
+
+    async def _read(
+        self,
+        request: web.BaseRequest,
+        content_type: str,
+        load: Callable[[bytes], dict[str, Any]],
+        parse: Callable[[dict[str, Any]], T],
+    ) -> T:
+        body = await read_body(request, self._max_body_bytes, content_type)
         if len(body) <= _INLINE_BYTES:
-            return parse(parse_object(body))
-        return await self._in(self._slow_thread if len(body) > _LONG_TEXT else self._threads, _parse, parse, body)
+            return parse(load(body))
+        thread = self._slow_thread if len(body) > _LONG_TEXT else self._threads
+        return await self._in(thread, lambda: parse(load(body)))
 
     async def run(self, work: Callable[[], T], text_length: int) -> T:
         """The result of `work`, which is too long for the event loop and tokenizes so many characters."""
@@ -51,7 +67,3 @@ class Requests:
     @staticmethod
     async def _in(executor: Executor, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(executor, partial(function, *args))
-
-
-def _parse(parse: Callable[[dict[str, Any]], T], body: bytes) -> T:
-    return parse(parse_object(body))

@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from nmoe.outputs import MAX_SCORED, MAX_TOP_K
 
-Endpoint = Literal["completions", "chat"]
+Endpoint = Literal["completions", "chat", "generate"]
 
 MAX_STOPS = 4
 MAX_STOP_IDS = 16  # every token of every request is compared with so many
@@ -127,6 +127,12 @@ FIELDS: dict[Endpoint, dict[str, Any]] = {
         **_SHARED,
     },
 }
+# Token ids are always returned, and logits are streamed without being asked.
+FIELDS["generate"] = {
+    name: kind
+    for name, kind in FIELDS["completions"].items()
+    if name not in ("stream", "stream_options", "return_token_ids")
+} | {"logits": bool}
 TOKENIZE: dict[str, Any] = {
     "model": str,
     "prompt": str,
@@ -135,7 +141,7 @@ TOKENIZE: dict[str, Any] = {
     "return_token_strs": bool,
 }
 DETOKENIZE: dict[str, Any] = {"model": str, "tokens": list[TokenId]}
-REQUIRED: dict[Endpoint, str] = {"completions": "prompt", "chat": "messages"}
+REQUIRED: dict[Endpoint, str] = {"completions": "prompt", "chat": "messages", "generate": "prompt"}
 
 # Fields of OpenAI's and vLLM's APIs that nmoe does not have: a misspelling of a field above is not the likely cause.
 _FOREIGN_NAMES = """

@@ -34,7 +34,6 @@ from nmoe.frontend.tokenizer import Tokenizer
 from nmoe.ipc import Boot
 from nmoe.messages import Hello, SchedulerToFrontend, Serving, Tokens
 from nmoe.metrics import row_index
-from nmoe.outputs import RoutingLayout
 from nmoe.trace import Recorder
 
 _log = logging.getLogger("nmoe.frontend")
@@ -87,9 +86,16 @@ class Frontend:
         self._link = Link(ipc.frontend_address(boot.run_dir), boot.index, self._receive)
         self._streams = Streams(boot.index, boot.generation, self._link.send, self._row)
         requests = Requests(config.model_name, config.server.max_body_mb << 20, threads, slow_thread)
-        routing = RoutingLayout.of(architecture)
         self._generations = Generations(
-            boot, prompts, eos, routing, self._health, self._streams, requests, self._recorder, self._report_drained
+            boot,
+            prompts,
+            eos,
+            architecture,
+            self._health,
+            self._streams,
+            requests,
+            self._recorder,
+            self._report_drained,
         )
         self._endpoints = Endpoints(boot, prompts, self._health, requests, self._generations)
 

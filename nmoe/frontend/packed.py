@@ -1,0 +1,90 @@
+"""From a msgpack body's bytes to the object that JSON's checks take (nmoe/frontend/openai.py): ids that came as bytes
+become lists. As with JSON (nmoe/frontend/body.py) the values of a large body are counted before they are made, piece by
+piece.
+"""
+
+import array
+from typing import Any
+
+import msgspec
+
+from nmoe.errors import RequestError
+from nmoe.frontend.body import MAX_VALUES
+
+_SMALL = 1 << 15  # bytes; a body up to this size is harmless
+# How many bytes a value of each type takes beside what its length says; and how many of these are the length.
+# Source: the specification of msgpack.
+_PLAIN = {0xC0: 1, 0xC2: 1, 0xC3: 1, 0xCA: 5, 0xCB: 9, 0xCC: 2, 0xCD: 3, 0xCE: 5, 0xCF: 9, 0xD0: 2, 0xD1: 3, 0xD2: 5}
+_PLAIN |= {0xD3: 9, 0xD4: 3, 0xD5: 4, 0xD6: 6, 0xD7: 10, 0xD8: 18}
+_SIZED = {0xC4: (2, 1), 0xC5: (3, 2), 0xC6: (5, 4), 0xC7: (3, 1), 0xC8: (4, 2), 0xC9: (6, 4)}
+_SIZED |= {0xD9: (2, 1), 0xDA: (3, 2), 0xDB: (5, 4)}
+_HOLDING = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}  # bytes of the length, values per item
+
+
+def unpack_object(body: bytes) -> dict[str, Any]:
+    """The object in `body`. Raises RequestError that says what is wrong with it: 413 for too much, else 400."""
+    if len(body) > _SMALL:
+        _look_through(body)
+    try:
+        document = msgspec.msgpack.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"the body is not valid msgpack: {error}") from None
+    except RecursionError:
+        raise RequestError("the body is nested too deeply") from None
+    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
+        raise RequestError("the body must be a map whose keys are strings")
+    if len(document) < _num_keys(body):
+        raise RequestError("the body has a key that appears more than once")
+    prompt = document.get("prompt")
+    if isinstance(prompt, bytes):
+        document["prompt"] = _ids(prompt, "prompt")
+    elif isinstance(prompt, list):
+        for place, item in enumerate(prompt):
+            if isinstance(item, bytes):
+                prompt[place] = _ids(item, f"prompt[{place}]")
+    return document
+
+
+def _ids(data: bytes, field: str) -> list[int]:
+    if len(data) % 4:
+        raise RequestError(f"{field}: {len(data)} bytes are not int32 token ids, four bytes each", param=field)
+    return array.array("i", data).tolist()
+
+
+def _num_keys(body: bytes) -> int:
+    """Of the map that the body is."""
+    if body[0] in _HOLDING:
+        return int.from_bytes(body[1 : 1 + _HOLDING[body[0]][0]])
+    return body[0] & 0xF
+
+
+def _look_through(body: bytes) -> None:
+    """Raises RequestError (413) when there are too many values. What is malformed is left to the parser."""
+    left, values, place = 1, 0, 0
+    while left and place < len(body):
+        left, values = left - 1, values + 1
+        if values > MAX_VALUES:
+            message = f"the body has more than {MAX_VALUES} values; send token ids as the bytes of int32s"
+            raise RequestError(message, status=413, code="body_too_large")
+        kind = body[place]
+        if kind < 0x80 or kind >= 0xE0:  # a small number
+            place += 1
+        elif kind < 0x90:  # a small map
+            left += 2 * (kind & 0xF)
+            place += 1
+        elif kind < 0xA0:  # a small array
+            left += kind & 0xF
+            place += 1
+        elif kind < 0xC0:  # a short string
+            place += 1 + (kind & 0x1F)
+        elif kind in _SIZED:
+            size, length = _SIZED[kind]
+            place += size + int.from_bytes(body[place + 1 : place + 1 + length])
+        elif kind in _HOLDING:
+            length, each = _HOLDING[kind]
+            left += each * int.from_bytes(body[place + 1 : place + 1 + length])
+            place += 1 + length
+        elif kind in _PLAIN:
+            place += _PLAIN[kind]
+        else:
+            return
