@@ -74,12 +74,14 @@ class Engine:
         self.arena: dict[int, bytes] = {}  # outlives the workers
         self.unread: dict[int, tuple[int, bytes]] = {}  # cell at a frontend -> (frontend, what it must have)
         self.stubborn: set[int] = set()  # frontends that release nothing
+        self.lives: dict[int, int] = {}  # of frontends, the first is 1
+        self.forgotten = 0  # clients of frontends that died
         self.clients: dict[int, Client] = {}
         self.now = 1.0
         self.next_counter = 0
         self.planned: list[list[Step]] = []
         self.lanes: list[Lane] = []  # of the planned steps
-        self.missed = dict.fromkeys(Lane, 0)  # steps of others since a lane with streams had its last
+        self.missed = dict.fromkeys(Lane, 0)  # steps of others since a lane with work had its last
         self.requests: list[Request] = []  # all that were ever accepted
         self.parents: dict[bytes, bytes | None] = {}  # of every key seen
         self.boot_workers()
@@ -103,11 +105,19 @@ class Engine:
         self, prompt: list[int], max_tokens: int = 4, *, n=1, frontend=0, eos_ids=(), **fields
     ) -> int | Rejected:
         """Submit; the uid of the first sibling, or the refusal."""
-        uid = make_uid(frontend, 1, self.next_counter)
+        life = self.lives.setdefault(frontend, 1)
+        uid = make_uid(frontend, life, self.next_counter)
         self.next_counter += n
         seed = 1000 + uid
         message = Submit(
-            1, uid, np.array(prompt, np.int32).tobytes(), max_tokens, Sampling(seed=seed), tuple(eos_ids), n, **fields
+            life,
+            uid,
+            np.array(prompt, np.int32).tobytes(),
+            max_tokens,
+            Sampling(seed=seed),
+            tuple(eos_ids),
+            n,
+            **fields,
         )
         rejected = self.scheduler.submit(message, self.now)
         if rejected is None:
@@ -140,7 +150,21 @@ class Engine:
         for cell in willing[::-1][:most]:
             frontend, content = self.unread.pop(cell)
             assert self.arena[cell] == content, "a cell was written while a frontend had it"
-            assert self.cells.release(np.array([cell], np.int32).tobytes(), life_of(frontend, 1)) == 0
+            assert (
+                self.cells.release(np.array([cell], np.int32).tobytes(), life_of(frontend, self.lives[frontend])) == 0
+            )
+        self.after()
+
+    def die(self, frontend: int) -> None:
+        """A frontend dies, and its next life is there before anything else happens."""
+        self.lives[frontend] = self.lives.get(frontend, 1) + 1
+        self.scheduler.forget(frontend, self.lives[frontend])
+        self.cells.forget(frontend, self.lives[frontend])
+        gone = [uid for uid in self.clients if uid_frontend(uid) == frontend]
+        self.forgotten += len(gone)
+        for uid in gone:
+            del self.clients[uid]
+        self.unread = {cell: (owner, content) for cell, (owner, content) in self.unread.items() if owner != frontend}
         self.after()
 
     def plan(self) -> list[Step] | None:
@@ -179,7 +203,22 @@ class Engine:
         self.after()
 
     def run(self, most: int = 20_000) -> None:
-        """Plan and answer, two steps in flight, until nothing is left to do."""
+        """Plan and answer, two steps in flight, until nothing is left to do.
+
+        While some frontends release nothing, only requests that need cells may be left; then they do.
+        """
+        if self.stubborn:
+            self._run(most)
+            assert all(client.ended or client.returns.logits for client in self.clients.values()), (
+                "a bystander is stuck"
+            )
+            self.stubborn.clear()
+        self._run(most)
+        assert self.scheduler.idle, "work is left but nothing is planned"
+        self.scheduler.check_idle()
+        assert all(client.ended for client in self.clients.values())
+
+    def _run(self, most: int) -> None:
         for _ in range(most):
             self.release()
             if self.plan() is None and not any(self.unanswered):
@@ -187,9 +226,6 @@ class Engine:
             if all(len(answers) == self.limits.steps_in_flight for answers in self.unanswered) or self.starved():
                 for rank in range(len(self.workers)):
                     self.answer(rank)
-        assert self.scheduler.idle, "work is left but nothing is planned"
-        self.scheduler.check_idle()
-        assert all(client.ended for client in self.clients.values())
 
     def starved(self) -> bool:
         """Whether nothing more can be planned without results."""
@@ -341,16 +377,22 @@ class Engine:
         for request in streams:
             if request.lane is lane and not left_out:
                 assert request.slot % s.num_slots in [row[0] for row in rows[request.rank] if row[2] == 1]
-        self.check_turns(lane, {request.lane for request in streams})
+        busy = [
+            request
+            for request in scheduler._requests.values()
+            if before[request.uid] in (State.PREFILL, State.DECODE) and not request.stalled
+            if request.state in (State.PREFILL, State.DECODE, State.LAUNCHED)
+        ]
+        self.check_turns(lane, {request.lane for request in busy})
         self.check_order(lane, before)
 
-    def check_turns(self, lane: Lane, streaming: set[Lane]) -> None:
-        """Every second step is PRODUCTION's while it has streams; no other lane with streams waits for long."""
-        if Lane.PRODUCTION in streaming and self.lanes and self.lanes[-1] is not Lane.PRODUCTION:
+    def check_turns(self, lane: Lane, busy: set[Lane]) -> None:
+        """Every second step is PRODUCTION's while it has work; no other lane with work waits for long."""
+        if Lane.PRODUCTION in busy and self.lanes and self.lanes[-1] is not Lane.PRODUCTION:
             assert lane is Lane.PRODUCTION
         self.lanes.append(lane)
         for other in Lane:
-            self.missed[other] = self.missed[other] + 1 if other in streaming and other is not lane else 0
+            self.missed[other] = self.missed[other] + 1 if other in busy and other is not lane else 0
             assert self.missed[other] <= 2 * (len(Lane) - 1) - 1, f"{other} starves"
 
     def check_order(self, lane: Lane, before: dict[int, State]) -> None:

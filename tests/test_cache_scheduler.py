@@ -57,6 +57,7 @@ ACTION = st.one_of(
     st.just("round"),
     st.just("round"),
     st.tuples(st.just("release"), st.integers(0, 7)),
+    st.tuples(st.just("die"), st.integers(0, 2)),
     st.tuples(st.just("abort"), st.integers(0, 50)),
     st.tuples(st.just("finish"), st.integers(0, 50)),
 )
@@ -105,6 +106,8 @@ def act(engine: Engine, action) -> None:
         engine.answer(action[1] % engine.limits.world_size)
     elif action[0] == "release":
         engine.release(action[1])
+    elif action[0] == "die":
+        engine.die(action[1] % 3)
     elif engine.clients:
         uid = list(engine.clients)[action[1] % len(engine.clients)]
         if action[0] == "abort":
@@ -118,7 +121,7 @@ def play(engine: Engine, actions: list) -> None:
     for action in actions:
         act(engine, action)
     engine.run()
-    assert sum(engine.scheduler.stats.ended.values()) == len(engine.clients)
+    assert sum(engine.scheduler.stats.ended.values()) == len(engine.clients) + engine.forgotten
 
 
 def note(engine: Engine) -> None:
@@ -129,15 +132,16 @@ def note(engine: Engine) -> None:
     event(f"prefix hits: {stats.prefix_hits > 0}")
 
 
+KINDS = {"submit": 8, "plan": 8, "answer": 4, "round": 8, "release": 4, "abort": 4, "finish": 4, "die": 1}
+
+
 def long_stream(seed: int, length: int = 150) -> list:
     """A long stream of actions, with more submits than a shrinking generator would make."""
     rng = random.Random(seed)
     profiles = list(PROFILES) + ["production_generate"] * 4
     actions: list = []
     for _ in range(length):
-        kind = rng.choice(
-            ["submit", "submit", "plan", "plan", "answer", "round", "round", "release", "abort", "finish"]
-        )
+        kind = rng.choices(list(KINDS), KINDS.values())[0]
         if kind == "submit":
             actions.append(
                 {
@@ -170,6 +174,14 @@ def test_long_random_streams_keep_every_invariant(sizes, seed):
     engine = Engine(sizes)
     play(engine, long_stream(seed))
     note(engine)
+
+
+@SETTINGS
+@given(sizes(), st.integers(0, 2**32), st.sets(st.integers(0, 2), min_size=1, max_size=2))
+def test_frontends_that_release_nothing_stop_no_bystander(sizes, seed, stubborn):
+    engine = Engine(sizes)
+    engine.stubborn = stubborn
+    play(engine, long_stream(seed, 80))
 
 
 @SETTINGS
