@@ -159,7 +159,7 @@ class Planner:
         count = min(most, request.known_len - first)
         if request.returns.logits and count:
             count = self._affordable(request, first, count, draft)
-            request.stalled = not count
+            self._ranks.mark_stalled(request, not count)
             draft.chunk_cells[request.rank] += self._ranks.cells.take(request.rank, request.cells_for(first, count))
         if count:
             draft.left[request.rank] -= count

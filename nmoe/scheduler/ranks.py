@@ -17,7 +17,8 @@ class Ranks:
     """The state of all ranks.
 
     `running` counts a rank's requests that have rows still to be launched, never more than max_batch_size. `news` grows
-    whenever a rank may have become roomier for someone: pages or batch room freed, pages entered into the tree.
+    whenever a rank may have become roomier for someone: pages or batch room freed, pages entered into the tree, a
+    request stalled.
     """
 
     def __init__(self, limits: Limits, stats: Stats, cells: Cells) -> None:
@@ -123,8 +124,13 @@ class Ranks:
     def stall(self, request: Request) -> None:
         """Leave a decoding request out of the steps to come."""
         if not request.stalled:
-            request.stalled = True
+            self.mark_stalled(request, True)
             self.batches[request.lane].remove(request.rank, request.slot)
+
+    def mark_stalled(self, request: Request, stalled: bool) -> None:
+        """Note whether a request stands still."""
+        self.news[request.rank] += stalled and not request.stalled
+        request.stalled = stalled
 
     def resume(self, request: Request) -> None:
         """A decoding request goes on."""

@@ -144,12 +144,17 @@ class Scheduler:
         """
         if len(self._flights) >= self.limits.steps_in_flight:
             return None
-        for lane in self._turns.order():
-            if self._planner.has_work(lane):
-                batch, draft = self._planner.plan(lane, now)
-                if batch.slots.size or draft.has_chunks():
-                    self._turns.took(lane)
-                    return self._launch(lane, batch, draft, now)
+        news = -1
+        # Whoever came to a standstill, or was preempted for somebody who then did not fit, made room for others, who may
+        # have had their chance before.
+        while news != sum(self._ranks.news):
+            news = sum(self._ranks.news)
+            for lane in self._turns.order():
+                if self._planner.has_work(lane):
+                    batch, draft = self._planner.plan(lane, now)
+                    if batch.slots.size or draft.has_chunks():
+                        self._turns.took(lane)
+                        return self._launch(lane, batch, draft, now)
         return None
 
     def _launch(self, lane: Lane, batch: Batch, draft: Draft, now: float) -> list[Step]:
