@@ -89,14 +89,17 @@ class Flight(msgspec.Struct):
                 f"rank {done.rank} answered step {self.step_id} with {len(done.tokens) // 4} tokens for {rows} rows"
                 f"{'' if self.answers[done.rank] is None else ', a second time'}"
             )
-        blocks = 0 if self.returns is None else int(np.count_nonzero(self.returns[mine]))
+        if self.returns is not None or done.blocks or done.block_sizes:
+            self._check_blocks(done, 0 if self.returns is None else int(np.count_nonzero(self.returns[mine])))
+        self.answers[done.rank] = done
+
+    def _check_blocks(self, done: StepDone, rows: int) -> None:
         sizes = np.frombuffer(done.block_sizes, np.int32)
-        if len(sizes) != blocks or int(sizes.sum()) != len(done.blocks) or (sizes <= 0).any():
+        if len(sizes) != rows or int(sizes.sum()) != len(done.blocks) or (sizes <= 0).any():
             raise RuntimeError(
                 f"rank {done.rank} answered step {self.step_id} with {len(sizes)} blocks of {int(sizes.sum())} bytes"
-                f" in {len(done.blocks)} bytes for {blocks} rows that return one"
+                f" in {len(done.blocks)} bytes for {rows} rows that return one"
             )
-        self.answers[done.rank] = done
 
     @property
     def landed(self) -> bool:

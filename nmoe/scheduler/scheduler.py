@@ -145,8 +145,8 @@ class Scheduler:
         if len(self._flights) >= self.limits.steps_in_flight:
             return None
         news = -1
-        # Whoever came to a standstill, or was preempted for somebody who then did not fit, made room for others, who may
-        # have had their chance before.
+        # Whoever came to a standstill, or was preempted for somebody who then did not fit, made room for others, who
+        # may have had their chance before.
         while news != sum(self._ranks.news):
             news = sum(self._ranks.news)
             for lane in self._turns.order():
