@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from nmoe.errors import RequestError
 from nmoe.frontend.streams import Stream, Streams
-from nmoe.messages import Abort, Ended, Finish, Release, Sampling, Submit, Tokens
+from nmoe.messages import Abort, Ended, Finish, Rejected, Release, Sampling, Submit, Tokens
 from nmoe.metrics import Board
 from nmoe.outputs import Returns, pack, read_records
 from tests.scripted import BOS, EOS, MAX_SEQ_LEN, TOKENIZER, VOCAB_SIZE, Rig, events, ids_of, ints, run, write_model
@@ -349,6 +349,33 @@ async def test_siblings_share_the_prompts_records(rig, is_stream):
         assert [choice["prompt_logprobs"] for choice in mine if "prompt_logprobs" in choice] == [
             [None, *[vllms(token, 0) for token in prompt[1:]]]
         ]
+
+
+async def test_a_stream_begins_when_all_its_prompts_are_computed(rig):
+    asked = run(read(rig, COMPLETIONS, prompt=["ab", "c"], prompt_logprobs=0))
+    one, two = [await rig.next(Submit), await rig.next(Submit)]
+    for submit, text in ((one, "x"), (one, "y"), (two, "z")):
+        first = ints(submit.prompt)[1:] if text != "y" else []
+        await rig.tokens(submit, text, block=block(submit, [*first, *ids_of(text)]))
+        await asyncio.sleep(0.003)
+    for submit in (one, two):
+        await rig.tokens(submit, "", "length")
+    choices = [event["choices"][0] for event in (await asked)[:-1]]
+    for index, prompt, text in ((0, "ab", "xy"), (1, "c", "z")):
+        mine = [choice for choice in choices if choice["index"] == index]
+        assert "".join(choice["text"] for choice in mine) == text
+        assert mine[0]["prompt_logprobs"] == [None, *[vllms(token, 0) for token in ids_of(prompt)]]
+        assert not any("prompt_logprobs" in choice for choice in mine[1:])
+
+
+async def test_a_prompt_that_is_refused_ends_a_stream_before_it_began(rig):
+    asked = run(rig.ask(COMPLETIONS, prompt=["ab", "c"], prompt_logprobs=0, stream=True))
+    one, two = [await rig.next(Submit), await rig.next(Submit)]
+    await rig.tokens(one, "x", block=block(one, [*ints(one.prompt)[1:], *ids_of("x")]))
+    await rig.send(Rejected(rig.generation, two.uid, 429, "the queue is full"))
+    status, _, body = await asked
+    assert status == 429 and body["error"]["message"] == "the queue is full"
+    assert (await rig.next(Abort)).uid == one.uid
 
 
 async def test_a_chats_stream(rig):

@@ -199,6 +199,8 @@ class Generations:
         else:
             await asyncio.wait(started, return_when=asyncio.FIRST_COMPLETED)
         _raise_error(generation.choices)
+        if generation.call.returns.prompt:
+            await self._render_prompts(generation)
         answer = Answer(generation.call, self._config.model_name, generation.choices)
         events = await EventStream.open(request, headers, answer)
         try:
@@ -208,6 +210,15 @@ class Generations:
         except Exception:
             _log.exception("request %x failed in its stream", generation.choices[0].stream.uid)
             return events.give_up(RequestError("internal error", status=500))
+
+    async def _render_prompts(self, generation: Generation) -> None:
+        """What is told of prompts takes long to render, so a thread does it, once all of them are computed."""
+        first = generation.choices[:: generation.call.n]
+        await asyncio.wait([choice.stream.started for choice in first])
+        _raise_error(generation.choices)
+        for choice in first:
+            assert choice.formats is not None
+            await self._requests.run(choice.formats.prompt.render, 0)
 
     def _finished(self, generation: Generation, choice: Choice) -> None:
         """Count and record a choice that is complete."""

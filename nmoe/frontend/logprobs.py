@@ -75,6 +75,10 @@ class PromptFormats:
         self._prompt = prompt
         self._outputs = outputs
 
+    def render(self) -> None:
+        """Make all that is cached; the prompt must have been computed."""
+        _ = self.fields, self.echoed
+
     @functools.cached_property
     def _records(self) -> list[Record]:
         return read_records(memoryview(bytes(self._outputs.prompt)), self._outputs.returns)
