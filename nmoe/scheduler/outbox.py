@@ -1,5 +1,8 @@
 """What goes to the frontends: one Tokens message per frontend and step, terminal entries included."""
 
+from collections.abc import Iterator
+
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -13,12 +16,15 @@ _STRIDE = make_uid(1, 0, 0)  # the uids of one frontend are a range of this leng
 
 
 class Outbox:
-    """Messages in order, and the terminal entries that wait for the next one to their frontend."""
+    """What steps brought, in order, and the terminal entries since.
+
+    Messages are made of it when they are to be sent: the next Step goes first, and what it waits for must be short.
+    """
 
     def __init__(self, generation: int) -> None:
         self._generation = generation
-        self._messages: list[tuple[int, Tokens]] = []
-        self._ended: dict[int, list[Ended]] = {}
+        self._landed: list[_Landed] = []
+        self._ended: dict[int, list[Ended]] = {}  # by frontend
 
     def end(self, entry: Ended) -> None:
         """The terminal entry of a request, whose last tokens are in the next `tokens` at the latest."""
@@ -26,32 +32,49 @@ class Outbox:
 
     def tokens(self, uids: Uids, tokens: Ints, counts: Ints | None, blocks: Blocks | None = None) -> None:
         """One step's tokens and blocks, in row order; counts None: one per row."""
+        self._landed.append(_Landed(uids, tokens, counts, blocks, self._ended))
+        self._ended = {}
+
+    def drain(self) -> list[tuple[int, Tokens]]:
+        """All that is to be sent, as (frontend, message), oldest first."""
+        messages = [message for landed in self._landed for message in self._messages(landed)]
+        messages += self._rest(self._ended)
+        self._landed, self._ended = [], {}
+        return messages
+
+    def _messages(self, landed: "_Landed") -> Iterator[tuple[int, Tokens]]:
+        uids, tokens, counts, blocks = landed.uids, landed.tokens, landed.counts, landed.blocks
         frontends = uids // _STRIDE
         if uids.size and not np.count_nonzero(frontends != frontends[0]):
-            self._put(int(frontends[0]), uids, tokens, counts, blocks)
+            yield self._message(int(frontends[0]), landed)
         else:
             of_token = frontends if counts is None else np.repeat(frontends, counts)
             for frontend in np.unique(frontends).tolist():
                 mine = frontends == frontend
                 part = None if counts is None else counts[mine]
                 his = None if blocks is None else blocks.of(mine)
-                self._put(frontend, uids[mine], tokens[of_token == frontend], part, his)
-        self._flush()
+                row = _Landed(uids[mine], tokens[of_token == frontend], part, his, landed.ended)
+                yield self._message(frontend, row)
+        yield from self._rest(landed.ended)
 
-    def _put(self, frontend: int, uids: Uids, tokens: Ints, counts: Ints | None, blocks: Blocks | None) -> None:
-        ended = tuple(self._ended.pop(frontend, ()))
+    def _message(self, frontend: int, landed: "_Landed") -> tuple[int, Tokens]:
+        """All of `landed` is the frontend's, but for the terminal entries of others."""
+        counts, blocks, ended = landed.counts, landed.blocks, tuple(landed.ended.pop(frontend, ()))
         packed = None if counts is None or bool((counts == 1).all()) else counts.tobytes()
         data, sizes = (blocks.data, blocks.sizes.tobytes()) if blocks and blocks.data else (b"", None)
-        message = Tokens(self._generation, uids.tobytes(), tokens.tobytes(), packed, ended, data, sizes)
-        self._messages.append((frontend, message))
+        uids, tokens = landed.uids.tobytes(), landed.tokens.tobytes()
+        return frontend, Tokens(self._generation, uids, tokens, packed, ended, data, sizes)
 
-    def _flush(self) -> None:
-        for frontend, entries in self._ended.items():
-            self._messages.append((frontend, Tokens(self._generation, b"", b"", None, tuple(entries))))
-        self._ended.clear()
+    def _rest(self, ended: dict[int, list[Ended]]) -> list[tuple[int, Tokens]]:
+        """The terminal entries that no tokens come with."""
+        return [(each, Tokens(self._generation, b"", b"", None, tuple(entries))) for each, entries in ended.items()]
 
-    def drain(self) -> list[tuple[int, Tokens]]:
-        """All that is to be sent, as (frontend, message), oldest first."""
-        self._flush()
-        messages, self._messages = self._messages, []
-        return messages
+
+class _Landed(msgspec.Struct, frozen=True):
+    """What a step brought, and the terminal entries that go with it, by frontend."""
+
+    uids: Uids
+    tokens: Ints
+    counts: Ints | None
+    blocks: Blocks | None
+    ended: dict[int, list[Ended]]
