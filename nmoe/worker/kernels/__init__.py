@@ -28,6 +28,7 @@ class Ops:
     add_rms_norm: Callable[[_Tensor, Any, _Tensor, float], tuple[_Tensor, _Tensor]]
     route: Callable[[_Tensor, _Tensor, _Tensor, Architecture], tuple[_Tensor, _Tensor]]
     linear: Callable[[_Tensor, Any], _Tensor]
+    linear_into: Callable[[_Tensor, _Tensor, _Tensor], None]  # the last head: x, weight, where the product goes
     silu_mul: Callable[[_Tensor], _Tensor]
     grouped_mlp: Callable[..., _Tensor]
     sum_experts: Callable[[_Tensor, _Tensor], Any]
@@ -36,7 +37,7 @@ class Ops:
 def ops_for(device: torch.device, numerics: Numerics) -> Ops:
     """The operations of a device and a numerics class."""
     if device.type == "cuda":
-        return _triton()
+        return _exact_triton() if numerics is Numerics.EXACT else _triton()
     return _reference()
 
 
@@ -48,6 +49,7 @@ def _reference() -> Ops:
         add_rms_norm=norm.add_rms_norm,
         route=router.route,
         linear=torch.nn.functional.linear,
+        linear_into=_library_product,
         silu_mul=experts.silu_mul,
         grouped_mlp=experts.grouped_mlp,
         sum_experts=experts.sum_experts,
@@ -82,10 +84,27 @@ def _triton() -> Ops:
         add_rms_norm=norm_triton.add_rms_norm,
         route=router_triton.route,
         linear=linear,
+        linear_into=_library_product,
         silu_mul=experts_triton.silu_mul,
         grouped_mlp=grouped_mlp,
         sum_experts=experts_triton.Terms,
     )
+
+
+def _exact_triton() -> Ops:
+    """The fast class's kernels, where they give a row the same bits in any company, and products that do."""
+    from nmoe.worker.kernels import fp8_triton, linear_exact_triton
+
+    def linear(x_TI: _Tensor, weight: Weight) -> _Tensor:
+        if isinstance(weight, BlockFP8):
+            return fp8_triton.linear_exact(x_TI, weight)
+        return linear_exact_triton.linear(x_TI, weight)
+
+    return dataclasses.replace(_triton(), linear=linear, linear_into=linear_exact_triton.linear_into)
+
+
+def _library_product(x_TI: _Tensor, weight_OI: _Tensor, out_TO: _Tensor) -> None:
+    torch.mm(x_TI, weight_OI.t(), out=out_TO)
 
 
 def check_gpu(architecture: Architecture, dtype: torch.dtype, page_size: int, device: torch.device) -> None:

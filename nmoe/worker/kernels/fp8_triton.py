@@ -45,25 +45,26 @@ def _linear_kernel(
     C: tl.constexpr,
     PER_SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
-    column = tl.program_id(0) * 128
+    column = tl.program_id(0) * COLUMNS
     row = tl.program_id(1) * ROWS
     token = row + tl.arange(0, ROWS)
-    output = column + tl.arange(0, 128)
+    output = column + tl.arange(0, COLUMNS)
     split = tl.program_id(2)
     if TRANSPOSED:
-        acc = tl.zeros([128, ROWS], tl.float32)
+        acc = tl.zeros([COLUMNS, ROWS], tl.float32)
     else:
-        acc = tl.zeros([ROWS, 128], tl.float32)
+        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for c in tl.range(split * PER_SPLIT, tl.minimum(split * PER_SPLIT + PER_SPLIT, C), num_stages=STAGES):
         x = x_desc.load([row, c * 128])
         w = w_desc.load([column, c * 128])
         scale = tl.load(x_scales_ptr + c * tokens + token, mask=token < tokens, other=0.0)
-        scale *= tl.load(w_scales_ptr + tl.program_id(0) * C + c)
+        scale *= tl.load(w_scales_ptr + column // 128 * C + c)
         if TRANSPOSED:
             acc += tl.dot(w, tl.trans(x)) * scale[None, :]
         else:
@@ -120,20 +121,35 @@ def _rows(tokens: int) -> int:
 
 def linear(x_TI: torch.Tensor, weight: BlockFP8) -> torch.Tensor:
     """x @ weight^T in x's dtype, [T, O]."""
+    blocks, tiles = weight.scales.shape[1], _tiles(x_TI, weight, BLOCK)
+    most = max(1, 2 * _multiprocessors(x_TI.device) // max(1, tiles))
+    return _product(x_TI, weight, BLOCK, max(4, triton.cdiv(blocks, most)))
+
+
+def linear_exact(x_TI: torch.Tensor, weight: BlockFP8) -> torch.Tensor:
+    """The same, never split along the inputs: a row's bits depend on nothing else. See linear_exact_triton.py."""
+    narrow = _tiles(x_TI, weight, BLOCK) < _multiprocessors(x_TI.device)
+    return _product(x_TI, weight, BLOCK // 2 if narrow else BLOCK, weight.scales.shape[1])
+
+
+def _tiles(x_TI: torch.Tensor, weight: BlockFP8, columns: int) -> int:
+    return -(-len(weight.values) // columns) * -(-len(x_TI) // _rows(len(x_TI)))
+
+
+def _product(x_TI: torch.Tensor, weight: BlockFP8, columns: int, per_split: int) -> torch.Tensor:
+    """In tiles of `columns` outputs, `per_split` blocks of the inputs in each."""
     tokens, (outputs, inputs) = len(x_TI), weight.values.shape
     out_TO = x_TI.new_empty(tokens, outputs)
     if not tokens:
         return out_TO
     values_TI, scales_CT = quantise(x_TI)
     rows, blocks = _rows(tokens), inputs // BLOCK
-    tiles = triton.cdiv(outputs, BLOCK) * triton.cdiv(tokens, rows)
-    per_split = max(4, triton.cdiv(blocks, max(1, 2 * _multiprocessors(x_TI.device) // tiles)))
     splits = triton.cdiv(blocks, per_split)
     into = out_TO if splits == 1 else x_TI.new_empty(splits, tokens, outputs, dtype=torch.float32)
-    _linear_kernel[(triton.cdiv(outputs, BLOCK), triton.cdiv(tokens, rows), splits)](
+    _linear_kernel[(triton.cdiv(outputs, columns), triton.cdiv(tokens, rows), splits)](
         TensorDescriptor.from_tensor(values_TI, [rows, BLOCK]),
         scales_CT,
-        TensorDescriptor.from_tensor(weight.values, [BLOCK, BLOCK]),
+        TensorDescriptor.from_tensor(weight.values, [columns, BLOCK]),
         weight.scales,
         into,
         tokens,
@@ -141,9 +157,10 @@ def linear(x_TI: torch.Tensor, weight: BlockFP8) -> torch.Tensor:
         C=blocks,
         PER_SPLIT=per_split,
         ROWS=rows,
+        COLUMNS=columns,
         STAGES=4,
         TRANSPOSED=rows < 128,
-        num_warps=4 if rows <= 32 else 8,
+        num_warps=4 if rows <= 32 or columns < BLOCK else 8,
         launch_pdl=early(tokens),
     )
     if splits > 1:

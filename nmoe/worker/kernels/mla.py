@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from nmoe.architecture import Architecture
 
+LATENT_EPS = 1e-6  # of the two latent norms, whatever rms_norm_eps says; transformers' modeling_deepseek_v3.py
 _TILE = 256  # queries whose scores exist at one time
 
 

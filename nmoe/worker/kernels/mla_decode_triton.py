@@ -135,7 +135,7 @@ def _combine_kernel(
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -169,7 +169,7 @@ def absorbed_decode(
     few = heads <= 16
     block_h = 16 if few else 64
     blocks = triton.cdiv(heads, block_h)
-    parts = max(1, (2 if few else 1) * _multiprocessors(rows_KC.device) // blocks)
+    parts = max(1, (2 if few else 1) * multiprocessors(rows_KC.device) // blocks)
     partial = torch.empty(rows + parts, heads, latent, dtype=torch.float32, device=rows_KC.device)
     lse = torch.empty(rows + parts, heads, dtype=torch.float32, device=rows_KC.device)
     _decode_kernel[(parts, blocks)](

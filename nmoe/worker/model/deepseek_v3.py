@@ -78,7 +78,7 @@ class DeepseekV3:
     def forward(self, batch: Batch, cache: KVCache, numerics: Numerics) -> torch.Tensor:
         """The last hidden states after the final norm, [T, D]; the step's cache rows are written. T may be 0."""
         ops, eps = self._ops[numerics], self.architecture.rms_norm_eps
-        plan = plan_attention(batch, cache, self._rope_M2P, self.architecture, self.dtype)
+        plan = plan_attention(batch, cache, self._rope_M2P, self.architecture, self.dtype, numerics)
         x_TD, delta_TD = F.embedding(batch.ids_T, self._embed_VD), None
         for layer, rows_KC in zip(self._layers, cache.rows_LNSC.flatten(1, 2).unbind(), strict=True):
             x_TD, input_TD = ops.add_rms_norm(x_TD, delta_TD, layer.attention_norm_D, eps)
@@ -90,9 +90,11 @@ class DeepseekV3:
     @torch.inference_mode()
     def logits(self, hidden_SD: torch.Tensor, numerics: Numerics) -> torch.Tensor:
         """Unnormalised log-probabilities of the next token for chosen hidden states, float32 [S, V]."""
-        return F.linear(hidden_SD, self._head_VD).float()
+        out_SV = hidden_SD.new_empty(len(hidden_SD), len(self._head_VD))
+        self.logits_into(hidden_SD, out_SV, numerics)
+        return out_SV.float()
 
     @torch.inference_mode()
     def logits_into(self, hidden_SD: torch.Tensor, out_SV: torch.Tensor, numerics: Numerics) -> None:
         """The same, as the product gives them: into memory of the model's dtype."""
-        torch.mm(hidden_SD, self._head_VD.t(), out=out_SV)
+        self._ops[numerics].linear_into(hidden_SD, self._head_VD, out_SV)

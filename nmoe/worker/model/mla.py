@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from nmoe.architecture import Architecture
+from nmoe.profiles import Numerics
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.kernels import Ops
 from nmoe.worker.kernels.fp8 import Weight, empty_weight, rows_of, split_rows
 from nmoe.worker.kernels.mla import (
+    LATENT_EPS,
     Up,
     absorb_queries,
     absorbed_chunk,
@@ -25,8 +27,6 @@ from nmoe.worker.kernels.mla import (
 from nmoe.worker.kernels.norm import rms_norm
 from nmoe.worker.kernels.rope import apply_rope, halves_from_pairs
 from nmoe.worker.weights import Source
-
-_LATENT_EPS = 1e-6  # of the two latent norms, whatever rms_norm_eps says; transformers' modeling_deepseek_v3.py
 
 
 class Plan(Protocol):
@@ -47,10 +47,19 @@ class Plan(Protocol):
 
 
 def plan_attention(
-    batch: Batch, cache: KVCache, rope_M2P: torch.Tensor, architecture: Architecture, dtype: torch.dtype
+    batch: Batch,
+    cache: KVCache,
+    rope_M2P: torch.Tensor,
+    architecture: Architecture,
+    dtype: torch.dtype,
+    numerics: Numerics,
 ) -> Plan:
-    """The plan of the device that holds the cache."""
+    """The plan of the numerics class on the device that holds the cache."""
     if cache.rows_LNSC.is_cuda:
+        if numerics is Numerics.EXACT:
+            from nmoe.worker.model.mla_exact_gpu import ExactGPUPlan
+
+            return ExactGPUPlan.of(batch, cache, rope_M2P, architecture)
         from nmoe.worker.model.mla_gpu import GPUPlan
 
         return GPUPlan.of(batch, cache, rope_M2P, architecture)
@@ -112,7 +121,7 @@ class AttentionPlan:
         latent, rope = len(norm_L), self.cos_TP.shape[1]
         q_nope_THN, q_rope_THP = q_THQ[..., :-rope], q_THQ[..., -rope:]
         q_rope_THP = apply_rope(q_rope_THP, self.cos_TP[:, None], self.sin_TP[:, None])
-        latent_TL = rms_norm(kv_TC[:, :latent], norm_L, _LATENT_EPS)
+        latent_TL = rms_norm(kv_TC[:, :latent], norm_L, LATENT_EPS)
         k_rope_TP = apply_rope(kv_TC[:, latent:], self.cos_TP, self.sin_TP)
         rows_KC.index_copy_(0, self.write_T, torch.cat((latent_TL, k_rope_TP), dim=-1))
         return torch.cat((q_nope_THN, q_rope_THP), dim=-1)
@@ -181,6 +190,6 @@ class Attention:
         a = self._architecture
         q_TA, kv_TC = torch.split(ops.linear(x_TD, self._w_in_ID), self._split, dim=-1)
         if self._w_q_b is not None:
-            q_TA = ops.linear(ops.rms_norm(q_TA, self._q_norm_A, _LATENT_EPS), self._w_q_b)
+            q_TA = ops.linear(ops.rms_norm(q_TA, self._q_norm_A, LATENT_EPS), self._w_q_b)
         q_THQ = plan.enter(q_TA.view(len(q_TA), a.num_heads, a.qk_head_dim), kv_TC, self._kv_norm_L, rows_KC)
         return ops.linear(plan.attend(q_THQ, rows_KC, self._up).flatten(1), self._w_o)

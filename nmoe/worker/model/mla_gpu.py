@@ -14,12 +14,11 @@ import torch
 from nmoe.architecture import Architecture
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.chunks import BLOCK, Chunks, cut
-from nmoe.worker.kernels.mla import Up
+from nmoe.worker.kernels.mla import LATENT_EPS, Up
 from nmoe.worker.kernels.mla_decode_triton import absorbed_decode, page_prefix
 from nmoe.worker.kernels.mla_inputs_triton import rope_and_cache
 from nmoe.worker.kernels.mla_prefill_triton import expanded_chunks
 
-_LATENT_EPS = 1e-6  # as in nmoe/worker/model/mla.py
 _EXPANDED_BYTES = 1 << 31  # keys and values that exist at one time
 
 
@@ -43,9 +42,7 @@ class GPUPlan:
             contexts_R, prefix = page_prefix(positions_R, cache.page_size)
         a = architecture
         per_token = a.num_heads * (a.qk_nope_head_dim + a.v_head_dim) * cache.rows_LNSC.element_size()
-        chunks = [_chunks(batch, rows) for rows in _groups(batch, max(1, _EXPANDED_BYTES // per_token))]
-        if batch.chunks is not None:
-            chunks.append(batch.chunks)
+        chunks = chunks_of(batch, max(1, _EXPANDED_BYTES // per_token))
         return cls(batch, rope_M2P, cache.page_size, contexts_R, prefix, chunks)
 
     def enter(
@@ -53,7 +50,7 @@ class GPUPlan:
     ) -> torch.Tensor:
         """See Plan."""
         batch = self.batch
-        rope_and_cache(q_THQ, kv_TC, batch.positions_T, batch.write_T, self.rope_M2P, norm_L, rows_KC, _LATENT_EPS)
+        rope_and_cache(q_THQ, kv_TC, batch.positions_T, batch.write_T, self.rope_M2P, norm_L, rows_KC, LATENT_EPS)
         return q_THQ
 
     def attend(self, q_THQ: torch.Tensor, rows_KC: torch.Tensor, up: Up) -> torch.Tensor:
@@ -71,6 +68,11 @@ class GPUPlan:
         for chunks in self.chunks:
             expanded_chunks(q_THQ, rows_KC, self.batch.pages_RP, up.w_HXL, chunks, self.page_size, up.scale, out_THV)
         return out_THV
+
+
+def chunks_of(batch: Batch, most: int) -> list[Chunks]:
+    """The step's prefill rows, at most `most` positions of their contexts at a time, or one row."""
+    return [batch.chunks] if batch.chunks is not None else [_chunks(batch, rows) for rows in _groups(batch, most)]
 
 
 def _groups(batch: Batch, most: int) -> list[range]:

@@ -1,0 +1,263 @@
+"""Absorbed latent attention of the exact class on the GPU: one arithmetic for every query (docs/exact.md).
+
+A query's context is cut into spans at absolute positions; a span is attended in tiles of positions, in their order, and
+the spans are merged in theirs. A position alone says how long its spans are. Here decode rows have their spans computed
+side by side and merged by a second kernel; in mla_exact_prefill_triton.py a program takes the queries of a few
+neighbouring positions and goes through their spans itself. Both call the same two functions, compiled without fused
+multiply-adds, and the sum of the weights is a product with ones: the matrix unit adds in the order of the positions in
+tiles of any shape, a reduction over threads would not. `mla.py`'s `absorbed_chunk` is the reference.
+
+Shape suffixes: R rows, H heads, L latent, P rope dimensions, Q a query's, C = L + P, K rows of the cache, B pages of a
+row (padded).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from nmoe.worker.kernels.early import early
+from nmoe.worker.kernels.mla_decode_triton import multiprocessors
+
+SPAN, MOST_SPANS = 512, 16  # spans are twice as long, and twice again, where a context would have more of them
+_SPAN, _MOST_SPANS = tl.constexpr(SPAN), tl.constexpr(MOST_SPANS)
+ROWS = 64  # of a prefill's tiles: heads times queries
+_PLAN_ROWS = 256  # the smallest block for per-row vectors
+
+
+@triton.jit
+def span_length(context):
+    span = _SPAN + context * 0
+    for _ in tl.static_range(16):
+        span = tl.where(span * _MOST_SPANS < context, span * 2, span)
+    return span
+
+
+@triton.jit
+def attend(
+    state_peak,
+    state_weight,
+    state_acc,
+    q_latent,
+    q_rope,
+    k_latent,
+    k_rope,
+    position,
+    last,
+    scale_log2,
+    TILE: tl.constexpr,
+):
+    """A tile of positions added to a span: M queries, each up to its own `last` position; acc is unnormalised."""
+    s = tl.dot(q_latent, tl.trans(k_latent))
+    s = tl.dot(q_rope, tl.trans(k_rope), s)
+    s = tl.where((position + tl.arange(0, TILE))[None, :] <= last[:, None], s * scale_log2, float("-inf"))
+    peak = tl.maximum(state_peak, tl.max(s, 1))
+    alpha = tl.exp2(state_peak - peak)
+    p = tl.exp2(s - peak[:, None]).to(k_latent.dtype)
+    ones = tl.full([TILE, 16], 1.0, k_latent.dtype)
+    weight = tl.dot(p, ones, state_weight * alpha[:, None])
+    return peak, weight, tl.dot(p, k_latent, state_acc * alpha[:, None])
+
+
+@triton.jit
+def empty_span(M: tl.constexpr, LATENT: tl.constexpr):
+    """Peak, weight (16 times) and acc of nothing."""
+    peak = tl.full([M], float("-inf"), tl.float32)
+    return peak, tl.zeros([M, 16], tl.float32), tl.zeros([M, LATENT], tl.float32)
+
+
+@triton.jit
+def merge(peak, weight, span_peak, span_weight):
+    """A span after those before it: peak and weight of all, and what both accs are multiplied by before they are
+    added."""
+    new_peak = tl.maximum(peak, span_peak)
+    before = tl.exp2(peak - new_peak)
+    here = tl.exp2(span_peak - new_peak)
+    return new_peak, weight * before + span_weight * here, before[:, None], here[:, None]
+
+
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["positions_ptr"])
+def _plan_kernel(positions_ptr, contexts_ptr, prefix_ptr, num_rows, BLOCK: tl.constexpr):
+    """contexts = positions + 1; prefix[r] = spans of all rows before r."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+    row = tl.arange(0, BLOCK)
+    inside = row < num_rows
+    context = tl.load(positions_ptr + row, mask=inside, other=-1).to(tl.int32) + 1
+    span = span_length(context)
+    tl.store(contexts_ptr + row, context, mask=inside)
+    tl.store(prefix_ptr + 1 + row, tl.cumsum((context + span - 1) // span, 0), mask=inside)
+    tl.store(prefix_ptr + row, 0, mask=row == 0)
+
+
+@triton.jit(do_not_specialize=["num_rows", "max_pages"], do_not_specialize_on_alignment=["pages_ptr"])
+def _spans_kernel(
+    q_latent_ptr,
+    q_ptr,
+    rows_ptr,
+    pages_ptr,
+    contexts_ptr,
+    prefix_ptr,
+    partial_ptr,
+    peak_ptr,
+    weight_ptr,
+    num_rows,
+    max_pages,
+    scale_log2,
+    Q_STRIDE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    NOPE: tl.constexpr,
+    ROPE: tl.constexpr,
+    LATENT: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Decode: the spans of all rows end to end, an equal number to each program."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    latent = tl.arange(0, LATENT)
+    rope = tl.arange(0, ROPE)
+    token = tl.arange(0, TILE)
+    total = tl.load(prefix_ptr + num_rows)
+    item = tl.program_id(0) * total // tl.num_programs(0)
+    last_item = (tl.program_id(0) + 1) * total // tl.num_programs(0)
+    index = tl.arange(0, BLOCK_R)
+    ends = tl.load(prefix_ptr + 1 + index, mask=index < num_rows, other=2147483647)
+    row = tl.sum((ends <= item).to(tl.int32), 0)
+    while item < last_item:
+        context = tl.load(contexts_ptr + row)
+        span = span_length(context)
+        begin = (item - tl.load(prefix_ptr + row)) * span
+        stop = tl.minimum(begin + span, context)
+        q_latent = tl.load(q_latent_ptr + (row * HEADS + head).to(tl.int64)[:, None] * LATENT + latent[None, :])
+        q_rope = tl.load(q_ptr + row.to(tl.int64) * Q_STRIDE + head[:, None] * (NOPE + ROPE) + NOPE + rope[None, :])
+        last = tl.zeros([BLOCK_H], tl.int32) + context - 1
+        peak, weight, acc = empty_span(BLOCK_H, LATENT)
+        for position in tl.range(begin, stop, TILE, num_stages=STAGES):
+            page = tl.load(pages_ptr + row * max_pages + position // PAGE).to(tl.int64)
+            k_at = rows_ptr + (page * PAGE + position % PAGE + token)[:, None] * (LATENT + ROPE)
+            k_latent = tl.load(k_at + latent[None, :])
+            k_rope = tl.load(k_at + LATENT + rope[None, :])
+            peak, weight, acc = attend(
+                peak, weight, acc, q_latent, q_rope, k_latent, k_rope, position, last, scale_log2, TILE
+            )
+        slot = item.to(tl.int64) * HEADS + head
+        tl.store(peak_ptr + slot, peak)
+        tl.store(weight_ptr + slot, tl.max(weight, 1))
+        tl.store(partial_ptr + slot[:, None] * LATENT + latent[None, :], acc)
+        item += 1
+        row += (item >= tl.load(prefix_ptr + row + 1)).to(tl.int32)
+
+
+@triton.jit
+def _merge_kernel(partial_ptr, peak_ptr, weight_ptr, prefix_ptr, out_ptr, HEADS: tl.constexpr, LATENT: tl.constexpr):
+    """Decode: a row's spans in their order, one head."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0)
+    head = tl.program_id(1) + tl.arange(0, 1)
+    latent = tl.arange(0, LATENT)
+    peak = tl.full([1], float("-inf"), tl.float32)
+    weight = tl.zeros([1], tl.float32)
+    acc = tl.zeros([1, LATENT], tl.float32)
+    for item in range(tl.load(prefix_ptr + row), tl.load(prefix_ptr + row + 1)):
+        slot = head.to(tl.int64) + item * HEADS
+        span_acc = tl.load(partial_ptr + slot[:, None] * LATENT + latent[None, :])
+        peak, weight, before, here = merge(peak, weight, tl.load(peak_ptr + slot), tl.load(weight_ptr + slot))
+        acc = acc * before + span_acc * here
+    out = out_ptr + (row * HEADS + head).to(tl.int64)[:, None] * LATENT + latent[None, :]
+    tl.store(out, (acc / weight[:, None]).to(out_ptr.dtype.element_ty))
+
+
+class Form(NamedTuple):
+    """How the two kernels are launched for a model's heads. The tile is part of the arithmetic, the rest is not."""
+
+    heads: int  # of a program
+    tile: int
+    decode_warps: int
+    decode_stages: int
+    decode_programs: int  # per multiprocessor
+    prefill_stages: int
+
+
+def form_of(heads: int, page_size: int) -> Form:
+    block_h = math.gcd(heads, ROWS)
+    if block_h <= 16:
+        return Form(block_h, 32, 4, 5, 2, 3)
+    return Form(block_h, min(64, page_size), 8, 2, 1, 2)
+
+
+def span_prefix(positions_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the rows' last positions: their contexts, int32 [R], and the running sum of their spans, int32 [R + 1]."""
+    rows = len(positions_R)
+    contexts_R = positions_R.new_empty(rows, dtype=torch.int32)
+    prefix = positions_R.new_empty(rows + 1, dtype=torch.int32)
+    block = max(_PLAN_ROWS, triton.next_power_of_2(rows))
+    _plan_kernel[(1,)](positions_R, contexts_R, prefix, rows, BLOCK=block, launch_pdl=early(rows))
+    return contexts_R, prefix
+
+
+def exact_decode(
+    q_latent_RHL: torch.Tensor,
+    q_RHQ: torch.Tensor,
+    rows_KC: torch.Tensor,
+    pages_RB: torch.Tensor,
+    contexts_R: torch.Tensor,
+    prefix: torch.Tensor,
+    page_size: int,
+    scale: float,
+    out_RHL: torch.Tensor,
+) -> None:
+    """Attended latents of one query per row into `out_RHL`. `contexts_R` and `prefix` are `span_prefix`'s."""
+    rows, heads, latent = q_latent_RHL.shape
+    rope = rows_KC.shape[1] - latent
+    form = form_of(heads, page_size)
+    most = rows * min(MOST_SPANS, triton.cdiv(pages_RB.shape[1] * page_size, SPAN))
+    partial = torch.empty(most, heads, latent, dtype=torch.float32, device=rows_KC.device)
+    peaks, weights = torch.empty(2, most, heads, dtype=torch.float32, device=rows_KC.device)
+    blocks = heads // form.heads
+    programs = max(1, form.decode_programs * multiprocessors(rows_KC.device) // blocks)
+    _spans_kernel[(min(programs, most), blocks)](
+        q_latent_RHL,
+        q_RHQ,
+        rows_KC,
+        pages_RB,
+        contexts_R,
+        prefix,
+        partial,
+        peaks,
+        weights,
+        rows,
+        pages_RB.stride(0),
+        scale * math.log2(math.e),
+        Q_STRIDE=q_RHQ.stride(0),
+        BLOCK_R=max(_PLAN_ROWS, triton.next_power_of_2(rows)),
+        HEADS=heads,
+        BLOCK_H=form.heads,
+        NOPE=q_RHQ.shape[2] - rope,
+        ROPE=rope,
+        LATENT=latent,
+        PAGE=page_size,
+        TILE=form.tile,
+        STAGES=form.decode_stages,
+        num_warps=form.decode_warps,
+        enable_fp_fusion=False,
+        launch_pdl=early(rows),
+    )
+    _merge_kernel[(rows, heads)](
+        partial,
+        peaks,
+        weights,
+        prefix,
+        out_RHL,
+        HEADS=heads,
+        LATENT=latent,
+        enable_fp_fusion=False,
+        launch_pdl=early(rows),
+    )

@@ -1,0 +1,72 @@
+"""How an exact step attends on the GPU: every query absorbed, in spans that its position alone decides.
+
+Shape suffixes as in nmoe/worker/model/mla.py.
+"""
+
+import dataclasses
+
+import torch
+
+from nmoe.architecture import Architecture
+from nmoe.worker.batch import Batch, KVCache
+from nmoe.worker.chunks import Chunks
+from nmoe.worker.kernels.linear_exact_triton import linear_heads
+from nmoe.worker.kernels.mla import LATENT_EPS, Up
+from nmoe.worker.kernels.mla_exact_prefill_triton import exact_prefill
+from nmoe.worker.kernels.mla_exact_triton import exact_decode, span_prefix
+from nmoe.worker.kernels.mla_inputs_triton import rope_and_cache
+from nmoe.worker.model.mla_gpu import chunks_of
+
+_GATHERED_BYTES = 1 << 30  # contexts that exist at one time
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ExactGPUPlan:
+    """See Plan in nmoe/worker/model/mla.py."""
+
+    batch: Batch
+    rope_M2P: torch.Tensor
+    page_size: int
+    contexts_R: torch.Tensor | None  # of the decode rows, int32; None without any
+    prefix: torch.Tensor | None
+    chunks: list[Chunks]
+
+    @classmethod
+    def of(cls, batch: Batch, cache: KVCache, rope_M2P: torch.Tensor, architecture: Architecture) -> "ExactGPUPlan":
+        """From the step's rows."""
+        contexts_R, prefix = None, None
+        if decodes := batch.num_decodes:
+            contexts_R, prefix = span_prefix(
+                batch.positions_T[:decodes] if batch.decodes_R is None else batch.decodes_R
+            )
+        most = max(1, _GATHERED_BYTES // (architecture.cache_dim * cache.rows_LNSC.element_size()))
+        return cls(batch, rope_M2P, cache.page_size, contexts_R, prefix, chunks_of(batch, most))
+
+    def enter(
+        self, q_THQ: torch.Tensor, kv_TC: torch.Tensor, norm_L: torch.Tensor, rows_KC: torch.Tensor
+    ) -> torch.Tensor:
+        """See Plan."""
+        batch = self.batch
+        rope_and_cache(q_THQ, kv_TC, batch.positions_T, batch.write_T, self.rope_M2P, norm_L, rows_KC, LATENT_EPS)
+        return q_THQ
+
+    def attend(self, q_THQ: torch.Tensor, rows_KC: torch.Tensor, up: Up) -> torch.Tensor:
+        """See Plan."""
+        decodes, pages_RB = self.batch.num_decodes, self.batch.pages_RP
+        q_latent_THL = linear_heads(q_THQ[..., : up.w_uk_HNL.shape[1]], up.w_uk_HNL.transpose(1, 2))
+        latent_THL = torch.empty_like(q_latent_THL)
+        if self.contexts_R is not None and self.prefix is not None:
+            exact_decode(
+                q_latent_THL[:decodes],
+                q_THQ[:decodes],
+                rows_KC,
+                pages_RB[:decodes],
+                self.contexts_R,
+                self.prefix,
+                self.page_size,
+                up.scale,
+                latent_THL[:decodes],
+            )
+        for chunks in self.chunks:
+            exact_prefill(q_latent_THL, q_THQ, rows_KC, pages_RB, chunks, self.page_size, up.scale, latent_THL)
+        return linear_heads(latent_THL, up.w_uv_HVL)
