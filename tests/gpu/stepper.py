@@ -9,12 +9,13 @@ from nmoe.profiles import Numerics
 class Requests:
     """Prompts in slots 0, 1, ..., with pages of their own, scattered."""
 
-    def __init__(self, runner, prompts, output_len, *, page_size, num_pages, sampling=None):
+    def __init__(self, runner, prompts, output_len, *, page_size, num_pages, sampling=None, numerics=Numerics.FAST):
         self.runner = runner
         self.prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
         self.computed = [0] * len(prompts)
         self.outputs = [[] for _ in prompts]
         self.sampling = sampling or [Sampling(temperature=0.0)] * len(prompts)
+        self.numerics = numerics
         self.num_steps = 0
         order = np.random.default_rng(0).permutation(num_pages).tolist()
         needed = [-(-(len(prompt) + output_len) // page_size) for prompt in prompts]
@@ -42,7 +43,7 @@ class Requests:
         step = Step(
             generation=1,
             step_id=self.num_steps,
-            numerics=Numerics.FAST,
+            numerics=self.numerics,
             channel=CHANNEL_PREFILL if chunks else CHANNEL_DECODE,
             num_tokens=sum(row[2] for row in rows),
             rows=np.array(rows, np.int32).tobytes(),

@@ -1,5 +1,6 @@
 """The exact class on the GPU: a row's bits are the same in any company, any chunks, on any prefix, captured or not."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from nmoe.checkpoint import open_checkpoint
 from nmoe.config import Config, Engine, Model, Parallel
+from nmoe.messages import Sampling
 from nmoe.profiles import Numerics
 from nmoe.worker.batch import Batch
 from nmoe.worker.cache import make_cache
@@ -20,10 +22,13 @@ from nmoe.worker.kernels import (
     ops_for,
     router_triton,
 )
-from nmoe.worker.kernels.mla_exact_prefill_triton import exact_prefill, group_size
+from nmoe.worker.kernels.mla_exact_prefill_triton import exact_prefill
 from nmoe.worker.kernels.mla_exact_triton import exact_decode, span_prefix
 from nmoe.worker.model import load_model
+from nmoe.worker.model.mla_gpu import chunks_of
+from nmoe.worker.runner import Runner
 from tests.checkpoints import make_checkpoint
+from tests.gpu.stepper import Requests
 from tests.gpu.test_kernels_gpu import BF16, GPU, MOONLIGHT, V3, close, quantised, random, rounded, routing
 
 COUNTS = (1, 2, 15, 16, 17, 33, 64, 65, 128, 129, 200, 256, 257, 600, 1100)  # across every tile's bounds
@@ -142,23 +147,17 @@ def test_decode_and_prefill_give_a_query_the_same_bits(heads, page):
         close(together[row], expected_latent(q_latent[row], q[row], held))
         assert torch.equal(decode([row])[0], together[row])
 
-    size = group_size(heads)
-    for count in (1, 3, 70):  # each row's last queries as a chunk, of which the last is the decode's
-        groups, ends, tokens, gathered = [], [], 0, 0
-        for context in contexts:
-            begin = max(0, context - count)
-            groups += [
-                (gathered, at, tokens + at - begin, begin, context) for at in range(begin // size * size, context, size)
-            ]
-            tokens += context - begin
-            gathered += context
-            ends.append(tokens - 1)
+    for count in (1, 3, 70, 200):  # each row's last queries as a chunk, of which the last is the decode's
+        counts = [min(count, context) for context in contexts]
+        starts = [0, *itertools.accumulate(counts)]
+        nothing = torch.empty(0, device=GPU)
+        batch = Batch(nothing, nothing, nothing, starts, contexts, table, 0)
+        tokens, ends = starts[-1], [start - 1 for start in starts[1:]]
         many_latent, many = random(tokens, heads, 512), random(tokens, heads, 192)
         many_latent[ends], many[ends] = q_latent, q
         out = torch.full((tokens, heads, 512), torch.nan, dtype=BF16, device=GPU)
-        held = torch.cat([rows_of(cache, own, page)[:n] for own, n in zip(table, contexts, strict=True)])
-        ints = torch.tensor(groups, dtype=torch.int32, device=GPU).t().contiguous()
-        exact_prefill(many_latent, many, held, ints, page, 0.07, out)
+        for chunks in chunks_of(batch, 10_000):
+            exact_prefill(many_latent, many, cache, table, chunks, page, 0.07, out)
         assert not out.isnan().any()
         assert torch.equal(out[ends], together)
 
@@ -289,6 +288,27 @@ def test_captured_decodes_of_any_size(forward, alone):
         graph.replay()
         expected = torch.stack([alone[i][-1] for i, _, _ in rows])
         assert torch.equal(eager, expected) and torch.equal(captured, expected)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_requests_through_the_runner(forward, captured):
+    """All of them in turn, chunk by chunk beside decodes, against each alone."""
+    output, prompts = 12, [forward.prompts[i].numpy() for i in (3, 1, 4, 6, 9)]
+    runner = Runner(forward.model, forward.cache, num_slots=16, max_seq_len=2048)
+
+    def generate(prompts, chunk):
+        runner.reset()
+        sampling = [Sampling(temperature=1.0, seed=len(prompt)) for prompt in prompts]
+        requests = Requests(
+            runner, prompts, output, page_size=PAGE, num_pages=PAGES, sampling=sampling, numerics=Numerics.EXACT
+        )
+        return requests.generate(output, chunk)
+
+    alone = [generate([prompt], 10_000)[0] for prompt in prompts]
+    if captured:
+        runner.capture(16, 128)
+    for chunk in (64, 100, 10_000):
+        assert generate(prompts, chunk) == alone
 
 
 def test_the_fast_class_is_close_and_is_not_exact(forward, alone):

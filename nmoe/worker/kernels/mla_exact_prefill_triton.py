@@ -1,11 +1,11 @@
 """Absorbed latent attention of the exact class for prefills: a few neighbouring queries read the same tiles.
 
 The arithmetic of a query is mla_exact_triton.py's, whose functions this calls; groups of queries begin at absolute
-positions, so that all of a group's queries see the same tiles and spans. First the rows' contexts are gathered from their
-pages, then programs take the groups in turn, the last of a row first.
+positions, so that all of a group's queries see the same tiles and spans. First the rows' contexts are gathered from
+their pages, then programs take the groups in turn, the last of a row first.
 
-What there is is read on the device, as in mla_prefill_triton.py: a launch for the most that a step can have serves every
-smaller one. A row with queries and no context is padding: its output is zero.
+What there is is read on the device, as in mla_prefill_triton.py: a launch for the most that a step can have serves
+every smaller one. A row with queries and no context is padding: its output is zero.
 
 Shape suffixes: T tokens, J positions of all contexts in the workspace, R rows of the step, H heads, L latent, P rope
 dimensions, Q a query's, C = L + P, K rows of the cache, B pages of a row (padded).
