@@ -59,7 +59,7 @@ class Server(msgspec.Struct, frozen=True):
     port: Port = 8000  # 0: any free port
     processes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     api_keys: tuple[str, ...] = ()  # empty: no authentication
-    max_queue: AtLeast1 = 4096  # waiting requests; one more is refused with 429
+    max_queue: AtLeast1 = 4096  # waiting requests of one lane; one more is refused with 429
     max_body_mb: AtLeast1 = 32
     request_timeout_s: Seconds = 0.0  # a request not finished by then ends with an error; 0: never
     drain_timeout_s: Seconds = 30.0  # how long SIGTERM lets running requests finish

@@ -22,6 +22,7 @@ from nmoe.messages import (
     Hello,
     Ready,
     Rejected,
+    Release,
     Sampling,
     SchedulerToFrontend,
     Serving,
@@ -32,6 +33,7 @@ from nmoe.messages import (
     make_uid,
 )
 from nmoe.metrics import Board, row_index
+from nmoe.outputs import Returns, cells_of
 from nmoe.scheduler import process
 from nmoe.scheduler.report import Report
 from tests.forking import fork_call
@@ -100,6 +102,7 @@ class Frontend:
         self.link = rig.connect(ipc.frontend_address(rig.run_dir), index)
         self.tokens: dict[int, list[int]] = {}
         self.ended: dict[int, str] = {}
+        self.cells: list[int] = []
         self.counter = 0
         self.send(Hello(life))
 
@@ -111,24 +114,29 @@ class Frontend:
         message = msgspec.msgpack.decode(self.link.recv(), type=SchedulerToFrontend)
         assert message.generation == LIFE
         if isinstance(message, Tokens):
-            assert message.counts is None
-            for uid, token in zip(
-                np.frombuffer(message.uids, np.int64).tolist(),
-                np.frombuffer(message.tokens, np.int32).tolist(),
-                strict=True,
-            ):
+            uids, tokens = np.frombuffer(message.uids, np.int64), np.frombuffer(message.tokens, np.int32)
+            if message.counts is not None:  # a row of prompt alone has a block and no token
+                counts = np.frombuffer(message.counts, np.int32)
+                assert not (counts > 1).any()
+                uids = uids[counts > 0]
+            for uid, token in zip(uids.tolist(), tokens.tolist(), strict=True):
                 self.tokens.setdefault(uid, []).append(token)
+            at = 0
+            for size in np.frombuffer(message.block_sizes or b"", np.int32).tolist():
+                self.cells += cells_of(memoryview(message.blocks)[at : at + size]).tolist()
+                at += size
             for ended in message.ended:
                 assert ended.uid not in self.ended
                 self.ended[ended.uid] = ended.reason
         return message
 
-    def submit(self, max_tokens: int = 4, prompt: list[int] = PROMPT) -> int:
+    def submit(self, max_tokens: int = 4, prompt: list[int] = PROMPT, **fields) -> int:
         uid = make_uid(self.index, self.life, self.counter)
         self.counter += 1
         seed = 100 + uid
         self.rig.lengths[seed] = len(prompt) + max_tokens
-        self.send(Submit(self.life, uid, np.array(prompt, np.int32).tobytes(), max_tokens, Sampling(seed=seed)))
+        ids = np.array(prompt, np.int32).tobytes()
+        self.send(Submit(self.life, uid, ids, max_tokens, Sampling(seed=seed), **fields))
         return uid
 
 
@@ -346,6 +354,61 @@ def test_news_of_an_old_death_does_not_touch_the_life_after_it(tmp_path):
             rig.control.send(ipc.Gone(role, index, 1))
         run_until_ended(frontend, workers, uid)
         assert frontend.ended == {uid: "length"}
+
+
+LOGITS = Returns(records=True, prompt=True, logits=True)
+NUM_CELLS = 16  # of each rank: as few as there can be, since rows of so large a vocabulary are large
+
+
+def config_of_few_cells(folder: pathlib.Path) -> Config:
+    demo = msgspec.json.decode((DEMO / "config.json").read_bytes())
+    (folder / "config.json").write_bytes(msgspec.json.encode({**demo, "vocab_size": 1 << 23}))
+    return msgspec.structs.replace(CONFIG, model=Model(path=str(folder), max_seq_len=500))
+
+
+def take_turns(frontend: Frontend, workers: list[Worker]) -> None:
+    """Whoever has a message reads it."""
+    for worker in workers:
+        if worker.link.poll(1):
+            worker.run(worker.receive())
+    if frontend.link.poll(1):
+        frontend.receive()
+
+
+def out_of_cells(rig: Rig) -> tuple[Frontend, list[Worker], set[int]]:
+    """A frontend that has all cells, and its requests that wait for more."""
+    frontend, workers = rig.serving()
+    uids = {frontend.submit(max_tokens=5, prompt=list(range(30)), returns=LOGITS) for _ in workers}
+    while len(frontend.cells) < 2 * NUM_CELLS:
+        take_turns(frontend, workers)
+    assert sorted(frontend.cells) == list(range(2 * NUM_CELLS))
+    assert all(worker.quiet() for worker in workers)
+    return frontend, workers, uids
+
+
+def test_rows_whose_logits_find_no_cell_wait_for_a_release(tmp_path):
+    with Rig(tmp_path, config_of_few_cells(tmp_path)) as rig:
+        frontend, workers, uids = out_of_cells(rig)
+        while uids - frontend.ended.keys():
+            frontend.send(Release(1, np.array(frontend.cells, np.int32).tobytes()))
+            frontend.cells.clear()
+            while not frontend.cells:
+                take_turns(frontend, workers)
+        assert {len(frontend.tokens[uid]) for uid in uids} == {5}
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_frontends_next_life_finds_the_arena_free(tmp_path, told):
+    with Rig(tmp_path, config_of_few_cells(tmp_path)) as rig:
+        old, workers, _ = out_of_cells(rig)
+        old.link.close()
+        if told:
+            rig.control.send(ipc.Gone("frontend", 0, 1))
+        new = Frontend(rig, 0, life=2)
+        assert isinstance(new.receive(), Serving)
+        uid = new.submit(max_tokens=2, prompt=list(range(NUM_CELLS - 1)), returns=LOGITS)
+        run_until_ended(new, workers, uid)
+        assert len(new.cells) == NUM_CELLS
 
 
 def test_who_says_hello_again_has_given_up_what_it_asked_for(tmp_path):

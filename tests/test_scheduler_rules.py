@@ -320,6 +320,10 @@ def test_refusals_say_why():
     assert refused(engine, [1], returns=Returns(prompt=True))[0] == 400
     assert refused(engine, [1], returns=Returns(records=True, top_k=129))[0] == 400
     assert refused(engine, [-1], 1)[0] == 400
+    assert refused(engine, [1, VOCABULARY], 1)[1] == "the prompt's token ids go from 1 to 40; the model has 0 to 39"
+    assert refused(engine, [1], returns=Returns(records=True, scored_ids=(40,)))[0] == 400
+    assert refused(engine, [1], returns=Returns(records=True, scored_ids=(1,) * 129))[0] == 400
+    assert refused(engine, [1], returns=Returns(records=True, top_k=41))[0] == 400
     assert refused(engine, [1], 1, profile="nobody")[0] == 400
     assert refused(engine, [1], 1, n=0)[0] == 400
     engine.submit([1] * 9, 8)  # just fits

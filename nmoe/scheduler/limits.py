@@ -74,13 +74,26 @@ class Limits(msgspec.Struct, frozen=True):
 
     def refusal(self, submit: Submit, live: Container[int], waiting: int, generation: int) -> Rejected | None:
         """Why `submit` cannot be accepted, if so; `live` has the uids in use, `waiting` is the queue's length."""
-        problem = _malformed(submit, live) or self._too_large(submit)
+        problem = _malformed(submit, live) or self._unknown_ids(submit) or self._too_large(submit)
         if problem:
             return Rejected(generation, submit.uid, 400, problem)
         if waiting + submit.n > self.max_queue:
             detail = f"the queue is full: {waiting} requests wait, {submit.n} more exceed max_queue = {self.max_queue}"
             return Rejected(generation, submit.uid, 429, detail)
         return None
+
+    def _unknown_ids(self, submit: Submit) -> str:
+        ids, returns = np.frombuffer(submit.prompt, np.int32), submit.returns
+        scored = returns.scored_ids or (0,)
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            return (
+                f"the prompt's token ids go from {ids.min()} to {ids.max()}; the model has 0 to {self.vocab_size - 1}"
+            )
+        if min(scored) < 0 or max(scored) >= self.vocab_size:
+            return f"scored_ids go from {min(scored)} to {max(scored)}; the model has 0 to {self.vocab_size - 1}"
+        if not 0 <= returns.top_k <= min(MAX_TOP_K, self.vocab_size):
+            return f"top_k = {returns.top_k} is not in 0 to {min(MAX_TOP_K, self.vocab_size)}"
+        return ""
 
     def _too_large(self, submit: Submit) -> str:
         prompt_len = len(submit.prompt) // 4
@@ -101,18 +114,13 @@ def _malformed(submit: Submit, live: Container[int]) -> str:
         return f"n = {submit.n} must be at least 1, max_tokens = {submit.max_tokens} at least 0"
     if not submit.prompt or len(submit.prompt) % 4:
         return f"the prompt must be int32 token ids, at least one; it has {len(submit.prompt)} bytes"
-    if int(np.frombuffer(submit.prompt, np.int32).min()) < 0:
-        return "the prompt has a negative token id"
     if submit.profile not in PROFILES:
         return f"unknown profile {submit.profile!r}; known: {', '.join(PROFILES)}"
     if any(uid in live for uid in range(submit.uid, submit.uid + submit.n)):
         return f"the uids from {submit.uid} to {submit.uid + submit.n - 1} are not all new"
-    return _malformed_returns(submit.returns)
-
-
-def _malformed_returns(returns: Returns) -> str:
-    if not 0 <= returns.top_k <= MAX_TOP_K or len(returns.scored_ids) > MAX_SCORED:
-        return f"top_k = {returns.top_k} and {len(returns.scored_ids)} scored ids: at most {MAX_TOP_K} and {MAX_SCORED}"
+    returns = submit.returns
+    if len(returns.scored_ids) > MAX_SCORED:
+        return f"{len(returns.scored_ids)} scored_ids are more than {MAX_SCORED}"
     if (returns.prompt or returns.logits) and not returns.records:
         return "records of the prompt, and logits, come with records of the sampled tokens only"
     return ""
