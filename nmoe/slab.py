@@ -106,6 +106,10 @@ class ControlLayout(msgspec.Struct, frozen=True):
         """The newest life that `rank` has begun."""
         return 3 * rank * LINE
 
+    def compiling(self, rank: int) -> int:
+        """Whether `rank` compiles a kernel, during which it does nothing else."""
+        return self.life(rank) + 8
+
     def awaited(self, rank: int) -> int:
         """What `rank` waits for, once that takes long: epoch << 2 | channel << 1 | phase."""
         return self.life(rank) + LINE

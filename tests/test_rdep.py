@@ -19,7 +19,7 @@ from nmoe.architecture import read_architecture
 from nmoe.config import Config, Engine, Parallel
 from nmoe.errors import PeerSilent
 from nmoe.messages import CHANNEL_DECODE, CHANNEL_PREFILL
-from nmoe.slab import DISPATCH, LINE, NUM_CHANNELS, NUM_PHASES, RETURN, SlabLayout, make_slabs
+from nmoe.slab import DISPATCH, LINE, NUM_CHANNELS, NUM_PHASES, RETURN, ControlLayout, SlabLayout, make_slabs
 from nmoe.worker.kernels.experts import grouped_mlp
 from nmoe.worker.rdep import TILE_ROWS, OneRank
 from nmoe.worker.rdep.reference import exchange
@@ -151,6 +151,27 @@ def test_nothing_overlaps_in_a_slab_and_slabs_are_apart(world_size):
     assert sum(spans[-1]) <= layout.slab_bytes and layout.slab_bytes % mmap.PAGESIZE == 0
     assert layout.flag(1, 0, 0, 0) - layout.flag(0, 0, 0, 0) == layout.slab_bytes
     assert layout.total_bytes == world_size * layout.slab_bytes
+
+
+def test_rows_of_quantised_models_travel_quantised_between_gpus():
+    v3, config = read_architecture("configs/models/deepseek-v3.json"), Config(parallel=Parallel(world_size=8))
+    layout = SlabLayout.of(v3, "bfloat16", config)
+    assert config.parallel.device == "cuda" and layout.quantised
+    for at in layout.channels:
+        slots = 8 * at.max_tokens
+        assert at.returned - at.hidden >= slots * 7168 and at.returned - at.hidden < slots * 7168 + mmap.PAGESIZE
+        assert at.scales - at.returned >= slots * 2 * 7168
+        assert layout.slab_bytes - at.scales >= slots * 56 * 4
+    on_cpu = msgspec.structs.replace(config, parallel=Parallel(world_size=8, device="cpu"))
+    assert not SlabLayout.of(v3, "bfloat16", on_cpu).quantised
+
+
+def test_nothing_overlaps_in_the_control_page():
+    layout = ControlLayout(8)
+    words = [place(rank) for rank in range(8) for place in (layout.life, layout.compiling, layout.awaited)]
+    words += [layout.poison(rank) + 8 * by for rank in range(8) for by in range(8)]
+    with layout.make() as page:
+        assert len(set(words)) == len(words) and max(words) + 8 <= len(page)
 
 
 def test_untouched_memory_costs_nothing():

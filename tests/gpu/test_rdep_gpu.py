@@ -244,6 +244,21 @@ def test_a_silent_rank_costs_one_bound_and_is_named(how):
     assert right(ranks, tokens, expected) and all(link.check() for link in ranks.links)
 
 
+def test_a_rank_that_compiles_is_waited_for():
+    ranks, tokens, expected = prepared(2)
+    ranks.links[1]._control.compiles(1, True)
+    with torch.cuda.stream(ranks.streams[0]):
+        first = ranks.links[0].dispatch(experts_of(0), *tokens[0])()[:, 0]
+    time.sleep(2.5 * BOUND_S)
+    assert not ranks.streams[0].query() and ranks.links[0].check()
+    with torch.cuda.stream(ranks.streams[1]):
+        second = ranks.links[1].dispatch(experts_of(1), *tokens[1])()[:, 0]
+    torch.cuda.synchronize()
+    ranks.links[1]._control.compiles(1, False)
+    assert all(link.check() for link in ranks.links)
+    assert torch.equal(first.cpu(), expected[0]) and torch.equal(second.cpu(), expected[1])
+
+
 def test_a_life_can_be_ended_for_all():
     ranks, tokens, expected = prepared(2)
     with torch.cuda.stream(ranks.streams[1]):

@@ -101,12 +101,13 @@ def _exchange(
     layout, dtype = SlabLayout.of(checkpoint.architecture, checkpoint.dtype, config), _DTYPES[checkpoint.dtype]
     if device.type == "cpu":
         return SharedMemory(layout, slabs, rank, dtype)
-    from nmoe.worker.rdep.between_gpus import BetweenGPUs
+    from nmoe.worker.rdep.between_gpus import BetweenGPUs, announce_compilation
     from nmoe.worker.rdep.control import Control
     from nmoe.worker.rdep.symmetric import PeerSlabs
 
     assert meeting is not None
     control = Control(ControlLayout(layout.world_size), slabs)
+    announce_compilation(control, rank)
     peers = PeerSlabs(layout.slab_bytes, rank, layout.world_size, device, meeting)
     expected = config.engine.moe_expected_m
     return BetweenGPUs(layout, peers.slab, peers.bases, control, rank, dtype, expected_rows=expected)

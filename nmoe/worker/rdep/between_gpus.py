@@ -30,6 +30,12 @@ _SLOTS_PER_PROGRAM = 256
 _WARPS = 8
 
 
+def announce_compilation(control: Control, rank: int) -> None:
+    """From here on, the others know when this process compiles a kernel, as it does on the first use of each shape."""
+    triton.knobs.runtime.jit_cache_hook = lambda **_: control.compiles(rank, True)
+    triton.knobs.runtime.jit_post_compile_hook = lambda **_: control.compiles(rank, False)
+
+
 class BetweenGPUs:
     """One rank's end of the exchange. See nmoe.worker.rdep.Exchange."""
 

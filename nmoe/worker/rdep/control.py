@@ -33,6 +33,10 @@ class Control:
         """Say that `rank` has begun a life: nothing of an earlier one is under way on its GPU."""
         self._words[self._layout.life(rank) // 8] = life
 
+    def compiles(self, rank: int, now: bool) -> None:
+        """Say whether `rank` compiles a kernel now: it is not silent then, and the others wait on."""
+        self._words[self._layout.compiling(rank) // 8] = now
+
     def missing(self, life: int) -> set[int]:
         """The ranks that have not begun this life."""
         return {rank for rank in self._ranks if self._words[self._layout.life(rank) // 8] < life}

@@ -29,6 +29,7 @@ _POISON_BITS = tl.constexpr(POISON_BITS)
 _GAVE_UP = tl.constexpr(GAVE_UP)
 _BOUND_NS = tl.constexpr(BOUND_NS)
 _SLICE_NS = tl.constexpr(20_000)  # between looks at the clock's bound and at the poison words
+_COMPILES_NS = tl.constexpr(600_000_000_000)  # how long a rank is believed that it compiles a kernel
 
 # Whether all flags in the lines from $1 on are at least $2, within $3 ns; $4 is the last line. A warp's lanes agree.
 _SPIN = tl.constexpr("""
@@ -157,12 +158,24 @@ def _poisoned(control, rank, life, RANKS: tl.constexpr):
 
 
 @triton.jit
+def _compiling(control, ranks, RANKS: tl.constexpr):
+    """Whether one of these ranks, a bit each, compiles a kernel."""
+    compiling = ranks * 0
+    for peer in range(RANKS):
+        if (ranks >> peer) & 1 == 1:
+            compiling |= word_at(control + peer * (3 * _LINE) + 8)
+    return compiling != 0
+
+
+@triton.jit
 def _wait_long(state_ptr, slab, control, kind, epoch, life, rank, RANKS: tl.constexpr):
     """The wait goes on. Nobody goes past it in vain before it has poisoned every rank."""
     lines = slab + kind * (RANKS * _LINE)
     awaited = (epoch << 2) + kind
     tl.store(_awaited_at(control, rank).to(tl.pointer_type(tl.int64)), awaited)
-    end = tl.extra.cuda.globaltimer() + tl.load(state_ptr + _BOUND_NS)
+    bound = tl.load(state_ptr + _BOUND_NS)
+    end = tl.extra.cuda.globaltimer() + bound
+    last = end + _COMPILES_NS
     waiting = rank * 0 + 1
     while waiting == 1:
         if _spin(lines, epoch, RANKS) == 1:
@@ -170,9 +183,13 @@ def _wait_long(state_ptr, slab, control, kind, epoch, life, rank, RANKS: tl.cons
         else:
             blamed = _poisoned(control, rank, life, RANKS)
             give_up = blamed >= 0
-            if (blamed < 0) & (tl.extra.cuda.globaltimer() > end):
+            now = tl.extra.cuda.globaltimer()
+            if (blamed < 0) & (now > end):
                 blamed = _silent(slab, control, rank, life, RANKS)
                 give_up = blamed > 0
+                if give_up & (now < last) & _compiling(control, blamed, RANKS):
+                    give_up = now > last
+                    end = now + bound
             if give_up:
                 for peer in range(RANKS):
                     word_ptr = (_poison_at(control, peer) + rank * 8).to(tl.pointer_type(tl.int64))
