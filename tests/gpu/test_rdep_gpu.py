@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -112,6 +113,7 @@ class CapturedRank:
         )
         self.expected = torch.stack([sums[rank] for _, sums, _ in entries]).to(GPU)
         self.real = torch.stack([real[rank] for _, _, real in entries]).to(GPU)
+        self.count = torch.zeros(1, dtype=torch.int32, device=GPU)
         self.plan = plan.to(GPU)
         shape = (len(plan), 2 * LAYERS)
         late = torch.rand(shape, generator=chance) < 0.2
@@ -124,9 +126,11 @@ class CapturedRank:
         _delay_kernel[(1,)](self.delays, self.step, column, WIDTH=2 * LAYERS, num_warps=1)
 
     def run(self):
+        self.link.begin(CHANNEL_DECODE, DECODES, self.count)
         for layer in range(LAYERS):
             variant = self.plan.index_select(0, self.step)[0, layer : layer + 1]
             x_TD, ids_TK, weights_TK = (part.index_select(0, variant)[0] for part in (self.xs, self.ids, self.weights))
+            self.count.copy_(self.real.index_select(0, variant).sum())
             self.delay(2 * layer)
             combine = self.link.dispatch(experts_of(self.rank), x_TD, ids_TK, weights_TK)
             self.delay(2 * layer + 1)
@@ -134,14 +138,13 @@ class CapturedRank:
             self.wrong += (differs_T & self.real.index_select(0, variant)[0]).sum()
         self.step += 1
 
-    def capture(self, most):
-        self.link.begin(CHANNEL_DECODE, most)
+    def capture(self):
         with torch.cuda.graph(self.graph, stream=self.stream):
             self.run()
 
 
 def stress_entries(layout, world_size, chance):
-    """Every rank's tokens, padded to the cap with such that are nobody's; the sums; which tokens are real."""
+    """Every rank's tokens, as many as there can be; which of them are no padding; the sums of these."""
     entries = []
     for variant in range(VARIANTS):
         routing = chance.choice(("uniform", "skewed", "all to one"))
@@ -149,9 +152,8 @@ def stress_entries(layout, world_size, chance):
         tokens = [
             make_tokens(DECODES, routing, 1000 * variant + rank, layout, world_size) for rank in range(world_size)
         ]
-        for (_, ids_TK, _), count in zip(tokens, counts, strict=True):
-            ids_TK[count:] = layout.num_experts * world_size
-        sums = expected_sums(layout, tokens)
+        sums = expected_sums(layout, [[part[:n] for part in parts] for parts, n in zip(tokens, counts, strict=True)])
+        sums = [F.pad(sum_TD, (0, 0, 0, DECODES - len(sum_TD))) for sum_TD in sums]
         entries.append((tokens, sums, [torch.arange(DECODES) < count for count in counts]))
     return entries
 
@@ -170,14 +172,13 @@ def test_delays_and_replays_never_change_a_bit(world_size, quantised):
 
     def run():
         for one in captured:
-            one.link.begin(CHANNEL_DECODE, DECODES)
             with torch.cuda.stream(one.stream):
                 one.run()
 
     torch.cuda.synchronize()
     ranks.warm_up(run)
     for one in captured:
-        one.capture(DECODES)
+        one.capture()
         one.step.zero_()
         one.wrong.zero_()
     torch.cuda.synchronize()
