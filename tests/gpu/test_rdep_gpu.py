@@ -76,6 +76,27 @@ def test_sums_equal_the_reference_for_every_routing_and_token_count(world_size, 
             assert torch.equal(ours.cpu(), theirs), f"{kind}, rank {rank}"
 
 
+def test_padding_is_pushed_nowhere():
+    layout = make_layout(2, decodes=DECODES)
+    ranks = Ranks(layout)
+    tokens = [make_tokens(DECODES, "uniform", rank, layout, 2) for rank in range(2)]
+    counts = [torch.tensor([count], device=GPU) for count in (3, 0)]
+
+    def run():
+        for rank, (link, stream) in enumerate(zip(ranks.links, ranks.streams, strict=True)):
+            link.begin(CHANNEL_DECODE, DECODES, counts[rank])
+            with torch.cuda.stream(stream):
+                link.dispatch(experts_of(rank), *tokens[rank])()
+
+    torch.cuda.synchronize()
+    ranks.warm_up(run)
+    run()
+    torch.cuda.synchronize()
+    owners_TK = tokens[0][1][:3] // layout.num_experts
+    for rank, link in enumerate(ranks.links):
+        assert int(link._num_rows) == int((owners_TK == rank).any(1).sum()) and link.check()
+
+
 def test_more_tokens_than_the_step_was_begun_with_are_refused():
     layout = make_layout(2, decodes=DECODES)
     link = Ranks(layout).links[0]
@@ -165,7 +186,7 @@ def test_delays_and_replays_never_change_a_bit(world_size, quantised):
     layout = make_layout(world_size, decodes=DECODES, quantised=quantised)
     ranks = Ranks(layout)
     entries = stress_entries(layout, world_size, chance)
-    assert sum(int(real.sum()) for _, _, reals in entries for real in reals) > VARIANTS * DECODES
+    assert sum(int(real.sum()) for _, _, reals in entries for real in reals) > VARIANTS
     steps = STEPS[world_size]
     plan = torch.tensor([[chance.randrange(VARIANTS) for _ in range(LAYERS)] for _ in range(steps + 8)])
     captured = [CapturedRank(ranks, rank, entries, plan) for rank in range(world_size)]
