@@ -113,6 +113,21 @@ class Architecture(msgspec.Struct, frozen=True):
         """Cache bytes of one token over all layers, at the compute dtype."""
         return self.num_layers * self.cache_dim * DTYPE_BYTES[dtype]
 
+    @property
+    def num_expert_layers(self) -> int:
+        """Layers with routed experts."""
+        return sum(not self.is_dense(layer) for layer in range(self.num_layers))
+
+    @property
+    def expert_id_bytes(self) -> int:
+        """Of a routed expert's id where routing is kept."""
+        return 1 if self.num_experts <= 256 else 2
+
+    def cache_bytes_per_token(self, dtype: str) -> int:
+        """What a token takes in the cache: its row in every layer, and which experts it chose."""
+        routing = self.num_expert_layers * self.num_experts_per_tok * self.expert_id_bytes
+        return self.kv_bytes_per_token(dtype) + routing
+
     def num_params(self, world_size: int = 1) -> int:
         """Parameters that one of `world_size` ranks holds: its share of the routed experts and all of the rest."""
         return sum(

@@ -174,7 +174,7 @@ def _num_pages(facts: Facts, checkpoint: Checkpoint, memory: int) -> int:
 
 
 def _page_bytes(facts: Facts, checkpoint: Checkpoint) -> int:
-    return checkpoint.architecture.kv_bytes_per_token(checkpoint.dtype) * facts.config.engine.page_size
+    return checkpoint.architecture.cache_bytes_per_token(checkpoint.dtype) * facts.config.engine.page_size
 
 
 def _memory(facts: Facts) -> Row | None:

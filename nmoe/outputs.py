@@ -63,8 +63,7 @@ class RoutingLayout(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, architecture: Architecture) -> "RoutingLayout":
         """For a model."""
-        layers = sum(not architecture.is_dense(layer) for layer in range(architecture.num_layers))
-        return cls(layers, architecture.num_experts_per_tok, 1 if architecture.num_experts <= 256 else 2)
+        return cls(architecture.num_expert_layers, architecture.num_experts_per_tok, architecture.expert_id_bytes)
 
     @property
     def position_bytes(self) -> int:

@@ -1,7 +1,7 @@
 """The tensors of one step, as the model sees them.
 
 Shape suffixes: T tokens of the step, R rows (one per request in the step), P pages per row (padded), L layers,
-N pages of the pool, S slots of a page, C the cache row: the normalised latent and the roped key.
+N pages of the pool, S slots of a page, C the cache row: the normalised latent and the roped key, K experts per token.
 """
 
 import dataclasses
@@ -44,6 +44,9 @@ class KVCache:
     """
 
     rows_LNSC: torch.Tensor  # model dtype [L, num_pages + 1, page_size, kv_lora_rank + qk_rope_head_dim]
+    # uint8 or int16 [num_pages + 1, page_size, layers with experts, K]: which experts the positions chose; None where
+    # nobody asks for them, as in tests of the model alone
+    routing_NSLK: torch.Tensor | None = None
 
     @property
     def num_pages(self) -> int:

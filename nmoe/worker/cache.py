@@ -5,6 +5,7 @@ Shape suffixes as in `nmoe/worker/batch.py`.
 
 import torch
 
+from nmoe.architecture import Architecture
 from nmoe.checkpoint import Checkpoint
 from nmoe.config import Config
 from nmoe.errors import NmoeError
@@ -12,6 +13,7 @@ from nmoe.memory import CPU_CACHE_SHARE, free_ram, pages_that_fill
 from nmoe.worker.batch import KVCache
 
 _GB = 1e9
+_IDS = {1: torch.uint8, 2: torch.int16}  # by bytes of an expert's id, which is below 2**15
 
 
 def make_cache(config: Config, checkpoint: Checkpoint, device: torch.device) -> KVCache:
@@ -20,7 +22,7 @@ def make_cache(config: Config, checkpoint: Checkpoint, device: torch.device) -> 
     Zeros matter: attention weighs what it must not see with zero, and zero times an uninitialised NaN is NaN.
     """
     architecture, dtype = checkpoint.architecture, getattr(torch, checkpoint.dtype)
-    page_bytes = architecture.kv_bytes_per_token(checkpoint.dtype) * config.engine.page_size
+    page_bytes = architecture.cache_bytes_per_token(checkpoint.dtype) * config.engine.page_size
     num_pages = config.engine.num_pages or pages_that_fill(
         config.engine, checkpoint.max_seq_len, page_bytes, _available(config, device)
     )
@@ -28,13 +30,21 @@ def make_cache(config: Config, checkpoint: Checkpoint, device: torch.device) -> 
         raise NmoeError(_remedy(config, device, "no memory is left for the KV cache", page_bytes))
     shape = (architecture.num_layers, num_pages + 1, config.engine.page_size, architecture.cache_dim)
     try:
-        return KVCache(torch.zeros(shape, dtype=dtype, device=device))
+        return KVCache(
+            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros(_routing_shape(architecture, shape), dtype=_IDS[architecture.expert_id_bytes], device=device),
+        )
     except RuntimeError as error:  # torch.OutOfMemoryError on the GPU, a plain RuntimeError on the CPU
         if "allocate" not in str(error):
             raise
         need = (num_pages + 1) * page_bytes
         problem = f"the KV cache of {num_pages} pages needs {need / _GB:.2f} GB, which cannot be allocated"
         raise NmoeError(_remedy(config, device, problem, page_bytes)) from None
+
+
+def _routing_shape(architecture: Architecture, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the routing beside a cache of this shape."""
+    return *shape[1:3], architecture.num_expert_layers, architecture.num_experts_per_tok
 
 
 def _remedy(config: Config, device: torch.device, problem: str, page_bytes: int) -> str:

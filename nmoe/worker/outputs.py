@@ -2,7 +2,7 @@
 
 Shape suffixes: T tokens of the step, R its rows, S rows that sample, N rows that return something, M those of them that
 sample, P positions of prompts that have a record, J routed positions, C cells, V vocabulary, K top-k, I ids whose
-log-probabilities are wanted, W words of a record.
+log-probabilities are wanted, W words of a record. In `pages_SP`: S slots, P pages of a slot.
 
 Invariants: `_cursors[slot]` is where the slot's outputs go on; a row returns what lies between it and its end, once. A
 position of a prompt tells of the next token, which may come with a later step: so the slot knows its prompt. Which rows
@@ -22,10 +22,12 @@ import torch
 from nmoe.messages import ROW_RETURNS, ROW_SAMPLES, Admit
 from nmoe.outputs import Returns
 from nmoe.profiles import Numerics
+from nmoe.worker.batch import KVCache
 from nmoe.worker.blocks import Arena, Blocks, Shapes
 from nmoe.worker.kernels.records import make_records
+from nmoe.worker.kernels.routing import read_routing
 from nmoe.worker.model import Model
-from nmoe.worker.slots import MalformedStep, SlotTable
+from nmoe.worker.slots import MalformedStep
 
 Array = npt.NDArray[Any]
 _TILE = 1 << 24  # logits of prompts that are there at once
@@ -68,14 +70,16 @@ class Selection:
 class Outputs:
     """The slots' wishes, and how far they are fulfilled."""
 
-    def __init__(self, model: Model, table: SlotTable, arena: Arena | None) -> None:
-        """`arena` is where this rank's logits go, None when no request can ask for them."""
-        self._model, self._table, self._arena = model, table, arena
+    def __init__(self, model: Model, cache: KVCache, pages_SP: torch.Tensor, arena: Arena | None) -> None:
+        """`pages_SP` is the slots' page table on the device; `arena` is where this rank's logits go, None when no
+        request can ask for them."""
+        self._model, self._cache, self._pages_SP, self._arena = model, cache, pages_SP, arena
         self._vocab_size = model.architecture.vocab_size
-        self._returns = [_NOTHING] * table.num_slots
-        self._prompts = [np.empty(0, np.int64)] * table.num_slots
-        self._prompt_lens = np.zeros(table.num_slots, np.int64)
-        self._cursors = np.zeros(table.num_slots, np.int64)
+        num_slots = len(pages_SP)
+        self._returns = [_NOTHING] * num_slots
+        self._prompts = [np.empty(0, np.int64)] * num_slots
+        self._prompt_lens = np.zeros(num_slots, np.int64)
+        self._cursors = np.zeros(num_slots, np.int64)
 
     def reset(self) -> None:
         """Forget every request."""
@@ -104,6 +108,8 @@ class Outputs:
             )
         if returns.logits and self._arena is None:
             raise MalformedStep(f"admit: slot {slot} asks for logits, and there is no arena")
+        if returns.routing and self._cache.routing_NSLK is None:
+            raise MalformedStep(f"admit: slot {slot} asks for routing, and none is kept")
 
     def plan(self, slots: Array, starts: Array, flags: Array) -> Returning | None:
         """For rows of these slots, int64 [R], whose tokens begin at `starts`; None when none of them returns."""
@@ -205,6 +211,10 @@ class Outputs:
         if len(selection.prompt_rows_P):
             assert hidden_TD is not None
             self._score_prompts(selection, hidden_TD, numerics, blocks)
+        if len(selection.routed_slots_J) and (routing_NSLK := self._cache.routing_NSLK) is not None:
+            slots_J, positions_J = self._put(np.stack((selection.routed_slots_J, selection.routed_positions_J)))
+            pages_J = self._pages_SP[slots_J, positions_J // self._cache.page_size]
+            blocks.add_routing(read_routing(routing_NSLK, pages_J, positions_J))
         return blocks
 
     def _score_prompts(self, selection: Selection, hidden_TD: torch.Tensor, numerics: Numerics, blocks: Blocks) -> None:

@@ -72,7 +72,7 @@ class Runner:
         self._table = SlotTable(num_slots, pages_per_slot, cache.page_size, cache.num_pages)
         self._slots = DeviceSlots(num_slots, pages_per_slot, cache.num_pages, model.device)
         self._adjustments = Adjustments(num_slots, model.architecture.vocab_size, model.device)
-        self._outputs = Outputs(model, self._table, arena)
+        self._outputs = Outputs(model, cache, self._slots.pages_SP, arena)
         self._stages = Stages(model.device)
         self._graphs: StepGraphs | None = None
         self.reset()

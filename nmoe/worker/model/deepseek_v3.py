@@ -13,6 +13,7 @@ from nmoe.profiles import Numerics
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.kernels import ops_for
 from nmoe.worker.kernels.rope import rope_table
+from nmoe.worker.kernels.routing import keep_routing
 from nmoe.worker.model.mla import Attention, plan_attention
 from nmoe.worker.model.mlp import DenseMLP, MoE
 from nmoe.worker.rdep import Exchange
@@ -80,11 +81,18 @@ class DeepseekV3:
         ops, eps = self._ops[numerics], self.architecture.rms_norm_eps
         plan = plan_attention(batch, cache, self._rope_M2P, self.architecture, self.dtype, numerics)
         x_TD, delta_TD = F.embedding(batch.ids_T, self._embed_VD), None
+        ids_LTK: list[torch.Tensor] = []
         for layer, rows_KC in zip(self._layers, cache.rows_LNSC.flatten(1, 2).unbind(), strict=True):
             x_TD, input_TD = ops.add_rms_norm(x_TD, delta_TD, layer.attention_norm_D, eps)
             delta_TD = layer.attention.forward(input_TD, plan, rows_KC, ops)
             x_TD, input_TD = ops.add_rms_norm(x_TD, delta_TD, layer.mlp_norm_D, eps)
-            delta_TD = layer.mlp.forward(input_TD, ops)
+            if isinstance(layer.mlp, MoE):
+                delta_TD, ids_TK = layer.mlp.forward(input_TD, ops)
+                ids_LTK.append(ids_TK)
+            else:
+                delta_TD = layer.mlp.forward(input_TD, ops)
+        if cache.routing_NSLK is not None:
+            keep_routing(ids_LTK, batch.write_T, cache.routing_NSLK)
         return ops.add_rms_norm(x_TD, delta_TD, self._norm_D, eps)[1]
 
     @torch.inference_mode()

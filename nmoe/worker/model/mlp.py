@@ -61,8 +61,9 @@ class MoE:
         shared = a.num_shared_experts * a.moe_intermediate_size
         self._shared = DenseMLP(source, f"{prefix}.shared_experts", shared, like, fp8=fp8)
 
-    def forward(self, x_TD: torch.Tensor, ops: Ops) -> Any:
-        """[T, D], or its terms where `add_rms_norm` takes them; routed and shared experts are added in float32."""
+    def forward(self, x_TD: torch.Tensor, ops: Ops) -> tuple[Any, torch.Tensor]:
+        """[T, D], or its terms where `add_rms_norm` takes them; routed and shared experts are added in float32. And the
+        experts that the tokens chose, [T, K]."""
         ids_TK, weights_TK = ops.route(x_TD, self._gate_ED, self._bias_E, self._architecture)
 
         def experts(x: torch.Tensor | Arrived, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
@@ -70,7 +71,7 @@ class MoE:
 
         combine = self._exchange.dispatch(experts, x_TD, ids_TK, weights_TK)
         shared_TD = self._shared.forward(x_TD, ops)
-        return ops.sum_experts(combine(), shared_TD)
+        return ops.sum_experts(combine(), shared_TD), ids_TK
 
 
 def _fill_mlp(source: Source, prefix: str, w_gate_up_GD: Weight, w_down_DF: Weight) -> None:
