@@ -6,11 +6,14 @@ import time
 import urllib.error
 import urllib.request
 
+import numpy as np
 import psutil
 import pytest
+from safetensors.numpy import load_file
 
 from nmoe.batch.command import DONE, SOME_FAILED, STOPPED
-from tests.batching import CHAT, line, read_output, start_batch, write_input, write_jsonl
+from nmoe.client import Client
+from tests.batching import CHAT, GENERATE, line, read_output, shard_names, start_batch, write_input, write_jsonl
 from tests.serving import write_config
 
 NUM_LINES = 48
@@ -39,10 +42,10 @@ def ask(url, body):
             return error.code, json.load(error)
 
 
-def wait_for_lines(folder, count, process, output):
-    """Until so many lines are finished."""
+def wait_for_lines(folder, count, process, output, name="output.jsonl"):
+    """Until so many lines are finished, or shards."""
     deadline = time.monotonic() + 30
-    file = folder / "output.jsonl"
+    file = folder / name
     while not file.exists() or file.read_bytes().count(b"\n") < count:
         assert process.running and time.monotonic() < deadline, output.read_text()
         time.sleep(0.005)
@@ -93,7 +96,7 @@ def test_killed_at_any_moment_it_goes_on_and_every_line_is_there_once(config, tm
         wait_for_lines(folder, max(count, len(seen) + 1), process, log)
         engine = psutil.Process(process.pid).children()
         process.kill(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL, "it was done before"
         with (folder / "output.jsonl").open("ab") as file:
             file.write(b'{"id":"batch_req_torn')
         seen |= {number: entry for number, entry in read_output_until_torn(folder).items() if number not in seen}
@@ -112,6 +115,48 @@ def read_output_until_torn(folder):
         int(entry["id"].removeprefix("batch_req_")): entry
         for entry in map(json.loads, (folder / "output.jsonl").read_text().splitlines()[:-1])
     }
+
+
+def test_killed_while_shards_are_written_no_tensor_is_lost_or_doubled(server, config, tmp_path):
+    folder, log = tmp_path / "out", tmp_path / "log"
+    bodies = [{"prompt": [5, 6, number + 7], "max_tokens": 8, "temperature": 0} for number in range(NUM_LINES)]
+    lines = [line(f"id-{number}", GENERATE, logits=True, **body) for number, body in enumerate(bodies)]
+    lines.append(line("wrong", GENERATE, prompt=[]))
+    source = write_input(tmp_path / "in.jsonl", lines)
+
+    def start():
+        options = ("--profile", "offline_distill")
+        return start_batch(config, source, folder, *options, output=log, max_shard_bytes=150_000)
+
+    for count in (1, 3):
+        process = start()
+        wait_for_lines(folder, count, process, log, "index.jsonl")
+        process.kill(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it was done before"
+    code, said = finish(start(), log)
+    assert code == SOME_FAILED, said
+
+    output = read_output(folder)
+    assert sorted(output) == list(range(1, NUM_LINES + 2))
+    assert output[NUM_LINES + 1]["response"]["body"]["error"]["param"] == "prompt"
+    index = [json.loads(text) for text in (folder / "index.jsonl").read_text().splitlines()]
+    assert shard_names(folder) == sorted(entry["shard"] for entry in index)
+    tensors = {}
+    for name in shard_names(folder):
+        found = load_file(folder / name)
+        assert not found.keys() & tensors.keys()
+        tensors |= found
+    assert sum(name.endswith("/0/logits") for name in tensors) == NUM_LINES
+    with Client(server.url) as client:
+        for number in (0, 1, NUM_LINES - 1):
+            body = output[number + 1]["response"]["body"]
+            (choice,) = client.generate(profile="offline_distill", logits=True, **bodies[number]).choices
+            described = body["choices"][0]["tensors"]
+            assert body["choices"][0]["text"] == choice.text
+            for name, entry in described.items():
+                np.testing.assert_allclose(tensors[entry["key"]], getattr(choice, name), rtol=1e-4, atol=1e-4)
+            assert {"logits", "top_k_ids", "top_k_logprobs", "logprobs", "token_ids"} <= described.keys()
+            assert choice.top_k_ids.shape == (len(choice.token_ids), 10)
 
 
 def test_told_to_stop_it_leaves_a_state_that_goes_on(config, tmp_path):
