@@ -2,9 +2,9 @@
 
 import argparse
 import asyncio
+import contextlib
 import io
 import json
-import os
 import pathlib
 import tempfile
 import tracemalloc
@@ -216,19 +216,18 @@ def run_until_killed(path, sizes, death):
     """One life of a batch; which lines it did. True at the end of the batch."""
     finished = folder.recover(path, len(sizes))
     writer = Results(path, finished, max_shard_bytes=200)
-    try:
-        with Mortal(*death) if death else open(os.devnull):
+    with Mortal(*death) if death else contextlib.nullcontext():
+        try:
             for number, size in enumerate(sizes, 1):
                 if not finished.lines[number]:
                     writer.add(result_of(number, size))
+        except Killed:
+            writer.close()  # only lets go, as the kernel would
+            return finished, False
+        try:
             writer.close()
-    except Killed:
-        os.close(writer._output)
-        os.close(writer._index)
-        if writer._shard is not None:  # as the kernel would
-            writer._shard._file.close()
-            writer._shard._tail.close()
-        return finished, False
+        except Killed:
+            return finished, False
     return finished, True
 
 
@@ -274,6 +273,27 @@ def test_whatever_interrupts_it_every_line_is_there_once(sizes, lives):
         assert folder.recover(path, len(sizes)).num_lines == len(sizes)
 
 
+@pytest.mark.parametrize("size", [0, 3])
+def test_after_a_write_that_failed_nothing_more_is_written(tmp_path, monkeypatch, size):
+    write = results._write
+
+    def fail(descriptor, data):
+        write(descriptor, data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    writer = Results(tmp_path, folder.recover(tmp_path, 9), max_shard_bytes=20)
+    writer.add(result_of(1, 3))
+    monkeypatch.setattr(results, "_write", fail)
+    with pytest.raises(OSError, match="No space"):
+        writer.add(result_of(2, size + 2 if size else 0))
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="earlier result"):
+        writer.add(result_of(3, 0))
+    writer.close()
+    assert folder.recover(tmp_path, 9).lines == bytearray(b"\0\1" + b"\0" * 8)
+    check_complete(tmp_path, [3])
+
+
 def test_a_shard_grows_to_its_bound_and_takes_one_larger_request(tmp_path):
     sizes = [10, 10, 40, 10, 0, 10]
     finished, complete = run_until_killed(tmp_path, sizes, None)
@@ -288,9 +308,9 @@ def test_a_shard_has_room_for_any_number_of_names(tmp_path):
     tensors = [
         Stored(f"{'x' * 500}/{i}/token_ids", "int32", (1,), io.BytesIO(bytes([i % 256, 0, 0, 0]))) for i in range(4000)
     ]
-    shard = Shard(tmp_path, 1, tensors)
+    shard = Shard(tmp_path, 1)
     shard.add(tensors)
-    assert shard.is_full
+    assert not shard.is_full
     shard.finish()
     assert load_file(tmp_path / shard.name)[f"{'x' * 500}/3/token_ids"].tolist() == [3]
 

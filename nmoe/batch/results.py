@@ -4,9 +4,11 @@ All of it runs in one thread, in the order in which requests finish. Lines witho
 others wait for their shard, which is complete when it is large or old enough.
 """
 
+import contextlib
 import os
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -58,36 +60,49 @@ class Results:
         self._index = os.open(folder / INDEX, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         self._shard: Shard | None = None
         self._shard_begun = 0.0
+        self._broken = False  # or something is being written
         self._waiting: list[Result] = []  # for the shard's end
 
     def add(self, result: Result) -> None:
-        """Keep a result. Raises OSError when it cannot be written."""
-        if not result.tensors:
-            _write(self._output, result.line())
-            return
+        """Keep a result. Raises OSError when it cannot be written; then nothing more is."""
+        with self._intact():
+            if result.tensors:
+                self._add_tensors(result)
+            else:
+                _write(self._output, result.line())
+
+    @contextlib.contextmanager
+    def _intact(self) -> Iterator[None]:
+        """What fails may have been written in part, and only what lies at the files' ends is cut off later."""
+        if self._broken:
+            raise OSError("an earlier result could not be written")
+        self._broken = True
+        yield
+        self._broken = False
+
+    def _add_tensors(self, result: Result) -> None:
         if self._shard is not None and not self._shard.has_room(result.tensors):
-            self.commit()
+            self._commit(self._shard)
         if self._shard is None:
             self._num_shards += 1
-            self._shard = Shard(self._folder, self._num_shards, result.tensors, self._max_shard_bytes)
+            self._shard = Shard(self._folder, self._num_shards, self._max_shard_bytes)
             self._shard_begun = time.monotonic()
         self._shard.add(result.tensors)
         for tensor in result.tensors:
             tensor.data.close()
         self._waiting.append(result)
         if self._shard.is_full:
-            self.commit()
+            self._commit(self._shard)
 
     def commit_if_old(self) -> None:
         """Complete the shard when its first request has waited for long."""
         if self._shard is not None and time.monotonic() - self._shard_begun > _MAX_AGE_S:
-            self.commit()
+            with self._intact():
+                self._commit(self._shard)
 
-    def commit(self) -> None:
+    def _commit(self, shard: Shard) -> None:
         """Complete the shard: its file, its requests' output lines, its line in the index, in this order."""
-        if self._shard is None:
-            return
-        shard, waiting = self._shard, self._waiting
+        waiting = self._waiting
         shard.finish()
         _write(self._output, b"".join(result.line(shard.name) for result in waiting))
         os.fsync(self._output)
@@ -99,10 +114,16 @@ class Results:
 
     def close(self) -> None:
         """Complete what can be, and make it last."""
-        self.commit()
-        os.fsync(self._output)
-        os.close(self._output)
-        os.close(self._index)
+        try:
+            if self._shard is not None and not self._broken:
+                with self._intact():
+                    self._commit(self._shard)
+            os.fsync(self._output)
+        finally:
+            if self._shard is not None:
+                self._shard.close()
+            os.close(self._output)
+            os.close(self._index)
 
 
 def _write(descriptor: int, data: bytes) -> None:

@@ -1,8 +1,8 @@
 """Tensors of many requests in safetensors files of bounded size, each of which appears at once and complete.
 
-A shard grows under a temporary name. Room for its header is reserved in front, since the header is known last; a header
-may be padded with spaces. Tensors lie end to end, so those of small items come last: all others stay aligned.
-Source: the format's description in the safetensors repository.
+A shard grows in files of no name, of which an interruption leaves nothing behind. Its header is known last and comes
+first, so all is copied once when it is complete. Tensors lie end to end: those of small items come last, so that all
+others are aligned. Source: the format's description in the safetensors repository.
 """
 
 import os
@@ -20,9 +20,9 @@ from nmoe.native import ITEM_BYTES, ItemType
 NAME = re.compile(r"tensors-(\d{5,})\.safetensors")
 TEMPORARY = ".part"
 MAX_BYTES = 256 << 20  # a shard that has so many is complete
-_HEADER_BYTES = 1 << 20  # multiple of 8
-_BRACES = 2
-_ENTRY_BYTES = 160  # of a tensor in the header, beside its name; more than ever needed
+_MAX_HEADER_BYTES = 16 << 20  # the same; whoever opens the file parses all of it
+_ENTRY_BYTES = 100  # of a tensor in the header beside its name, about
+_ALIGNMENT = 8
 _TAIL_BYTES = 16 << 20  # of small items that wait in memory
 _CHUNK = 1 << 20
 _LENGTH = struct.Struct("<Q")
@@ -53,21 +53,17 @@ def sync_folder(folder: pathlib.Path) -> None:
 
 
 class Shard:
-    """A shard that grows. `finish` makes it a file, `abandon` makes it as if it had never been."""
+    """A shard that grows until `finish` makes it a file."""
 
-    def __init__(self, folder: pathlib.Path, number: int, first: list[Stored], max_bytes: int = MAX_BYTES) -> None:
-        """`first`: the tensors that it is made for, which fit whatever their number; still to be added."""
+    def __init__(self, folder: pathlib.Path, number: int, max_bytes: int = MAX_BYTES) -> None:
         self.name = shard_name(number)
         self._folder = folder
         self._max_bytes = max_bytes
-        self._header_bytes = max(_HEADER_BYTES, -(-(_BRACES + sum(map(_named, first))) // 8) * 8)
-        self._file = (folder / (self.name + TEMPORARY)).open("wb")
-        self._file.seek(_LENGTH.size + self._header_bytes)
-        # Not in the folder's files until it is copied, so nothing of it is left behind.
-        self._tail = tempfile.SpooledTemporaryFile(_TAIL_BYTES, dir=str(folder))  # noqa: SIM115 - it outlives this
+        self._body = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - both live as long as this
+        self._tail = tempfile.SpooledTemporaryFile(_TAIL_BYTES, dir=str(folder))  # noqa: SIM115
         self._entries: dict[str, tuple[Stored, int]] = {}  # key -> tensor, offset in the body or in the tail
         self._body_bytes = self._tail_bytes = 0
-        self._named = _BRACES  # bytes of header that are spoken for
+        self._header_bytes = 0  # about
 
     @property
     def num_bytes(self) -> int:
@@ -77,15 +73,11 @@ class Shard:
     @property
     def is_full(self) -> bool:
         """Whether it is time to finish it."""
-        return self.num_bytes >= self._max_bytes or self._named > self._header_bytes // 2
+        return self.num_bytes >= self._max_bytes or self._header_bytes >= _MAX_HEADER_BYTES
 
     def has_room(self, tensors: list[Stored]) -> bool:
         """Whether these still belong here; an empty shard takes them however large they are."""
-        size = sum(_size(tensor) for tensor in tensors)
-        names = sum(_named(tensor) for tensor in tensors)
-        return not self._entries or (
-            self.num_bytes + size <= self._max_bytes and self._named + names <= self._header_bytes
-        )
+        return not self._entries or self.num_bytes + sum(map(_size, tensors)) <= self._max_bytes
 
     def add(self, tensors: list[Stored]) -> None:
         """Append the tensors of one request."""
@@ -93,7 +85,7 @@ class Shard:
             if ITEM_BYTES[tensor.dtype] < 4:
                 self._tail_bytes += self._append(self._tail, tensor, self._tail_bytes)
             else:
-                self._body_bytes += self._append(self._file, tensor, self._body_bytes)
+                self._body_bytes += self._append(self._body, tensor, self._body_bytes)
 
     def _append(self, file: IO[bytes], tensor: Stored, offset: int) -> int:
         before = file.tell()
@@ -101,29 +93,29 @@ class Shard:
         if (size := file.tell() - before) != _size(tensor):
             raise ValueError(f"{tensor.key}: {size} bytes are no {tensor.dtype} {tensor.shape}")
         self._entries[tensor.key] = tensor, offset
-        self._named += _named(tensor)
+        self._header_bytes += _ENTRY_BYTES + len(tensor.key)
         return size
 
     def finish(self) -> None:
-        """Complete the file and give it its name; it outlasts a loss of power."""
-        self._tail.seek(0)
-        shutil.copyfileobj(self._tail, self._file, _CHUNK)
-        self._tail.close()
+        """Give it a name, complete; the file outlasts a loss of power."""
         header = msgspec.json.encode({key: self._describe(*entry) for key, entry in self._entries.items()})
-        assert len(header) <= self._header_bytes
-        self._file.seek(0)
-        self._file.write(_LENGTH.pack(self._header_bytes) + header.ljust(self._header_bytes))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        (self._folder / (self.name + TEMPORARY)).rename(self._folder / self.name)
+        header += b" " * (-len(header) % _ALIGNMENT)
+        temporary = self._folder / (self.name + TEMPORARY)
+        with temporary.open("wb") as file:
+            file.write(_LENGTH.pack(len(header)) + header)
+            for part in (self._body, self._tail):
+                part.seek(0)
+                shutil.copyfileobj(part, file, _CHUNK)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(self._folder / self.name)
         sync_folder(self._folder)
+        self.close()
 
-    def abandon(self) -> None:
-        """Remove what is there."""
+    def close(self) -> None:
+        """Let go of what has no name."""
+        self._body.close()
         self._tail.close()
-        self._file.close()
-        (self._folder / (self.name + TEMPORARY)).unlink()
 
     def _describe(self, tensor: Stored, offset: int) -> dict[str, Any]:
         start = offset + (self._body_bytes if ITEM_BYTES[tensor.dtype] < 4 else 0)
@@ -139,7 +131,3 @@ def _size(tensor: Stored) -> int:
     for length in tensor.shape:
         size *= length
     return size
-
-
-def _named(tensor: Stored) -> int:
-    return len(msgspec.json.encode(tensor.key)) + _ENTRY_BYTES
