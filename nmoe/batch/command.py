@@ -65,6 +65,7 @@ async def _compute(
         try:
             await starting
         except asyncio.CancelledError:
+            _summarise(arguments.output, tally.num_lines, tally.done, tally.errors, "stopped before it began")
             return STOPPED
         tally.restart_clock()
         async with AsyncClient(unix_socket=engine.path) as client:
