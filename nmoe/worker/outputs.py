@@ -31,7 +31,18 @@ from nmoe.worker.slots import MalformedStep
 
 Array = npt.NDArray[Any]
 _TILE = 1 << 24  # logits of prompts that are there at once
-_NOTHING = Returns()
+# What a slot's request asks for.
+_WISH = np.dtype(
+    [
+        ("records", np.bool_),
+        ("prompt", np.bool_),
+        ("logits", np.bool_),
+        ("routing", np.bool_),
+        ("prompt_len", np.int64),
+        ("top_k", np.int64),
+        ("scored", np.int64),
+    ]
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,24 +87,34 @@ class Outputs:
         self._model, self._cache, self._pages_SP, self._arena = model, cache, pages_SP, arena
         self._vocab_size = model.architecture.vocab_size
         num_slots = len(pages_SP)
-        self._returns = [_NOTHING] * num_slots
+        self._wishes = np.zeros(num_slots, _WISH)
+        self._named = [np.empty(0, np.int64)] * num_slots  # the ids to be scored
         self._prompts = [np.empty(0, np.int64)] * num_slots
-        self._prompt_lens = np.zeros(num_slots, np.int64)
         self._cursors = np.zeros(num_slots, np.int64)
 
     def reset(self) -> None:
         """Forget every request."""
-        self._returns = [_NOTHING] * len(self._returns)
+        self._wishes.fill(0)
 
     def admit(self, admits: Sequence[Admit]) -> None:
         """Start new requests in their slots."""
         for admit in admits:
             slot, returns = admit.slot, admit.returns
-            self._returns[slot] = returns
             if not returns:
+                self._wishes[slot] = 0
                 continue
             self._check(slot, returns)
-            self._cursors[slot], self._prompt_lens[slot] = admit.returned, admit.prompt_len
+            self._wishes[slot] = (
+                returns.records,
+                returns.prompt,
+                returns.logits,
+                returns.routing,
+                admit.prompt_len,
+                returns.top_k,
+                len(returns.scored_ids),
+            )
+            self._named[slot] = np.array(returns.scored_ids, np.int64)
+            self._cursors[slot] = admit.returned
             if returns.prompt:
                 prompt = np.frombuffer(admit.past, np.int32)[: admit.prompt_len].astype(np.int64)
                 if len(prompt) != admit.prompt_len:
@@ -116,33 +137,37 @@ class Outputs:
         rows = np.flatnonzero(flags & ROW_RETURNS)
         if not len(rows):
             return None
-        wishes = [self._returns[slot] for slot in slots[rows].tolist()]
-        if not all(wishes):
-            slot = slots[rows][[not wish for wish in wishes].index(True)]
+        returning_slots = slots[rows]
+        wishes = self._wishes[returning_slots]
+        if not (wishes["records"] | wishes["routing"]).all():
+            slot = returning_slots[(~(wishes["records"] | wishes["routing"])).argmax()]
             raise MalformedStep(f"a row of slot {slot} returns something, and its request asked for nothing")
         samples = flags & ROW_SAMPLES != 0
-        has_sampled = samples[rows] & np.array([wish.records for wish in wishes])
-        has_logits = np.array([wish.logits for wish in wishes])
-        scored = np.array([len(wish.scored_ids) for wish in wishes])
-        scored_ids_NI = np.zeros((len(rows), scored.max()), np.int64)
-        for row, wish in enumerate(wishes):
-            scored_ids_NI[row, : len(wish.scored_ids)] = wish.scored_ids
+        has_sampled = samples[rows] & wishes["records"]
+        scored_ids_NI = self._scored_ids(returning_slots, wishes["scored"])
         return Returning(
             rows=rows,
-            slots=slots[rows],
+            slots=returning_slots,
             starts=starts[rows],
-            has_prompt=np.array([wish.prompt for wish in wishes]),
+            has_prompt=wishes["prompt"],
             has_sampled=has_sampled,
-            has_logits=has_logits,
-            has_routing=np.array([wish.routing for wish in wishes]),
-            prompt_lens=self._prompt_lens[slots[rows]],
-            top_k=np.array([wish.top_k for wish in wishes]),
-            scored=scored,
+            has_logits=wishes["logits"],
+            has_routing=wishes["routing"],
+            prompt_lens=wishes["prompt_len"],
+            top_k=wishes["top_k"],
+            scored=wishes["scored"],
             scored_ids_NI=scored_ids_NI,
             sampled_M=self._put((samples.cumsum() - 1)[rows[has_sampled]]),
             scored_ids_MI=self._put(scored_ids_NI[has_sampled]),
-            celled_M=self._put(np.flatnonzero(has_logits[has_sampled])),
+            celled_M=self._put(np.flatnonzero(wishes["logits"][has_sampled])),
         )
+
+    def _scored_ids(self, slots_N: Array, scored_N: Array) -> Array:
+        """The ids that the requests in these slots named, int64 [N, I], filled up with zeros."""
+        scored_ids_NI = np.zeros((len(slots_N), scored_N.max()), np.int64)
+        for row in np.flatnonzero(scored_N):
+            scored_ids_NI[row, : scored_N[row]] = self._named[slots_N[row]]
+        return scored_ids_NI
 
     def select(self, returning: Returning | None, firsts: Array, ends: Array, cells: bytes) -> Selection | None:
         """What the step returns whose rows, int64 [R], go from `firsts` to `ends`. Raises MalformedStep."""

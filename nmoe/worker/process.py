@@ -25,6 +25,7 @@ from nmoe.messages import (
     CHANNEL_DECODE,
     CHANNEL_PREFILL,
     ROW_HAS_IDS,
+    ROW_RETURNS,
     ROW_SAMPLES,
     Admit,
     Ready,
@@ -34,6 +35,7 @@ from nmoe.messages import (
     StepDone,
     WorkerToScheduler,
 )
+from nmoe.outputs import Returns
 from nmoe.profiles import Numerics
 from nmoe.worker.batch import KVCache
 from nmoe.worker.blocks import Arena
@@ -221,6 +223,7 @@ def _load(boot: ipc.Boot) -> tuple[Runner, int] | None:
         warm_up_prefills(runner, cache, longest, min(most, longest * config.engine.max_batch_size))
         if config.engine.enable_cuda_graph:
             runner.capture(config.engine.max_batch_size, min(most, _CAPTURED_CHUNK))
+            warm_up(runner, cache.page_size)  # what follows a captured step
     _log.info(
         "worker %d: weights in %.1f s, %d pages of %d tokens and warm-up in %.1f s",
         boot.index,
@@ -259,11 +262,11 @@ def _progress(control: ipc.Control) -> ReportProgress:
 
 def warm_up(runner: Runner, page_size: int) -> None:
     """Prefill one token and decode another, so that the first request does not pay for what is made on first use."""
-    rows = np.array([0, 0, 1, ROW_SAMPLES | ROW_HAS_IDS], np.int32)
+    rows = np.array([0, 0, 1, ROW_SAMPLES | ROW_HAS_IDS | ROW_RETURNS], np.int32)
     pages = np.array([(0, page) for page in range(-(-2 // page_size))], np.int32)
-    admit = Admit(slot=0, cached=0, sampling=Sampling(top_k=2, top_p=0.9))
+    admit = Admit(slot=0, cached=0, sampling=Sampling(top_k=2, top_p=0.9), returns=Returns(records=True))
     prefill = Step(0, 0, Numerics.FAST, CHANNEL_PREFILL, 1, rows.tobytes(), bytes(4), pages.tobytes(), (admit,))
-    rows = np.array([0, 1, 1, ROW_SAMPLES], np.int32)
+    rows = np.array([0, 1, 1, ROW_SAMPLES | ROW_RETURNS], np.int32)
     decode = Step(0, 1, Numerics.FAST, CHANNEL_DECODE, 1, rows.tobytes())
     for step in (prefill, decode):
         runner.launch(step).tokens()

@@ -9,9 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
+from nmoe.outputs import MAX_SCORED, MAX_TOP_K
 from nmoe.worker.kernels.records import HEAD
 
 _BLOCK = 4096
+_MOST_IDS = MAX_TOP_K + MAX_SCORED  # room for all in every shape: one kernel to compile
 
 
 @triton.jit(do_not_specialize=["width", "top_k", "num_ids"])
@@ -84,7 +86,7 @@ def records(
         num_ids,
         V=logits_SV.shape[1],
         BLOCK=_BLOCK,
-        BLOCK_C=max(16, triton.next_power_of_2(num_ids)),
+        BLOCK_C=_MOST_IDS,
         HEAD=HEAD,
         num_warps=8,
     )
