@@ -234,6 +234,12 @@ async def test_ids_must_be_in_the_vocabulary(rig):
     assert status == 400 and body["error"]["param"] == "logprob_token_ids[1]"
 
 
+async def test_a_dense_model_has_no_routing(tmp_path):
+    async with Rig(write_model(tmp_path, first_k_dense_replace=99)) as rig:
+        status, _, body = await rig.ask(COMPLETIONS, prompt="a", return_routed_experts=True)
+        assert status == 400 and body["error"]["param"] == "return_routed_experts"
+
+
 async def test_prompts_repeated_with_their_logprobs_are_bounded(tmp_path):
     async with Rig(write_model(tmp_path), max_body_mb=1) as rig:
         status, _, body = await rig.ask(COMPLETIONS, prompt=[5] * 150, n=128, prompt_logprobs=20)

@@ -92,6 +92,9 @@ class Generations:
         call = await read(request, partial(openai.parse_call, endpoint))
         self._requests.check_model(call.model)
         self._check_number(max(1, len(call.prompts)), call.n)
+        if call.return_routed_experts and not self._routing.layers:
+            param = "return_routed_experts"
+            raise RequestError(f"{param}: no layer of this model has routed experts", param=param)
         make_prompts = partial(self._prompts.of, call, self._health.require_serving())
         if self._prompts.is_long_work(call):
             prompts = await self._requests.run(make_prompts, call.text_length)
