@@ -138,7 +138,8 @@ def main() -> None:
         results.append({"step": kind, "decodes": decodes, "chunk": chunk, **driver.run(steps)})
         print(" ".join(f"{value:>14}" for value in results[-1].values()), flush=True)
 
-    mixed = [(int(d), int(c)) for d in arguments.decodes.split(",") for c in arguments.chunks.split(",")]
+    beside = [min(int(d), config.engine.max_batch_size - 1) for d in arguments.decodes.split(",")]
+    mixed = [(decodes, int(chunk)) for decodes in beside for chunk in arguments.chunks.split(",")]
 
     def measure_mixed(kind: str) -> None:
         for decodes, chunk in mixed:

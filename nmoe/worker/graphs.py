@@ -22,7 +22,7 @@ from nmoe.worker.chunks import BLOCK, TILE
 from nmoe.worker.inputs import Layout, Parts, locate, write_chunks, write_rows
 from nmoe.worker.model import Model
 from nmoe.worker.rows import Rows
-from nmoe.worker.sampler import greedy
+from nmoe.worker.samplers import GPUSampler
 from nmoe.worker.slots import DeviceSlots, SlotTable
 
 Array = npt.NDArray[Any]
@@ -54,7 +54,9 @@ class StepGraph:
         self.graph = torch.cuda.CUDAGraph()
         self.hidden_TD: torch.Tensor  # after the final norm
         self.logits_RV: torch.Tensor | None = None  # of a decode step, in the model's dtype
-        self.tokens_R: torch.Tensor  # of a decode step: the greedy tokens, which are their slots' last ones now
+        # Of a decode step, as if no row had top-k or top-p or changed its logits; see GPUSampler.sample_any.
+        self.tokens_R: torch.Tensor
+        self.logprobs_R: torch.Tensor
 
     def replay(self) -> None:
         """Run it, on what was uploaded to `inputs`."""
@@ -69,9 +71,17 @@ class StepGraph:
 class StepGraphs:
     """The captured steps of one model, cache and slots."""
 
-    def __init__(self, model: Model, cache: KVCache, slots: DeviceSlots, max_batch_size: int, max_chunk: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        slots: DeviceSlots,
+        sampler: GPUSampler,
+        max_batch_size: int,
+        max_chunk: int,
+    ) -> None:
         """Capture the fast class; the exact one is captured as its steps come, since few servers have any."""
-        self._model, self._cache, self._slots = model, cache, slots
+        self._model, self._cache, self._slots, self._sampler = model, cache, slots, sampler
         self._max_batch_size = max_batch_size
         self._sizes = {
             CHANNEL_DECODE: ladder(max_batch_size),
@@ -152,5 +162,4 @@ class StepGraphs:
             return
         graph.logits_RV = self._logits_RV[: layout.rows]
         self._model.logits_into(graph.hidden_TD, graph.logits_RV, numerics)
-        graph.tokens_R = greedy(graph.logits_RV)
-        self._slots.remember(parts.sampling_slots, graph.tokens_R)
+        graph.tokens_R, graph.logprobs_R = self._sampler.sample_any(graph.logits_RV, parts, simple=True)

@@ -39,6 +39,7 @@ class Parts(Generic[Words]):
     decodes: Words  # [R]: positions of the decode rows; 0 where there is none
     sampling_slots: Words  # [R]: of the rows that sample, which come first here
     last_tokens: Words  # [R]: and each one's last token
+    sampling_ends: Words  # [R]: and the position of the token that it samples
     ids: Words  # [T]: of the tokens that are not continued
     offsets: Words  # [R + 1]; this and the rest as in Chunks
     num_tiles: Words
@@ -61,7 +62,7 @@ class Layout:
     def _sizes(self) -> list[int]:
         rows = self.rows + 1
         chunks = [rows, 1, self.tiles, self.tiles, 1, self.blocks, self.blocks] if self.tiles else [0] * 7
-        return [1, 1, rows, rows, rows, rows + 1, self.rows, self.rows, self.rows, self.tokens, *chunks]
+        return [1, 1, rows, rows, rows, rows + 1, self.rows, self.rows, self.rows, self.rows, self.tokens, *chunks]
 
     @property
     def size(self) -> int:
@@ -110,6 +111,8 @@ def write_rows(parts: Parts[Array], given: Rows, firsts: Array, ids: Array, *, n
     sampling = len(given.sampling)
     parts.sampling_slots[:sampling], parts.sampling_slots[sampling:] = given.sampling_slots, nobody
     parts.last_tokens[:sampling], parts.last_tokens[sampling:] = given.last_tokens, 0
+    parts.sampling_ends[:sampling] = (firsts + given.counts)[given.sampling]
+    parts.sampling_ends[sampling:] = 0
     parts.ids[continued:tokens], parts.ids[tokens:] = ids, 0
 
 

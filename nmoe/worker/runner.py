@@ -23,9 +23,8 @@ from nmoe.worker.graphs import StepGraph, StepGraphs
 from nmoe.worker.inputs import Layout, Parts, locate, write_rows
 from nmoe.worker.model import Model
 from nmoe.worker.outputs import Outputs, Returning, Selection
-from nmoe.worker.philox import uniforms
 from nmoe.worker.rows import Rows
-from nmoe.worker.sampler import Plan, greedy, make_plan, sample
+from nmoe.worker.samplers import GPUSampler, ReferenceSampler, Sampled
 from nmoe.worker.slots import DeviceSlots, MalformedStep, SlotTable
 from nmoe.worker.stages import Stage, Stages
 
@@ -71,6 +70,8 @@ class Runner:
         self._device = model.device
         self._table = SlotTable(num_slots, pages_per_slot, cache.page_size, cache.num_pages)
         self._slots = DeviceSlots(num_slots, pages_per_slot, cache.num_pages, model.device)
+        sampler = GPUSampler if model.device.type == "cuda" else ReferenceSampler
+        self._sampler = sampler(self._table, self._slots, model.architecture.vocab_size)
         self._adjustments = Adjustments(num_slots, model.architecture.vocab_size, model.device)
         self._outputs = Outputs(model, cache, self._slots.pages_SP, arena)
         self._stages = Stages(model.device)
@@ -81,7 +82,8 @@ class Runner:
     def capture(self, max_batch_size: int, max_chunk: int) -> None:
         """From here on, replay steps from CUDA graphs: fast ones of up to `max_batch_size` rows, of which all decode or
         the others have up to `max_chunk` tokens altogether."""
-        self._graphs = StepGraphs(self._model, self._cache, self._slots, max_batch_size, max_chunk)
+        assert isinstance(self._sampler, GPUSampler)
+        self._graphs = StepGraphs(self._model, self._cache, self._slots, self._sampler, max_batch_size, max_chunk)
 
     def reset(self) -> None:
         """Forget every request; the weights and the cache's memory stay."""
@@ -137,12 +139,10 @@ class Runner:
         if graph.logits_RV is None:
             return self._sample_last(graph.hidden_TD, parts, graph.numerics, selection)
         rows = len(self._rows.slots)
-        logits_SV, tokens_S = graph.logits_RV[:rows], graph.tokens_R[:rows]
-        if not len(self._plan.drawn) and self._adjustment is None:
-            return logits_SV, tokens_S, None
-        tokens_S, drawn_S = self._sample(logits_SV, selection)
-        self._slots.remember(parts.sampling_slots[:rows], tokens_S)
-        return logits_SV, tokens_S, drawn_S
+        logits_SV = graph.logits_RV[:rows]
+        if self._sampler.simple and self._adjustment is None:
+            return logits_SV, graph.tokens_R[:rows], graph.logprobs_R[:rows] if self._sampler.draws else None
+        return logits_SV, *self._sample(logits_SV, parts, selection)
 
     def _sample_last(
         self, hidden_TD: torch.Tensor, parts: Parts[torch.Tensor], numerics: Numerics, selection: Selection | None
@@ -151,28 +151,18 @@ class Runner:
         if not (count := len(self._rows.sampling)):
             return hidden_TD[:0], parts.sampling_slots[:0], None
         logits_SV = self._model.logits(hidden_TD[parts.last_tokens[:count]], numerics)
-        tokens_S, drawn_S = self._sample(logits_SV, selection)
-        self._slots.remember(parts.sampling_slots[:count], tokens_S)
-        return logits_SV, tokens_S, drawn_S
+        return logits_SV, *self._sample(logits_SV, parts, selection)
 
-    def _sample(self, raw_SV: torch.Tensor, selection: Selection | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The step's tokens, [S]; a drawn one is at the position where its row ends. With something to return, also the
-        log-probabilities of the draws, and the logits stay as they are."""
-        logits_SV, ends_S = raw_SV.float(), self._ends[self._rows.sampling]
-        if self._adjustment is not None:
-            if selection is not None and logits_SV is raw_SV:
-                logits_SV = raw_SV.clone()
-            self._adjustments.apply(self._adjustment, logits_SV, ends_S)
-        drawn_S = None
-        if len(drawn := self._plan.drawn):
-            seeds_D = self._table.seeds[self._rows.sampling_slots[drawn]]
-            random_D = torch.from_numpy(uniforms(seeds_D, ends_S[drawn]))
-            drawn_S = logits_SV.new_empty(len(logits_SV)) if selection is not None else None
-            tokens_S = sample(logits_SV, self._plan, random_D.to(self._device), drawn_S)
-        else:
-            tokens_S = greedy(logits_SV)
-        if self._adjustment is not None:
-            self._adjustments.count(self._adjustment, tokens_S)
+    def _sample(self, logits_SV: torch.Tensor, parts: Parts[torch.Tensor], selection: Selection | None) -> Sampled:
+        """The step's tokens. With something to return, the logits stay as they are."""
+        if self._adjustment is None:
+            return self._sampler.sample(logits_SV, parts)
+        raw_SV, logits_SV = logits_SV, logits_SV.float()
+        if selection is not None and logits_SV is raw_SV:
+            logits_SV = raw_SV.clone()
+        self._adjustments.apply(self._adjustment, logits_SV, self._ends[self._rows.sampling])
+        tokens_S, drawn_S = self._sampler.sample(logits_SV, parts)
+        self._adjustments.count(self._adjustment, tokens_S)
         return tokens_S, drawn_S
 
     def _prepare(self, step: Step) -> tuple[Array, Array, Array]:
@@ -180,6 +170,7 @@ class Runner:
         int32 [2, N] as `DeviceSlots.append` takes them."""
         if step.admits:
             self._table.admit(step.admits)
+            self._sampler.admit(step.admits)
             self._adjustments.admit(step.admits)
             self._outputs.admit(step.admits)
         pages_2N = np.empty((2, 0), np.int32)
@@ -205,14 +196,7 @@ class Runner:
         self._rows, table = Rows.of(given, self._table), self._table
         slots_S = self._rows.sampling_slots
         table.sampled[slots_S] = True
-        self._plan: Plan = make_plan(
-            table.temperature[slots_S],
-            table.top_k[slots_S],
-            table.top_p[slots_S],
-            table.min_p[slots_S],
-            self._model.architecture.vocab_size,
-            self._device,
-        )
+        self._sampler.take_rows(slots_S)
         self._adjustment: Adjustment | None = self._adjustments.plan(slots_S)
         self._returning: Returning | None = self._outputs.plan(self._rows.slots, self._rows.starts, self._rows.flags)
 

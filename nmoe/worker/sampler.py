@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-_ONE = 2.0**40  # the weight of a row's likeliest token
+ONE = 2.0**40  # the weight of a row's likeliest token
 _ID_BITS = 20  # a sort key is a weight above a token id; 41 + 20 bits fit in an int64
-_COLDEST = 1e-6  # below this a draw is greedy in all but name; keeps 1 / temperature finite in float32
+COLDEST = 1e-6  # below this a draw is greedy in all but name; keeps 1 / temperature finite in float32
 
 Array = npt.NDArray[Any]
 
@@ -63,8 +63,8 @@ def make_plan(
         drawn=drawn,
         drawn_D=put(drawn, torch.int64),
         has_greedy=len(drawn) < len(temperature),
-        temperature_D1=put(np.maximum(temperature[drawn], _COLDEST), torch.float32)[:, None],
-        least_D1=put(np.ceil(min_p * _ONE), torch.int64)[:, None] if (min_p > 0).any() else None,
+        temperature_D1=put(np.maximum(temperature[drawn], COLDEST), torch.float32)[:, None],
+        least_D1=put(np.ceil(min_p * ONE), torch.int64)[:, None] if (min_p > 0).any() else None,
         filtered_F=put(filtered, torch.int64),
         unfiltered_U=put(np.flatnonzero(~is_filtered), torch.int64),
         num_candidates=int(top_k.max(initial=0)),
@@ -130,7 +130,7 @@ def _draw_unfiltered(
 def _weights(logits_DV: torch.Tensor, temperature_D1: torch.Tensor) -> torch.Tensor:
     """Integer weights in [0, 2**40], int64 [D, V]; the likeliest token of each row has exactly 2**40."""
     scaled_DV = logits_DV - logits_DV.amax(-1, keepdim=True)
-    return scaled_DV.div_(temperature_D1).exp_().mul_(_ONE).to(torch.int64)
+    return scaled_DV.div_(temperature_D1).exp_().mul_(ONE).to(torch.int64)
 
 
 def _draw_filtered(
@@ -144,7 +144,8 @@ def _draw_filtered(
     enough_F1 = (sums_FK[:, -1:] * plan.top_p_F1).clamp_min_(1.0)
     before_FK = sums_FK - weights_FK
     weights_FK = weights_FK.masked_fill_(before_FK >= enough_F1, 0)
-    return ids_FK.gather(1, _pick(weights_FK, uniforms_F1, logprobs_F))[:, 0]
+    # Laid end to end in the order of the ids, as without filters: no other implementation needs to sort.
+    return _pick(weights_FV.zero_().scatter_(1, ids_FK, weights_FK), uniforms_F1, logprobs_F)[:, 0]
 
 
 def _candidates(weights_FV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

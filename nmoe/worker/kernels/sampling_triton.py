@@ -1,0 +1,314 @@
+"""Sampling on the GPU in a few launches; `nmoe/worker/sampler.py` is the reference, and says what is drawn.
+
+A row's vocabulary is cut into blocks. Peaks of all blocks, then sums of their integer weights, give the block where the
+row's uniform number falls, and there the token. Rows with top-k or top-p have their least weight found in between, by
+bisection over the order of the logits: nothing is sorted. Integer sums are the same in any order, so a row's token does
+not depend on other rows. The parameters of the draws lie in a table by slot, so a captured step serves any rows.
+
+Shape suffixes: S rows that sample, V vocabulary, B blocks, N slots.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import libdevice
+
+BLOCK = 4096  # logits of a program
+_ONE = tl.constexpr(2.0**40)  # the weight of a row's likeliest token
+PARAMETERS = 5  # int64 of a slot: temperature and top_p as float64, then these
+_LEAST, _TOP_K, _TOP_P, _SEED = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
+_WIDTH = tl.constexpr(PARAMETERS)
+
+
+@triton.jit
+def _weights(logits, peak, temperature, least):
+    """Integer weights, int64; zero below `least`."""
+    shares = libdevice.exp(tl.div_rn(logits - peak, tl.zeros_like(logits) + temperature))
+    weights = (shares * _ONE).to(tl.int64)
+    return tl.where(weights < least, 0, weights)
+
+
+@triton.jit
+def _parameters(table_ptr, slot):
+    """Temperature, float32, and the least weight that min-p leaves."""
+    at = table_ptr + slot.to(tl.int64) * _WIDTH
+    return tl.load(at.to(tl.pointer_type(tl.float64))).to(tl.float32), tl.load(at + _LEAST)
+
+
+@triton.jit(do_not_specialize=["vocab"])
+def _peaks_kernel(logits_ptr, peaks_ptr, places_ptr, vocab, row_stride, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """Each block's largest logit and the first place that has it."""
+    row, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    logits = tl.load(logits_ptr + row * row_stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+    peak = tl.max(logits, 0)
+    tl.store(peaks_ptr + row * BLOCKS + block, peak)
+    tl.store(places_ptr + row * BLOCKS + block, tl.min(tl.where(logits == peak, token, vocab - 1), 0))
+
+
+@triton.jit(do_not_specialize=["vocab"])
+def _sums_kernel(
+    logits_ptr,
+    slots_ptr,
+    table_ptr,
+    peaks_ptr,
+    sums_ptr,
+    vocab,
+    row_stride,
+    BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sums of the blocks' weights, in the rows that draw."""
+    row, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    temperature, least = _parameters(table_ptr, tl.load(slots_ptr + row))
+    if temperature > 0:
+        index = tl.arange(0, PADDED)
+        peak = tl.max(tl.load(peaks_ptr + row * BLOCKS + index, mask=index < BLOCKS, other=float("-inf")), 0)
+        token = block * BLOCK + tl.arange(0, BLOCK)
+        logits = tl.load(logits_ptr + row * row_stride + token, mask=token < vocab, other=float("-inf"))
+        weights = _weights(logits.to(tl.float32), peak, temperature, least)
+        tl.store(sums_ptr + row * BLOCKS + block, tl.sum(weights, 0))
+
+
+@triton.jit
+def _key(logits):
+    """int32 in the order of the float32 logits."""
+    bits = logits.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _logit(key):
+    """The inverse of `_key`."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["vocab"])
+def _filter_kernel(
+    logits_ptr,
+    slots_ptr,
+    table_ptr,
+    peaks_ptr,
+    sums_ptr,
+    floors_ptr,
+    allowed_ptr,
+    ties_ptr,
+    vocab,
+    row_stride,
+    BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program per row: above which weight tokens are kept, how many of those that have just that weight, the lower
+    ids first, and the blocks' sums over what is kept."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + row)
+    temperature, least = _parameters(table_ptr, slot)
+    at = table_ptr + slot.to(tl.int64) * _WIDTH
+    top_k = tl.load(at + _TOP_K)
+    top_p = tl.load((at + _TOP_P).to(tl.pointer_type(tl.float64)))
+    floor = tl.zeros([], tl.int64)
+    allowed = tl.zeros([], tl.int64)
+    if (temperature > 0) & ((top_k < vocab) | (top_p < 1)):
+        index = tl.arange(0, PADDED)
+        peak = tl.max(tl.load(peaks_ptr + row * BLOCKS + index, mask=index < BLOCKS, other=float("-inf")), 0)
+        lane = tl.arange(0, BLOCK)
+        logits_row = logits_ptr + row * row_stride + lane
+        # Below this every weight is zero.
+        bottom = _key(peak - 28 * temperature).to(tl.int64)
+        # The largest key that top-k tokens reach.
+        low = bottom
+        high = _key(peak).to(tl.int64) + 1
+        if top_k < vocab:
+            while high - low > 1:
+                middle = (low + high) >> 1
+                least_key = middle.to(tl.int32)
+                counts = tl.zeros([BLOCK], tl.int32)
+                for start in range(0, vocab, BLOCK):
+                    logits = tl.load(logits_row + start, mask=start + lane < vocab, other=float("-inf"))
+                    counts += (_key(logits.to(tl.float32)) >= least_key).to(tl.int32)
+                if tl.sum(counts, 0) >= top_k:
+                    low = middle
+                else:
+                    high = middle
+        # What is above its weight and how often the weight itself counts.
+        floor = tl.sum(_weights(tl.zeros([1], tl.float32) + _logit(low.to(tl.int32)), peak, temperature, least), 0)
+        above = tl.zeros([BLOCK], tl.int64)
+        counts = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, vocab, BLOCK):
+            logits = tl.load(logits_row + start, mask=start + lane < vocab, other=float("-inf"))
+            weights = _weights(logits.to(tl.float32), peak, temperature, least)
+            above += tl.where(weights > floor, weights, 0)
+            counts += (weights > floor).to(tl.int32)
+        allowed = tl.where(floor > 0, top_k - tl.sum(counts, 0), 0)
+        if top_p < 1:
+            total = tl.sum(above, 0) + allowed * floor
+            enough = tl.maximum(total.to(tl.float64) * top_p, 1.0)
+            high = _key(peak).to(tl.int64) + 1
+            while high - low > 1:
+                middle = (low + high) >> 1
+                least_key = middle.to(tl.int32)
+                above = tl.zeros([BLOCK], tl.int64)
+                for start in range(0, vocab, BLOCK):
+                    logits = tl.load(logits_row + start, mask=start + lane < vocab, other=float("-inf")).to(tl.float32)
+                    weights = _weights(logits, peak, temperature, least)
+                    above += tl.where(_key(logits) >= least_key, weights, 0)
+                if tl.sum(above, 0).to(tl.float64) >= enough:
+                    low = middle
+                else:
+                    high = middle
+            floor = tl.sum(_weights(tl.zeros([1], tl.float32) + _logit(low.to(tl.int32)), peak, temperature, least), 0)
+            above = tl.zeros([BLOCK], tl.int64)
+            for start in range(0, vocab, BLOCK):
+                logits = tl.load(logits_row + start, mask=start + lane < vocab, other=float("-inf"))
+                weights = _weights(logits.to(tl.float32), peak, temperature, least)
+                above += tl.where(weights > floor, weights, 0)
+            kept = tl.sum(above, 0)
+            missing = tl.maximum(enough - kept.to(tl.float64), 0.0)
+            allowed = tl.ceil(missing / tl.maximum(floor, 1).to(tl.float64)).to(tl.int64)
+            # The quotient may be rounded; the reference compares sums.
+            one_less = (kept + (allowed - 1) * floor).to(tl.float64)
+            allowed = tl.where((allowed > 0) & (one_less >= enough), allowed - 1, allowed)
+            allowed = tl.where((kept + allowed * floor).to(tl.float64) < enough, allowed + 1, allowed)
+        tied = tl.zeros([], tl.int32)
+        for start in range(0, vocab, BLOCK):
+            logits = tl.load(logits_row + start, mask=start + lane < vocab, other=float("-inf"))
+            weights = _weights(logits.to(tl.float32), peak, temperature, least)
+            equal = (weights == floor).to(tl.int32)
+            place = tied + tl.cumsum(equal, 0) - equal
+            keep = (weights > floor) | ((weights == floor) & (place < allowed))
+            tl.store(sums_ptr + row * BLOCKS + start // BLOCK, tl.sum(tl.where(keep, weights, 0), 0))
+            tl.store(ties_ptr + row * BLOCKS + start // BLOCK, tied)
+            tied += tl.sum(equal, 0)
+    tl.store(floors_ptr + row, floor)
+    tl.store(allowed_ptr + row, allowed)
+
+
+@triton.jit(do_not_specialize=["vocab"], do_not_specialize_on_alignment=["ends_ptr", "slots_ptr"])
+def _pick_kernel(
+    logits_ptr,
+    slots_ptr,
+    ends_ptr,
+    table_ptr,
+    peaks_ptr,
+    places_ptr,
+    sums_ptr,
+    floors_ptr,
+    allowed_ptr,
+    ties_ptr,
+    tokens_ptr,
+    logprobs_ptr,
+    last_ptr,
+    vocab,
+    row_stride,
+    FILTERED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program per row: its token, which becomes its slot's last, and the logarithm of its share of the weights."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + row)
+    temperature, least = _parameters(table_ptr, slot)
+    index = tl.arange(0, PADDED)
+    exists = index < BLOCKS
+    peaks = tl.load(peaks_ptr + row * BLOCKS + index, mask=exists, other=float("-inf"))
+    peak = tl.max(peaks, 0)
+    places = tl.load(places_ptr + row * BLOCKS + index, mask=exists, other=0)
+    token = tl.min(tl.where(exists & (peaks == peak), places, vocab - 1), 0)
+    logprob = tl.zeros([], tl.float32)
+    if temperature > 0:
+        seed = tl.load(table_ptr + slot.to(tl.int64) * _WIDTH + _SEED)
+        counter = tl.load(ends_ptr + row).to(tl.uint32)
+        high, low, _, _ = tl.philox(seed, counter, counter * 0, counter * 0, counter * 0)
+        bits = (high.to(tl.uint64) << 21) | (low.to(tl.uint64) >> 11)
+        uniform = bits.to(tl.float64) * 1.1102230246251565e-16
+        sums = tl.load(sums_ptr + row * BLOCKS + index, mask=exists, other=0)
+        ends = tl.cumsum(sums, 0)
+        total = tl.sum(sums, 0)
+        target = tl.minimum((total.to(tl.float64) * uniform).to(tl.int64), total - 1)
+        block = tl.minimum(tl.sum((exists & (ends <= target)).to(tl.int32), 0), BLOCKS - 1)
+        target -= tl.sum(tl.where(index < block, sums, 0), 0)
+        lane = tl.arange(0, BLOCK)
+        at = block * BLOCK + lane
+        logits = tl.load(logits_ptr + row * row_stride + at, mask=at < vocab, other=float("-inf"))
+        weights = _weights(logits.to(tl.float32), peak, temperature, least)
+        if FILTERED:
+            floor = tl.load(floors_ptr + row)
+            if floor > 0:
+                equal = (weights == floor).to(tl.int32)
+                place = tl.load(ties_ptr + row * BLOCKS + block) + tl.cumsum(equal, 0) - equal
+                keep = (weights > floor) | ((weights == floor) & (place < tl.load(allowed_ptr + row)))
+                weights = tl.where(keep, weights, 0)
+        hit = tl.minimum(tl.sum((tl.cumsum(weights, 0) <= target).to(tl.int32), 0), BLOCK - 1)
+        token = tl.minimum(block * BLOCK + hit, vocab - 1)
+        weight = tl.sum(tl.where(lane == hit, weights, 0), 0)
+        logprob = libdevice.log(weight.to(tl.float64) / total.to(tl.float64)).to(tl.float32)
+    tl.store(tokens_ptr + row, token)
+    tl.store(logprobs_ptr + row, logprob)
+    tl.store(last_ptr + slot, token)
+
+
+def sample_rows(
+    logits_SV: torch.Tensor,
+    slots_S: torch.Tensor,
+    ends_S: torch.Tensor,
+    table_NP: torch.Tensor,
+    last_N: torch.Tensor,
+    *,
+    filtered: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, int32 [S], which become their slots' last ones, and their log-probabilities under the distributions that
+    they were drawn from, float32 [S], 0 of greedy ones.
+
+    `slots_S` and `ends_S` int32: the rows' slots and the positions of their tokens. `table_NP` int64: see PARAMETERS.
+    `filtered`: whether any row has top-k or top-p.
+    """
+    rows, vocab = logits_SV.shape
+    blocks = triton.cdiv(vocab, BLOCK)
+    new = logits_SV.new_empty
+    peaks, places = new(rows, blocks, dtype=torch.float32), new(rows, blocks, dtype=torch.int32)
+    sums, ties = new(rows, blocks, dtype=torch.int64), new(rows, blocks, dtype=torch.int32)
+    floors, allowed = new(rows, dtype=torch.int64), new(rows, dtype=torch.int64)
+    tokens, logprobs = new(rows, dtype=torch.int32), new(rows, dtype=torch.float32)
+    stride, padded = logits_SV.stride(0), triton.next_power_of_2(blocks)
+    _peaks_kernel[(blocks, rows)](logits_SV, peaks, places, vocab, stride, BLOCKS=blocks, BLOCK=BLOCK)
+    sizes = {"BLOCKS": blocks, "PADDED": padded, "BLOCK": BLOCK}
+    _sums_kernel[(blocks, rows)](logits_SV, slots_S, table_NP, peaks, sums, vocab, stride, **sizes)
+    if filtered:
+        _filter_kernel[(rows,)](
+            logits_SV,
+            slots_S,
+            table_NP,
+            peaks,
+            sums,
+            floors,
+            allowed,
+            ties,
+            vocab,
+            stride,
+            **sizes,
+            num_warps=16,
+        )
+    _pick_kernel[(rows,)](
+        logits_SV,
+        slots_S,
+        ends_S,
+        table_NP,
+        peaks,
+        places,
+        sums,
+        floors,
+        allowed,
+        ties,
+        tokens,
+        logprobs,
+        last_N,
+        vocab,
+        stride,
+        FILTERED=filtered,
+        **sizes,
+        num_warps=8,
+    )
+    return tokens, logprobs
