@@ -1,18 +1,22 @@
 """Decode steps of full batches, as configs/benchmark_*.toml define them.
 
-    python -m benchmarks.lmsys --config configs/benchmark_moonlight.toml [--batch 1,16,64,128,256] [--http]
+    python -m benchmarks.lmsys --config configs/benchmark_moonlight.toml [--batch 1,16,64,128,256]
+                               [--http | --trace]
 
 B requests per GPU whose prompts are random token ids, all different, decode greedily beside each other. Timed is from
 when every request has two tokens until the first one finishes: the median and 99th percentile of the time between two
 steps' results, as they arrive where a frontend would be, or with `--http` the rate at which events arrive at the
-clients of a whole server. The floor is the bytes a step must read over the read bandwidth measured here. The last line
-is JSON.
+clients of a whole server. With `--trace` the worker says how much of a step its device and its thread are busy, which
+costs the other figures some accuracy. The floor is the bytes a step must read over the read bandwidth measured here.
+The last line is JSON.
 """
 
 import argparse
 import json
+import pathlib
 import statistics
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -72,6 +76,7 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--batch", help="batch sizes per GPU, instead of [benchmark] decode_batch_size")
     parser.add_argument("--http", action="store_true", help="through a whole server and its clients")
+    parser.add_argument("--trace", action="store_true", help="how busy device and worker are, from a trace")
     arguments = parser.parse_args()
     config = load_config(arguments.config)
     batches = [int(batch) for batch in (arguments.batch or str(config.benchmark.decode_batch_size)).split(",")]
@@ -85,9 +90,16 @@ def main() -> None:
                 decode_over_http(url, config, batch * config.parallel.world_size, vocab_size) for batch in batches
             ]
     else:
-        with Engine(config) as engine:
-            ready_s = engine.ready_s
-            results = [decode(engine, config, batch * config.parallel.world_size, vocab_size) for batch in batches]
+        with tempfile.NamedTemporaryFile("r") as traces:
+            if arguments.trace:
+                from benchmarks.traced_worker import trace_workers
+
+                trace_workers(pathlib.Path(traces.name))
+            with Engine(config) as engine:
+                ready_s = engine.ready_s
+                results = [decode(engine, config, batch * config.parallel.world_size, vocab_size) for batch in batches]
+            for result, line in zip(results, traces, strict=False):
+                result |= json.loads(line) | {"batch": result["batch"]}
     report: dict[str, Any] = {"benchmark": "decode", "model": config.model_name, "http": arguments.http}
     if config.parallel.device == "cuda":
         from benchmarks.ceilings import measure

@@ -1,0 +1,210 @@
+"""Where a step's time goes: every kernel of a layer, alone, against what it must read or compute.
+
+    python -m benchmarks.kernels --config configs/benchmark_moonlight.toml [--batch 1,16,64,128,256] [--prompts 4]
+
+Each operation runs in a captured graph over all layers in turn, so that its weights come from memory, and its time is
+per layer. The floor is the larger of its bytes over the read bandwidth and its multiplications over the rate of a
+product, both measured here (FP8 products are taken to be twice as fast). Decode rows have [benchmark] decode_ctx_len
+of context; the prefill is so many prompts of [benchmark] prompt_len tokens at once. The last line is JSON.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.ceilings import measure, median_ms
+from benchmarks.setting import setting
+from nmoe.checkpoint import open_checkpoint
+from nmoe.config import load_config
+from nmoe.profiles import Numerics
+from nmoe.worker.batch import Batch, KVCache
+from nmoe.worker.inputs import Layout
+from nmoe.worker.kernels import ops_for
+from nmoe.worker.kernels.fp8 import BlockFP8
+from nmoe.worker.kernels.mla_decode_triton import absorbed_decode
+from nmoe.worker.kernels.sampling_triton import PARAMETERS, sample_rows
+from nmoe.worker.model import load_model
+from nmoe.worker.model.mla_gpu import GPUPlan
+
+GPU = torch.device("cuda", 0)
+# Name, the operation on layer i, bytes, multiplications, and whether these are in FP8.
+Operation = tuple[str, Callable[[int], object], float, float, bool]
+
+
+class Bench:
+    """A model, and steps for it."""
+
+    def __init__(self, path: str) -> None:
+        self.config = load_config(path)
+        checkpoint = open_checkpoint(self.config)
+        self.a = checkpoint.architecture
+        self.model: Any = load_model(checkpoint, self.config, 0, GPU, lambda *_: None)
+        self.layers = [layer for layer in self.model._layers if hasattr(layer.mlp, "_gate_ED")]
+        self.ops = ops_for(GPU, Numerics.FAST)
+        self.fp8 = self.a.quant_block is not None
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=GPU, dtype=torch.bfloat16)
+
+    def batch(self, rows: int, tokens: int, context: int) -> tuple[Batch, KVCache]:
+        """Rows of so many tokens, the last ones of their contexts; a cache of one layer for all."""
+        size = self.config.engine.page_size
+        per_row = -(-context // size)
+        pages = torch.randperm(rows * per_row, device=GPU, dtype=torch.int32).view(rows, per_row)
+        row, position = torch.arange(rows * tokens, device=GPU) // tokens, torch.arange(rows * tokens, device=GPU)
+        position = (context - tokens + position % tokens).int()
+        places = pages[row, position // size] * size + position % size
+        ids = torch.randint(0, self.a.vocab_size, (rows * tokens,), device=GPU)
+        starts = list(range(0, rows * tokens + 1, tokens))
+        decodes = rows if tokens == 1 else 0
+        cache = KVCache(self.random(1, rows * per_row + 1, size, self.a.cache_dim))
+        return Batch(ids, position, places, starts, [context] * rows, pages, decodes), cache
+
+    def step(self, rows: int, tokens: int, context: int) -> Iterator[Operation]:
+        """The operations of one layer."""
+        a, ops, layers = self.a, self.ops, self.layers
+        batch, cache = self.batch(rows, tokens, context)
+        plan = GPUPlan.of(batch, cache, self.model._rope_M2P, a)
+        total, heads, eps = rows * tokens, a.num_heads, a.rms_norm_eps
+        x, delta, kv = self.random(total, a.hidden_size), self.random(total, a.hidden_size), cache.rows_LNSC[0]
+        cached = kv.flatten(0, 1)
+        q, kv_in = self.random(total, heads, a.qk_head_dim), self.random(total, a.cache_dim)
+        row = total * a.hidden_size * 2.0
+
+        def attention(i: int) -> Any:
+            return layers[i].attention
+
+        yield "add and norm", lambda i: ops.add_rms_norm(x, delta, layers[i].mlp_norm_D, eps), 4 * row, 0, False
+        yield self.product("in-projection", x, lambda i: attention(i)._w_in_ID)
+        if attention(0)._w_q_b is not None:
+            low = self.random(total, a.q_lora_rank or 0)
+            yield self.product("query projection", low, lambda i: attention(i)._w_q_b)
+        entered = 2.0 * total * (2 * a.cache_dim + 2 * heads * a.qk_rope_head_dim)
+        yield "rope and cache row", lambda i: plan.enter(q, kv_in, attention(i)._kv_norm_L, cached), entered, 0, False
+        pairs = total * context - rows * tokens * (tokens - 1) / 2
+        up_size = float(heads * (a.qk_nope_head_dim + a.v_head_dim) * a.kv_lora_rank)
+        if tokens == 1:
+            yield from self.decode_attention(plan, batch, q, cached, context)
+        else:
+            expanding = rows * context * up_size
+            macs = expanding + pairs * heads * (a.qk_head_dim + a.v_head_dim)
+            moved = 2 * (rows * context * a.cache_dim + up_size + 2 * q.numel())
+            yield "expand and attend", lambda i: plan.attend(q, cached, attention(i)._up), moved, macs, False
+        values = self.random(total, heads * a.v_head_dim)
+        yield self.product("out-projection", values, lambda i: attention(i)._w_o)
+        gate = 4.0 * a.num_experts * a.hidden_size
+        route = lambda i: ops.route(x, layers[i].mlp._gate_ED, layers[i].mlp._bias_E, a)  # noqa: E731
+        yield "router", route, gate + row, total * a.num_experts * a.hidden_size, False
+        width = 1 if self.fp8 else 2
+        shared = 3.0 * a.num_shared_experts * a.moe_intermediate_size * a.hidden_size
+        mlp = lambda i: layers[i].mlp._shared.forward(x, ops)  # noqa: E731
+        yield "shared experts", mlp, shared * width + 2 * row, total * shared, self.fp8
+        routing = [route(i) for i in range(len(layers))]
+        used = sum(float(len(ids.unique())) for ids, _ in routing) / len(routing)
+        expert = 3.0 * a.moe_intermediate_size * a.hidden_size
+
+        def experts(i: int) -> object:
+            return ops.grouped_mlp(x, *routing[i], layers[i].mlp._w_gate_up_EGD, layers[i].mlp._w_down_EDF)
+
+        moved = used * expert * width + row * (1 + a.num_experts_per_tok)
+        yield "experts", experts, moved, total * a.num_experts_per_tok * expert, self.fp8
+
+    def decode_attention(
+        self, plan: GPUPlan, batch: Batch, q: torch.Tensor, cached: torch.Tensor, context: int
+    ) -> Iterator[Operation]:
+        """Absorbing the queries, attention over pages, and the values of what it gives."""
+        a, rows, layers = self.a, len(q), self.layers
+        heads, latent = a.num_heads, self.random(a.num_heads, len(q), a.kv_lora_rank)
+        nope, value, size = a.qk_nope_head_dim, a.v_head_dim, self.config.engine.page_size
+        q_nope = q[..., :nope].transpose(0, 1)
+        w = [(layer.attention._up.w_uk_HNL, layer.attention._up.w_uv_HVL.transpose(1, 2)) for layer in layers]
+        each = rows * heads * a.kv_lora_rank
+        absorbed = 2.0 * (heads * nope * a.kv_lora_rank + each)
+        yield "absorb queries", lambda i: torch.bmm(q_nope, w[i][0]), absorbed, each * nope, False
+        assert plan.contexts_R is not None and plan.prefix is not None
+        where = batch.pages_RP, plan.contexts_R, plan.prefix, size, 0.07
+        macs = rows * context * heads * (a.cache_dim + a.kv_lora_rank)
+        moved = 2.0 * (rows * context * a.cache_dim + q.numel() + 2 * each)
+        yield "attend", lambda i: absorbed_decode(latent, q, cached, *where), moved, macs, False
+        yield (
+            "values",
+            lambda i: torch.bmm(latent, w[i][1]),
+            2.0 * (heads * value * a.kv_lora_rank + each),
+            each * value,
+            False,
+        )
+
+    def product(self, name: str, x: torch.Tensor, weight: Callable[[int], Any]) -> Operation:
+        """A product of a token's vector and a weight."""
+        one = weight(0)
+        quantised = isinstance(one, BlockFP8)
+        outputs, inputs = (one.values if quantised else one).shape
+        moved = outputs * inputs * (1 if quantised else 2) + 2 * len(x) * (inputs + outputs)
+        return name, lambda i: self.ops.linear(x, weight(i)), float(moved), float(len(x) * outputs * inputs), quantised
+
+    def end(self, rows: int) -> Iterator[Operation]:
+        """What a step does once: the product with the vocabulary, and sampling."""
+        vocab, hidden = self.model._head_VD.shape
+        x, logits = self.random(rows, hidden), self.random(rows, vocab)
+        parts = Layout(rows, rows)
+        words = parts.parts(torch.zeros(parts.size, dtype=torch.int32, device=GPU))
+        table, last = torch.zeros(1, PARAMETERS, dtype=torch.int64, device=GPU), words.ids
+        into = lambda i: self.model.logits_into(x, logits, Numerics.FAST)  # noqa: E731
+        yield "head", into, 2.0 * (vocab * hidden + rows * vocab), rows * vocab * hidden, False
+        slots, ends = words.sampling_slots, words.sampling_ends
+        take = lambda i: sample_rows(logits, slots, ends, table, last, filtered=False)  # noqa: E731
+        yield "largest logit", take, 2.0 * rows * vocab, 0, False
+
+
+@torch.inference_mode()
+def captured_us(function: Callable[[int], object], count: int) -> float:
+    """Microseconds of one call, of `count` captured together."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        function(0)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin()
+        for i in range(count):
+            function(i)
+        graph.capture_end()
+    return median_ms(graph.replay, repeats=8) / count * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--batch", default="1,16,64,128,256")
+    parser.add_argument("--prompts", type=int, default=4)
+    arguments = parser.parse_args()
+    bench, ceilings = Bench(arguments.config), measure()
+    benchmark, results = bench.config.benchmark, []
+    layers = len(bench.layers)
+
+    def table(kind: str, size: int, operations: Iterator[Operation], count: int) -> None:
+        for name, function, moved, macs, quantised in operations:
+            bytes_us = moved / ceilings["read_gb_s"] / 1e3
+            product_us = 2 * macs / ceilings["product_tflop_s"] / 1e6 / (2 if quantised else 1)
+            took, floor = captured_us(function, count), max(bytes_us, product_us)
+            result = {"step": kind, "size": size, "kernel": name, "megabytes": round(moved / 1e6, 2)}
+            result |= {"gflop": round(2 * macs / 1e9, 2), "us": round(took, 2), "floor_us": round(floor, 2)}
+            results.append(result | {"of_floor": round(floor / took, 3)})
+            print(" ".join(f"{value:>18}" for value in results[-1].values()), flush=True)
+
+    with torch.inference_mode():
+        for rows in map(int, arguments.batch.split(",")):
+            table("decode", rows, bench.step(rows, 1, benchmark.decode_ctx_len), layers)
+            table("decode, once", rows, bench.end(rows), 8)
+        prompt = benchmark.prompt_len
+        table("prefill", arguments.prompts * prompt, bench.step(arguments.prompts, prompt, prompt), layers)
+    report = {"benchmark": "kernels", "model": bench.config.model_name, "ceilings": ceilings}
+    report |= {"command": " ".join(sys.argv), "results": results}
+    print(json.dumps(report | setting()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""A worker that looks at itself: how long its device and its thread are busy in a decode step.
+
+`trace_workers` puts it in the place of every worker that is forked after it. Of each batch it times its own thread over
+`_TIMED` steps, then traces the device's kernels and copies over `_TRACED` more.
+"""
+
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+
+from nmoe import children, ipc
+from nmoe.messages import CHANNEL_DECODE, Step
+from nmoe.worker import process
+from nmoe.worker.runner import Launched
+
+_SETTLING, _TIMED, _TRACED = 16, 32, 24
+_path = ""
+
+
+def trace_workers(path: pathlib.Path) -> None:
+    """From here on, workers append a JSON line to `path` for each batch."""
+    global _path
+    _path = str(path)
+    children._ENTRY["worker"] = __name__
+
+
+def main(boot: ipc.Boot) -> None:
+    """As `nmoe.worker.process.main`."""
+    process.Worker = _TracedWorker  # type: ignore[misc]
+    process.main(boot)
+
+
+class _TracedWorker(process.Worker):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._batch, self._steps, self._spent = 0, 0, 0.0
+        self._timed: dict[str, float] = {}
+        self._launch = self._runner.launch
+        self._runner.launch = self._launch_one  # type: ignore[method-assign]
+        _profiler().__enter__().__exit__(None, None, None)  # the first one takes seconds
+
+    def _launch_one(self, step: Step) -> Launched:
+        rows = step.num_tokens if step.channel == CHANNEL_DECODE else 0
+        if rows != self._batch:
+            self._batch, self._steps = rows, 0
+        self._steps += bool(rows)
+        if self._steps == _SETTLING:
+            self._begin, self._spent = time.perf_counter(), 0.0
+        elif self._steps == _SETTLING + _TIMED:
+            wall = time.perf_counter() - self._begin
+            self._timed = {"timed_ms": wall / _TIMED * 1e3, "thread_busy": self._spent / wall}
+            self._trace = _profiler()
+            self._trace.__enter__()
+        elif self._steps == _SETTLING + _TIMED + _TRACED:
+            torch.cuda.synchronize()
+            self._trace.__exit__(None, None, None)
+            with open(_path, "a") as file:
+                record = {"batch": self._batch, **self._timed, **_device_busy(self._trace)}
+                file.write(json.dumps({key: round(value, 4) for key, value in record.items()}) + os.linesep)
+        begin = time.perf_counter()
+        launched = self._launch(step)
+        self._spent += time.perf_counter() - begin
+        return launched
+
+    def _report(self, launched: Launched) -> None:
+        begin = time.perf_counter()
+        super()._report(launched)
+        self._spent += time.perf_counter() - begin
+
+
+def _profiler() -> torch.profiler.profile:
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
+
+def _device_busy(trace: torch.profiler.profile) -> dict[str, float]:
+    """The share of the time from the first kernel to the last in which any runs, and that time per step."""
+    assert trace.profiler is not None
+    events = trace.profiler.kineto_results.events()
+    spans = sorted(
+        (event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in events
+        if event.device_type() == DeviceType.CUDA and event.duration_ns()
+    )
+    busy, end = 0, spans[0][0]
+    for begin, stop in spans:
+        busy += max(0, stop - max(begin, end))
+        end = max(end, stop)
+    whole = end - spans[0][0]
+    return {"traced_ms": whole / _TRACED / 1e6, "device_busy": busy / whole, "device_events": len(spans) / _TRACED}
