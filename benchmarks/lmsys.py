@@ -111,10 +111,10 @@ def main() -> None:
     from benchmarks.setting import setting
 
     report |= setting() | {"ready_s": round(ready_s, 1), "command": " ".join(sys.argv), "results": results}
-    columns = list(results[0])
-    print(" ".join(f"{column:>10}" for column in columns))
+    columns = list(dict.fromkeys(column for result in results for column in result))
+    print(" ".join(f"{column:>13}" for column in columns))
     for result in results:
-        print(" ".join(f"{result[column]:>10}" for column in columns))
+        print(" ".join(f"{result.get(column, '-'):>13}" for column in columns))
     print(f"ready after {ready_s:.1f} s")
     print(json.dumps(report))
 

@@ -18,7 +18,7 @@ from nmoe.messages import CHANNEL_DECODE, Step
 from nmoe.worker import process
 from nmoe.worker.runner import Launched
 
-_SETTLING, _TIMED, _TRACED = 16, 32, 24
+_SETTLING, _TIMED, _TRACED = 4, 10, 10
 _path = ""
 
 

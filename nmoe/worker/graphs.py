@@ -51,6 +51,7 @@ class StepGraph:
         self.numerics, self.channel = numerics, channel
         self.layout = layout
         self.inputs = inputs
+        self.parts = layout.parts(inputs)
         self.graph = torch.cuda.CUDAGraph()
         self.hidden_TD: torch.Tensor  # after the final norm
         self.logits_RV: torch.Tensor | None = None  # of a decode step, in the model's dtype
@@ -80,35 +81,41 @@ class StepGraphs:
         max_batch_size: int,
         max_chunk: int,
     ) -> None:
-        """Capture the fast class; the exact one is captured as its steps come, since few servers have any."""
+        """Capture the steps of the fast class."""
         self._model, self._cache, self._slots, self._sampler = model, cache, slots, sampler
         self._max_batch_size = max_batch_size
+        decodes, chunks = ladder(max_batch_size), chunk_ladder(max_batch_size + max_chunk)
+        # Few servers have exact steps, so these are captured as they come; hence in fewer sizes.
         self._sizes = {
-            CHANNEL_DECODE: ladder(max_batch_size),
-            CHANNEL_PREFILL: chunk_ladder(max_batch_size + max_chunk),
+            (Numerics.FAST, CHANNEL_DECODE): decodes,
+            (Numerics.FAST, CHANNEL_PREFILL): chunks,
+            (Numerics.EXACT, CHANNEL_DECODE): decodes[::-1][::4][::-1],
+            (Numerics.EXACT, CHANNEL_PREFILL): chunks[::-1][::4][::-1],
         }
-        most = self._layout(CHANNEL_PREFILL, self._sizes[CHANNEL_PREFILL][-1])
+        most = self._layout(CHANNEL_PREFILL, chunks[-1])
         self._inputs = torch.zeros(most.size + 2 * slots.pages_SP.numel(), dtype=torch.int32, device=model.device)
         vocab = model.architecture.vocab_size
         self._logits_RV = torch.empty(max_batch_size, vocab, dtype=model.dtype, device=model.device)
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
         self._graphs: dict[tuple[Numerics, int, int], StepGraph] = {}
-        for channel, sizes in self._sizes.items():
-            for size in reversed(sizes):
-                self._graph(Numerics.FAST, channel, size)
+        for (numerics, channel), sizes in self._sizes.items():
+            for size in reversed(sizes if numerics is Numerics.FAST else []):
+                self._graph(numerics, channel, size)
 
     def find(self, step: Step, rows: Rows, ends: Array) -> StepGraph | None:
         """The graph for this step, if there is one; the same on all ranks but for where contexts are too long."""
         decodes = step.channel == CHANNEL_DECODE
-        sizes = self._sizes[step.channel]
+        sizes = self._sizes[step.numerics, step.channel]
         if not 0 < step.num_tokens <= sizes[-1] or len(rows.slots) > self._max_batch_size:
             return None
         if decodes and rows.num_ids:
             return None
         # A capture exchanges tokens with the other ranks, so that no rank may leave it out.
         graph = self._graph(step.numerics, step.channel, sizes[bisect.bisect_left(sizes, step.num_tokens)])
-        return graph if -(-ends[rows.num_decodes :] // BLOCK).sum() * BLOCK <= _CONTEXTS else None
+        if not decodes and -(-ends[rows.num_decodes :] // BLOCK).sum() * BLOCK > _CONTEXTS:
+            return None
+        return graph
 
     def _layout(self, channel: int, size: int) -> Layout:
         rows = min(size, self._max_batch_size)
@@ -143,7 +150,7 @@ class StepGraphs:
 
     def _step(self, graph: StepGraph) -> None:
         layout, numerics = graph.layout, graph.numerics
-        parts = layout.parts(self._inputs)
+        parts = graph.parts
         self._model.exchange.begin(graph.channel, layout.tokens, parts.real)
         ids_T, positions_T, write_T, pages_RP = locate(parts, self._slots, self._cache.page_size)
         batch = Batch(

@@ -118,14 +118,14 @@ class Runner:
         inputs = stage.upload(graph.inputs if graph else None)
         if pages_2N.size:
             self._slots.append(inputs[layout.size :].view(2, -1))
-        parts = layout.parts(inputs)
         if graph:
             graph.replay()
             hidden_TD = graph.hidden_TD
-            sampled = self._take_sampled(graph, parts, selection)
+            sampled = self._take_sampled(graph, selection)
         else:
             self.exchange.begin(step.channel, step.num_tokens)
             # An idle rank goes through the layers too: there its experts serve the other ranks' tokens.
+            parts = layout.parts(inputs)
             hidden_TD = self._model.forward(self._batch(parts), self._cache, step.numerics)
             sampled = self._sample_last(hidden_TD, parts, step.numerics, selection)
         blocks = None
@@ -134,15 +134,15 @@ class Runner:
         stage.download(sampled[1])
         return Launched(step.step_id, stage, self._stages, blocks)
 
-    def _take_sampled(self, graph: StepGraph, parts: Parts[torch.Tensor], selection: Selection | None) -> _Sampled:
+    def _take_sampled(self, graph: StepGraph, selection: Selection | None) -> _Sampled:
         """The tokens of a captured step."""
         if graph.logits_RV is None:
-            return self._sample_last(graph.hidden_TD, parts, graph.numerics, selection)
+            return self._sample_last(graph.hidden_TD, graph.parts, graph.numerics, selection)
         rows = len(self._rows.slots)
         logits_SV = graph.logits_RV[:rows]
         if self._sampler.simple and self._adjustment is None:
             return logits_SV, graph.tokens_R[:rows], graph.logprobs_R[:rows] if self._sampler.draws else None
-        return logits_SV, *self._sample(logits_SV, parts, selection)
+        return logits_SV, *self._sample(logits_SV, graph.parts, selection)
 
     def _sample_last(
         self, hidden_TD: torch.Tensor, parts: Parts[torch.Tensor], numerics: Numerics, selection: Selection | None

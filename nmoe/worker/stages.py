@@ -19,20 +19,23 @@ class Stage:
         self._device = device
         self._pinned = device.type == "cuda"
         self._up = self._down = torch.empty(0, dtype=torch.int32)
+        self._words = self._up.numpy()
         self._event = torch.cuda.Event() if self._pinned else None  # type: ignore[no-untyped-call]
 
     def words(self, size: int) -> Array:
         """Room for the step's inputs, int32 [size], uninitialised."""
         if len(self._up) < size or not self._pinned:
             self._up = self._room(size)
-        self._words = self._up[:size]
-        return self._words.numpy()
+            self._words = self._up.numpy()
+        self._size = size
+        return self._words[:size]
 
     def upload(self, into: torch.Tensor | None = None) -> torch.Tensor:
         """The words on the device: where `into` begins, or in memory of their own."""
+        words = self._up[: self._size]
         if into is None:
-            return self._words.to(self._device, non_blocking=True)
-        return into[: len(self._words)].copy_(self._words, non_blocking=True)
+            return words.to(self._device, non_blocking=True)
+        return into[: self._size].copy_(words, non_blocking=True)
 
     def download(self, tokens_S: torch.Tensor) -> None:
         """Bring the tokens down, behind all work on the device so far; the last call of a step."""

@@ -79,9 +79,61 @@ def _key(logits):
 
 
 @triton.jit
-def _logit(key):
-    """The inverse of `_key`."""
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+def _weight_of(key, SHIFT: tl.constexpr, peak, temperature, least):
+    """The weight of the logit with this key, `_key` without the bits that no logit has."""
+    whole = (key << SHIFT) | tl.where(key < 0, (1 << SHIFT) - 1, 0)
+    bits = whole.to(tl.int32)
+    logit = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return tl.sum(_weights(tl.zeros([1], tl.float32) + logit, peak, temperature, least), 0)
+
+
+@triton.jit
+def _reach(
+    row_ptr,
+    vocab,
+    low,
+    high,
+    wanted,
+    peak,
+    temperature,
+    least,
+    COUNT: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The largest key in [low, high) such that the tokens from there on are `wanted` in number, or in weight; `low` is
+    known to be small enough. A pass over the row cuts the interval in four."""
+    lane = tl.arange(0, BLOCK)
+    while high - low > 1:
+        quarter = tl.maximum((high - low) >> 2, 1)
+        first = (low + quarter).to(tl.int32)
+        second = (low + 2 * quarter).to(tl.int32)
+        third = (low + 3 * quarter).to(tl.int32)
+        from_first = tl.zeros([BLOCK], tl.int64)
+        from_second = tl.zeros([BLOCK], tl.int64)
+        from_third = tl.zeros([BLOCK], tl.int64)
+        for start in range(0, vocab, BLOCK):
+            inside = start + lane < vocab
+            logits = tl.load(row_ptr + start + lane, mask=inside, other=float("-inf")).to(tl.float32)
+            key = _key(logits) >> SHIFT
+            if COUNT:
+                amount = inside.to(tl.int64)
+            else:
+                amount = _weights(logits, peak, temperature, least)
+            from_first += tl.where(key >= first, amount, 0)
+            from_second += tl.where(key >= second, amount, 0)
+            from_third += tl.where(key >= third, amount, 0)
+        if tl.sum(from_third, 0).to(tl.float64) >= wanted:
+            low = low + 3 * quarter
+        elif tl.sum(from_second, 0).to(tl.float64) >= wanted:
+            low = low + 2 * quarter
+            high = tl.minimum(high, low + quarter)
+        elif tl.sum(from_first, 0).to(tl.float64) >= wanted:
+            low = low + quarter
+            high = tl.minimum(high, low + quarter)
+        else:
+            high = low + quarter
+    return low
 
 
 @triton.jit(do_not_specialize=["vocab"])
@@ -114,26 +166,17 @@ def _filter_kernel(
         index = tl.arange(0, PADDED)
         peak = tl.max(tl.load(peaks_ptr + row * BLOCKS + index, mask=index < BLOCKS, other=float("-inf")), 0)
         lane = tl.arange(0, BLOCK)
-        logits_row = logits_ptr + row * row_stride + lane
+        base = logits_ptr + row * row_stride
+        logits_row = base + lane
+        SHIFT: tl.constexpr = 16 if logits_ptr.dtype.element_ty == tl.bfloat16 else 0
         # Below this every weight is zero.
-        bottom = _key(peak - 28 * temperature).to(tl.int64)
-        # The largest key that top-k tokens reach.
-        low = bottom
-        high = _key(peak).to(tl.int64) + 1
+        low = (_key(peak - 28 * temperature) >> SHIFT).to(tl.int64)
+        high = (_key(peak) >> SHIFT).to(tl.int64) + 1
         if top_k < vocab:
-            while high - low > 1:
-                middle = (low + high) >> 1
-                least_key = middle.to(tl.int32)
-                counts = tl.zeros([BLOCK], tl.int32)
-                for start in range(0, vocab, BLOCK):
-                    logits = tl.load(logits_row + start, mask=start + lane < vocab, other=float("-inf"))
-                    counts += (_key(logits.to(tl.float32)) >= least_key).to(tl.int32)
-                if tl.sum(counts, 0) >= top_k:
-                    low = middle
-                else:
-                    high = middle
+            wanted = top_k.to(tl.float64)
+            low = _reach(base, vocab, low, high, wanted, peak, temperature, least, True, SHIFT, BLOCK)
         # What is above its weight and how often the weight itself counts.
-        floor = tl.sum(_weights(tl.zeros([1], tl.float32) + _logit(low.to(tl.int32)), peak, temperature, least), 0)
+        floor = _weight_of(low, SHIFT, peak, temperature, least)
         above = tl.zeros([BLOCK], tl.int64)
         counts = tl.zeros([BLOCK], tl.int32)
         for start in range(0, vocab, BLOCK):
@@ -145,20 +188,8 @@ def _filter_kernel(
         if top_p < 1:
             total = tl.sum(above, 0) + allowed * floor
             enough = tl.maximum(total.to(tl.float64) * top_p, 1.0)
-            high = _key(peak).to(tl.int64) + 1
-            while high - low > 1:
-                middle = (low + high) >> 1
-                least_key = middle.to(tl.int32)
-                above = tl.zeros([BLOCK], tl.int64)
-                for start in range(0, vocab, BLOCK):
-                    logits = tl.load(logits_row + start, mask=start + lane < vocab, other=float("-inf")).to(tl.float32)
-                    weights = _weights(logits, peak, temperature, least)
-                    above += tl.where(_key(logits) >= least_key, weights, 0)
-                if tl.sum(above, 0).to(tl.float64) >= enough:
-                    low = middle
-                else:
-                    high = middle
-            floor = tl.sum(_weights(tl.zeros([1], tl.float32) + _logit(low.to(tl.int32)), peak, temperature, least), 0)
+            low = _reach(base, vocab, low, high, enough, peak, temperature, least, False, SHIFT, BLOCK)
+            floor = _weight_of(low, SHIFT, peak, temperature, least)
             above = tl.zeros([BLOCK], tl.int64)
             for start in range(0, vocab, BLOCK):
                 logits = tl.load(logits_row + start, mask=start + lane < vocab, other=float("-inf"))
