@@ -89,6 +89,26 @@ def test_what_is_no_request_is_said_to_be_none(item, told):
     assert isinstance(bad, BadLine) and told in bad.problem
 
 
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+names = st.sampled_from(["prompt", "n", "profile", "stream", "seed"]) | st.text()
+
+
+@settings(max_examples=50)
+@given(st.dictionaries(names, values), st.sampled_from(["/v1/completions", GENERATE]), st.none() | st.just("rl_sample"))
+def test_any_body_is_a_request_or_a_bad_line(body, url, profile):
+    parsed = parse(line("a") | {"url": url, "body": body}, profile)
+    if isinstance(parsed, BadLine):
+        assert "body" in parsed.problem
+        return
+    sent = (msgspec.msgpack if url == GENERATE else msgspec.json).decode(parsed.body)
+    named = {"profile": profile} if profile is not None and body.get("profile") is None else {}
+    assert sent == body | named
+
+
 def test_lines_keep_their_numbers_across_blank_and_overlong_ones():
     file = io.BytesIO(b"one\n\n  \n" + b"x" * 50 + b"\nlast")
     seen = bytearray()
@@ -138,7 +158,9 @@ def manifest(**changes):
     ],
 )
 def test_a_folder_goes_on_with_the_same_only(tmp_path, changes, told):
+    folder.claim(tmp_path, manifest(sha256="of a first attempt that came to nothing"))
     folder.claim(tmp_path, manifest())
+    (tmp_path / "output.jsonl").write_bytes(b"something")
     folder.claim(tmp_path, manifest())
     with pytest.raises(NmoeError, match=told):
         folder.claim(tmp_path, manifest(**changes))
@@ -374,12 +396,12 @@ async def test_a_full_queue_is_asked_again_for_as_long_as_it_takes(tmp_path, mon
 
 async def test_a_failing_engine_is_asked_a_bounded_number_of_times(tmp_path, monkeypatch):
     monkeypatch.setattr("nmoe.batch.driver._REST_S", 0.001)
-    script = {"batch_req_1": [503, 0], "batch_req_2": [503] * 9, "batch_req_3": [0] * 9, "batch_req_4": [400, 200]}
+    script = {"batch_req_1": [503, 0, 503], "batch_req_2": [503] * 9, "batch_req_3": [0] * 9, "batch_req_4": [400, 200]}
     client = FakeClient(script=script)
     tally = await drive(tmp_path, requests(5), client)
     output = read_output(tmp_path)
     assert tally.errors == 3 and client.num_health >= 3
-    assert [client.asked.count(f"batch_req_{number}") for number in range(1, 6)] == [3, 3, 3, 1, 1]
+    assert [client.asked.count(f"batch_req_{number}") for number in range(1, 6)] == [4, 4, 4, 1, 1]
     assert [entry["response"] and entry["response"]["status_code"] for _, entry in sorted(output.items())] == [
         200,
         503,
@@ -388,6 +410,30 @@ async def test_a_failing_engine_is_asked_a_bounded_number_of_times(tmp_path, mon
         200,
     ]
     assert output[3]["error"]["code"] == "engine_failed" and "line 3" in output[3]["error"]["message"]
+
+
+async def test_a_line_that_kills_the_engine_does_not_take_others_along(tmp_path, monkeypatch):
+    monkeypatch.setattr("nmoe.batch.driver._REST_S", 0.001)
+
+    class Fragile(FakeClient):
+        """All that is under way fails with line 7."""
+
+        deaths = 0
+
+        async def post_json(self, path, body, request_id):
+            deaths = self.deaths
+            if request_id == "batch_req_7":
+                await asyncio.sleep(0.002)
+                self.deaths += 1
+                raise ConnectionError("dead")
+            answer = await super().post_json(path, body, request_id)
+            if self.deaths > deaths:
+                raise ConnectionError("dead")
+            return answer
+
+    tally = await drive(tmp_path, requests(100), Fragile(pause=0.004), room=64)
+    failed = [number for number, entry in read_output(tmp_path).items() if entry["error"] is not None]
+    assert (failed, tally.done) == ([7], 100)
 
 
 async def test_told_to_stop_it_lets_running_lines_finish_and_sends_no_more(tmp_path):
@@ -445,7 +491,8 @@ async def test_native_answers_go_to_shards_and_bad_lines_to_the_output(tmp_path)
 
 
 def test_there_is_room_for_all_ranks_and_some_that_wait():
-    assert room_of(CONFIG) == 16 + 4
+    assert room_of(CONFIG, 1024) == 16 + 4
+    assert room_of(CONFIG, 94) == 10
 
 
 def test_a_batch_without_a_usable_input_starts_nothing(tmp_path):

@@ -7,14 +7,17 @@ Exit codes: 0 every line was answered; 1 failed, with a message; 2 wrong usage; 
 import argparse
 import asyncio
 import pathlib
+import resource
 import signal
 import sys
+from collections.abc import Callable
 
 from nmoe.batch.engine import Engine
 from nmoe.batch.folder import OUTPUT, Finished, claim, manifest_of, open_folder, recover
 from nmoe.batch.lines import longest_line
 from nmoe.batch.survey import Survey, survey
 from nmoe.config import Config
+from nmoe.ipc import STOPPING
 from nmoe.profiles import PROFILES
 from nmoe.serve import configuration
 
@@ -39,15 +42,23 @@ def run(arguments: argparse.Namespace) -> int:
             claim(folder, manifest_of(found, arguments.profile, config))
             finished = recover(folder, found.last_line)
             if finished.num_lines < found.num_lines:
-                return asyncio.run(_compute(arguments, config, found, finished, Engine(config)))
+                max_files = _allow_files()
+                return asyncio.run(_compute(arguments, config, found, finished, Engine(config), max_files))
     except KeyboardInterrupt:
         return STOPPED
     _summarise(folder, found.num_lines, finished.num_lines, finished.num_errors, "all done before")
     return SOME_FAILED if finished.num_errors else DONE
 
 
+def _allow_files() -> int:
+    """Open as many files as the system lets, here and in the engine; returns how many that is."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return most if most != resource.RLIM_INFINITY else sys.maxsize
+
+
 async def _compute(
-    arguments: argparse.Namespace, config: Config, found: Survey, finished: Finished, engine: Engine
+    arguments: argparse.Namespace, config: Config, found: Survey, finished: Finished, engine: Engine, max_files: int
 ) -> int:
     # Only now, because the launcher was to be forked without them.
     from nmoe.batch.driver import Driver, remaining, room_of
@@ -60,8 +71,7 @@ async def _compute(
     lines = remaining(arguments.input, finished.lines, longest_line(config.server.max_body_mb), arguments.profile)
     try:
         starting = asyncio.create_task(engine.ready())
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(signum, starting.cancel)
+        _on_stop(loop, starting.cancel)
         try:
             await starting
         except asyncio.CancelledError:
@@ -69,9 +79,10 @@ async def _compute(
             return STOPPED
         tally.restart_clock()
         async with AsyncClient(unix_socket=engine.path) as client:
-            driver = Driver(client, Results(arguments.output, finished), tally, arguments.output, room_of(config))
-            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                loop.add_signal_handler(signum, driver.stop)
+            driver = Driver(
+                client, Results(arguments.output, finished), tally, arguments.output, room_of(config, max_files)
+            )
+            _on_stop(loop, driver.stop)
             with Display(tally) as display:
                 await driver.run(lines, engine, display)
     finally:
@@ -81,6 +92,13 @@ async def _compute(
     if tally.done < tally.num_lines:
         return STOPPED
     return SOME_FAILED if tally.errors else DONE
+
+
+def _on_stop(loop: asyncio.AbstractEventLoop, stop: Callable[[], object]) -> None:
+    """Call `stop` when this process is told to; SIGHUP stays ignored under nohup."""
+    for signum in STOPPING:
+        if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
+            loop.add_signal_handler(signum, stop)
 
 
 def _summarise(folder: pathlib.Path, num_lines: int, done: int, errors: int, speed: str) -> None:

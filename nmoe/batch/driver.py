@@ -15,20 +15,34 @@ from nmoe.client import AsyncClient
 from nmoe.config import Config
 from nmoe.errors import LaunchError, NmoeError
 
-_TRIES = 3  # of a line, when the engine fails under it
+# A line is tried so many times when the engine fails under it, each time in a group of this share of all that are under
+# way, one line at least.
+_TRIES = (1, 1, 1 / 16, 0)
 _REST_S = 0.5  # before a failed line asks whether the engine is back
 _PAUSES_S = (0.05, 2.0)  # of a line that the full queue refused: the first, and the longest
 _FINISH_S = 10.0  # how long running lines may take to finish when the batch is told to stop
+_OTHER_FILES = 64  # that this process has open
 _SHOW_S = 0.5
 _SPOOL_BYTES = 256 << 20  # logits in memory, of all running lines
 _LEAST_SPOOL = 1 << 16
 _TURN = 256  # lines that are skipped or refused before something else has its turn
 
 
-def room_of(config: Config) -> int:
-    """How many answers may be under way: as many as all ranks can run, and some that wait, so that none runs dry."""
+def room_of(config: Config, max_files: int) -> int:
+    """How many answers may be under way: as many as all ranks can run, and some that wait, so that none runs dry.
+
+    An answer may need a connection and two files, of the `max_files` that a process may have open.
+    """
     running = config.parallel.world_size * config.engine.max_batch_size
-    return running + max(1, min(running // 4, config.server.max_queue // 2))
+    room = running + max(1, min(running // 4, config.server.max_queue // 2))
+    return max(1, min(room, (max_files - _OTHER_FILES) // 3))
+
+
+def _no_room(error: OSError) -> NmoeError:
+    return NmoeError(
+        f"the output cannot be written: {error.strerror or error}; finished lines are kept: make room, and run the same"
+        " command again"
+    )
 
 
 def remaining(
@@ -51,6 +65,7 @@ class Driver:
         self._spool = Spool(str(folder), max(_LEAST_SPOOL, _SPOOL_BYTES // room))
         self._running: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()  # there is more room, or it is time to stop
+        self._turns = [asyncio.Semaphore(max(1, int(share * room))) for share in _TRIES]
         self._asking = asyncio.Lock()  # whether the engine is back
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "results")
         self._stopping = False
@@ -119,22 +134,34 @@ class Driver:
             asyncio.get_running_loop().call_soon(self._changed.set)  # when this task is done
 
     async def _ask(self, line: Line) -> Result:
-        """The line's answer. What the engine's failure is to blame for is asked again, a bounded number of times."""
-        tries, (pause, longest) = 0, _PAUSES_S
+        """The line's answer; when the engine fails under it, it is asked again.
+
+        If one line is what the engine fails of, it fails for all that are under way. So lines that have seen two
+        failures are asked in smaller groups, and in the end one by one: the others of a group find their answers.
+        """
+        for turn in self._turns:
+            async with turn:
+                result = await self._try(line)
+            if result.status != 503:
+                break
+            await self._until_back()
+        return result
+
+    async def _try(self, line: Line) -> Result:
+        """One try, whenever the queue has room for it."""
+        pause, longest = _PAUSES_S
         while True:
             try:
                 result = await exchange(self._client, line, self._spool)
             except ConnectionError as error:
                 told = {"code": "engine_failed", "message": f"line {line.number}: {error}", "line": line.number}
-                result = Result(number=line.number, custom_id=line.custom_id, status=503, error=told)
-            if result.status == 429:
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, longest)
-                continue
-            tries += 1
-            if result.status != 503 or tries == _TRIES:
+                return Result(number=line.number, custom_id=line.custom_id, status=503, error=told)
+            except OSError as error:  # of the file in which logits wait
+                raise _no_room(error) from error
+            if result.status != 429:
                 return result
-            await self._until_back()
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, longest)
 
     async def _until_back(self) -> None:
         await asyncio.sleep(_REST_S)
@@ -150,10 +177,7 @@ class Driver:
         try:
             await asyncio.get_running_loop().run_in_executor(self._writer, work)
         except OSError as error:
-            raise NmoeError(
-                f"the output cannot be written: {error.strerror or error}; finished lines are kept: make room, and run"
-                " the same command again"
-            ) from error
+            raise _no_room(error) from error
 
     async def _watch(self, engine: Engine) -> None:
         await engine.ended.wait()

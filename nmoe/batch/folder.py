@@ -1,6 +1,6 @@
 """What a batch's output folder holds, and what of it still counts after an interruption at any moment.
 
-    batch.json            which input, profile and model the folder belongs to; written first, never changed
+    batch.json            which input, profile and model the folder belongs to; written before anything is finished
     output.jsonl          OpenAI's batch output, one line per finished request; `id` has the number of its input line
     tensors-N.safetensors tensors of the requests to /v1/generate; their output lines name it
     index.jsonl           one line per shard: the requests in it and the names of their tensors
@@ -163,9 +163,9 @@ def _wait_for(lock: BinaryIO, folder: pathlib.Path) -> None:
 
 
 def claim(folder: pathlib.Path, manifest: Manifest) -> None:
-    """Begin or go on. Raises NmoeError when the folder belongs to another input or other options."""
-    path = folder / _MANIFEST
-    if not path.exists():
+    """Begin or go on. Raises NmoeError when something is finished there, of another input or with other options."""
+    path, output = folder / _MANIFEST, folder / OUTPUT
+    if not path.exists() or not output.exists() or not output.stat().st_size:
         temporary = folder / (_MANIFEST + TEMPORARY)
         with temporary.open("wb") as file:
             file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")

@@ -89,9 +89,11 @@ def parse_line(number: int, data: bytes, longest: int, profile: str | None) -> L
         return BadLine(number, custom_id_of(data), f"not a request of OpenAI's batch format: {error}")
     if body.get("stream"):
         return BadLine(number, envelope.custom_id, "body.stream: a batch does not stream; leave it out")
-    return Line(
-        number, envelope.custom_id, envelope.url, _request(envelope.url, envelope.body, body, profile), _weight(body)
-    )
+    try:
+        request = _request(envelope.url, envelope.body, body, profile)
+    except OverflowError:
+        return BadLine(number, envelope.custom_id, "body: has a number that no field takes; integers have 64 bits")
+    return Line(number, envelope.custom_id, envelope.url, request, _weight(body))
 
 
 def _request(url: str, raw: msgspec.Raw, body: dict[str, Any], profile: str | None) -> bytes:
