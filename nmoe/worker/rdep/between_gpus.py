@@ -27,6 +27,7 @@ _WARM_UP_BOUND_S = 600.0  # ranks compile kernels then, one maybe more than anot
 _NAP_S = 0.001  # between looks at who has begun a life
 _TILE_BYTES = 512 << 20  # of the experts' results for the rows of a tile
 _SLOTS_PER_PROGRAM = 256
+_SLOTS_AT_A_TIME = 2048  # that a program counts before its own
 _WARPS = 8
 
 
@@ -187,6 +188,7 @@ class BetweenGPUs:
             RANKS=layout.world_size,
             K=layout.top_k,
             BLOCK=_SLOTS_PER_PROGRAM,
+            SCAN=_SLOTS_AT_A_TIME,
             num_warps=4,
             launch_pdl=early(self._most),
         )

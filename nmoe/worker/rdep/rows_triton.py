@@ -141,6 +141,7 @@ def arrive_kernel(
     RANKS: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
+    SCAN: tl.constexpr,
 ):
     """Waits for all ranks' rows, then lists them in the order of their slots: slot, ids [S, K], weights [S, K]. Each
     program takes a block of slots, and counts for itself how many rows lie in those before. Then their number."""
@@ -151,9 +152,10 @@ def arrive_kernel(
     lane_S = tl.arange(0, BLOCK)
     first = tl.program_id(0) * BLOCK
     before = 0
-    for start in range(0, first, BLOCK):
-        _, came_S = _arrived(slab, lines, start + lane_S, most, max_tokens, counts_at, RANKS)
-        before += tl.sum(came_S.to(tl.int32), 0)
+    for start in range(0, first, SCAN):
+        index_S = start + tl.arange(0, SCAN)
+        _, came_S = _arrived(slab, lines, index_S, most, max_tokens, counts_at, RANKS)
+        before += tl.sum((came_S & (index_S < first)).to(tl.int32), 0)
     slot_S, came_S = _arrived(slab, lines, first + lane_S, most, max_tokens, counts_at, RANKS)
     hits_S = came_S.to(tl.int32)
     row_S = before + tl.cumsum(hits_S, 0) - hits_S
