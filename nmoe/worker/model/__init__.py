@@ -11,6 +11,7 @@ import torch
 from nmoe.architecture import Architecture
 from nmoe.checkpoint import Checkpoint
 from nmoe.config import Config
+from nmoe.errors import LaunchError
 from nmoe.profiles import Numerics
 from nmoe.slab import ControlLayout, SlabLayout
 from nmoe.worker.batch import Batch, KVCache
@@ -97,7 +98,10 @@ def _exchange(
 ) -> Exchange:
     if config.parallel.world_size == 1:
         return OneGPU(device) if device.type == "cuda" else OneRank()
-    assert slabs is not None
+    if slabs is None or (device.type == "cuda" and meeting is None):
+        raise LaunchError(
+            f"[parallel] world_size = {config.parallel.world_size}: the workers have no memory in common; start nmoe serve"
+        )
     layout, dtype = SlabLayout.of(checkpoint.architecture, checkpoint.dtype, config), _DTYPES[checkpoint.dtype]
     if device.type == "cpu":
         return SharedMemory(layout, slabs, rank, dtype)
