@@ -99,9 +99,8 @@ def _exchange(
     if config.parallel.world_size == 1:
         return OneGPU(device) if device.type == "cuda" else OneRank()
     if slabs is None or (device.type == "cuda" and meeting is None):
-        raise LaunchError(
-            f"[parallel] world_size = {config.parallel.world_size}: the workers have no memory in common; start nmoe serve"
-        )
+        world_size = config.parallel.world_size
+        raise LaunchError(f"[parallel] world_size = {world_size}: no memory in common; start workers by `nmoe serve`")
     layout, dtype = SlabLayout.of(checkpoint.architecture, checkpoint.dtype, config), _DTYPES[checkpoint.dtype]
     if device.type == "cpu":
         return SharedMemory(layout, slabs, rank, dtype)
