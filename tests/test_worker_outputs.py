@@ -9,26 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmoe.arena import ArenaLayout
 from nmoe.checkpoint import open_checkpoint
 from nmoe.config import Config, Engine, Model, Parallel
-from nmoe.messages import CHANNEL_PREFILL, ROW_HAS_IDS, ROW_RETURNS, ROW_SAMPLES, Admit, Sampling, Step, bias_fields
+from nmoe.messages import ROW_HAS_IDS, ROW_RETURNS, ROW_SAMPLES, Admit, Sampling, bias_fields
 from nmoe.outputs import Returns, cells_of, pack, read_records, unpack
 from nmoe.profiles import Numerics
 from nmoe.worker import outputs
-from nmoe.worker.blocks import Arena
-from nmoe.worker.cache import make_cache
 from nmoe.worker.kernels.records import make_records
 from nmoe.worker.model import load_model
-from nmoe.worker.runner import Runner
 from nmoe.worker.slots import MalformedStep
 from tests.checkpoints import make_checkpoint
+from tests.returning import GREEDY, NOTHING, Driver, Request, drawn_logprob, step
 
 PAGE, PAGES, SLOTS, MAX_SEQ_LEN = 4, 120, 8, 80
 VOCAB = 512
 CPU = torch.device("cpu")
-GREEDY = Sampling(temperature=0.0)
-NOTHING = Returns()
 
 
 @pytest.fixture(scope="module")
@@ -60,139 +55,13 @@ def engine(folder):
     return load(folder)
 
 
+def make_driver(engine, rank=0):
+    return Driver(engine, num_slots=SLOTS, max_seq_len=MAX_SEQ_LEN, rank=rank)
+
+
 def replaced(admit, **returns):
     """The same request with other wishes."""
     return msgspec.structs.replace(admit, returns=msgspec.structs.replace(admit.returns, **returns))
-
-
-class Request:
-    """A request as its scheduler and its frontend see it."""
-
-    def __init__(self, prompt, returns=NOTHING, sampling=GREEDY, cached=0, pages=()):
-        self.ids, self.prompt_len = list(prompt), len(prompt)
-        self.returns, self.sampling = returns, sampling
-        self.cached, self.pages = cached, list(pages)
-        self.computed = min(cached, len(prompt) - 1)
-        self.returned, self.slot, self.sampled = 0, None, False
-        self.samples = True
-        self.records, self.routing, self.cells = [], b"", []
-
-    @property
-    def output(self):
-        return self.ids[self.prompt_len :]
-
-    @property
-    def continues(self):
-        """Whether its next token's id is only known to the device."""
-        return self.slot is not None and self.sampled
-
-    def preempt(self, driver):
-        driver.free(self)
-        self.computed = self.cached = 0
-        self.sampled = False
-
-
-class Driver:
-    """The least scheduler there can be: it is told which requests a step computes, and books what comes back."""
-
-    def __init__(self, engine, rank=0):
-        config, checkpoint, model = engine
-        self.cache = make_cache(config, checkpoint, CPU)
-        self.layout = ArenaLayout(2, 64, VOCAB)
-        self.memory = self.layout.make()
-        self.arena = np.frombuffer(self.memory, np.float32).reshape(-1, VOCAB)
-        self.runner = Runner(
-            model,
-            self.cache,
-            num_slots=SLOTS,
-            max_seq_len=MAX_SEQ_LEN,
-            arena=Arena(self.layout, self.memory, rank),
-        )
-        self.free_pages, self.free_slots = list(range(PAGES)), list(range(SLOTS))
-        self.free_cells = list(range(64 * rank, 64 * rank + 64))
-        self.step_id = 0
-
-    def free(self, request):
-        self.free_slots.append(request.slot)
-        self.free_pages += request.pages[request.cached // PAGE :]
-        request.slot, request.pages = None, []
-
-    def run(self, work, numerics=Numerics.FAST):
-        """One step of [(request, count)], decode rows first."""
-        admits, pages, rows, ids, cells = [], [], [], [], []
-        for request, count in work:
-            end = request.computed + count
-            flags = ROW_RETURNS if request.returns else 0
-            flags |= 0 if request.continues else ROW_HAS_IDS
-            flags |= ROW_SAMPLES if end == len(request.ids) and request.samples else 0
-            if request.slot is None:
-                request.slot = self.free_slots.pop()
-                admits.append(self._admit(request))
-                pages += [(request.slot, page) for page in request.pages]
-            while len(request.pages) * PAGE < end:
-                request.pages.append(self.free_pages.pop())
-                pages.append((request.slot, request.pages[-1]))
-            ids += request.ids[request.computed : end] if flags & ROW_HAS_IDS else []
-            rows.append((request.slot, request.computed, count, flags))
-            if request.returns.logits:
-                begin = max(request.computed, request.returned)
-                last = min(end, request.prompt_len - 1)
-                told = max(0, last - begin) if request.returns.prompt else 0
-                cells += [self.free_cells.pop() for _ in range(told + bool(flags & ROW_SAMPLES))]
-        launched = self.runner.launch(step(self.step_id, rows, ids, pages, admits, cells, numerics))
-        self.step_id += 1
-        self.book(work, rows, launched)
-
-    def _admit(self, request):
-        past = np.array(request.ids, np.int32).tobytes()
-        return Admit(
-            request.slot,
-            request.cached,
-            request.sampling,
-            past,
-            request.prompt_len,
-            request.returns,
-            request.returned,
-        )
-
-    def book(self, work, rows, launched):
-        tokens = np.frombuffer(launched.tokens(), np.int32).tolist()
-        blocks, sizes = launched.blocks()
-        blocks, sizes = memoryview(blocks), np.frombuffer(sizes, np.int32).tolist()
-        for (request, count), (*_, flags) in zip(work, rows, strict=True):
-            request.computed += count
-            if flags & ROW_SAMPLES:
-                request.ids.append(tokens.pop(0))
-                request.sampled = True
-            if flags & ROW_RETURNS:
-                size = sizes.pop(0)
-                self._read(request, blocks[:size])
-                blocks = blocks[size:]
-        assert not tokens and not sizes and not blocks
-
-    def _read(self, request, data):
-        block = unpack(data, request.returns)
-        cells = block.cells.tolist()
-        request.records += read_records(block.records, request.returns)
-        request.routing += bytes(block.routing)
-        request.cells += [self.arena[cell].copy() for cell in cells]
-        self.free_cells += cells
-        request.returned = max(request.returned, request.computed)
-
-
-def step(step_id, rows, ids=(), pages=(), admits=(), cells=(), numerics=Numerics.FAST):
-    return Step(
-        generation=1,
-        step_id=step_id,
-        numerics=numerics,
-        channel=CHANNEL_PREFILL,
-        num_tokens=1000,
-        rows=None if rows is None else np.array(rows, np.int32).reshape(-1, 4).tobytes(),
-        ids=np.array(ids, np.int32).tobytes(),
-        pages=np.array(pages, np.int32).reshape(-1, 2).tobytes(),
-        admits=tuple(admits),
-        cells=np.array(cells, np.int32).tobytes(),
-    )
 
 
 def prompt_of(random, length):
@@ -249,7 +118,7 @@ WISHES = [
 @pytest.mark.parametrize("numerics", Numerics)
 @pytest.mark.parametrize("seed", range(3))
 def test_records_are_transformers_in_any_company_and_chunks(engine, oracle, seed, numerics):
-    random, driver = Random(seed), Driver(engine)
+    random, driver = Random(seed), make_driver(engine)
     waiting = [Request(prompt_of(random, random.randint(1, 20)), wish) for wish in WISHES + WISHES[1:]]
     random.shuffle(waiting)
     every, running = list(waiting), []
@@ -282,7 +151,7 @@ def test_records_are_transformers_in_any_company_and_chunks(engine, oracle, seed
 
 def test_routing_of_a_cached_prefix_is_read_from_where_it_was_kept(engine, oracle):
     """Also that of a prompt whose pages are all cached, where only the last position is computed again."""
-    random, driver = Random(7), Driver(engine)
+    random, driver = Random(7), make_driver(engine)
     prompt = prompt_of(random, 13)
     owner = Request(prompt)
     driver.run([(owner, 13)])
@@ -296,7 +165,7 @@ def test_routing_of_a_cached_prefix_is_read_from_where_it_was_kept(engine, oracl
 
 def test_routing_after_a_preemption_goes_on_where_it_ended(engine, oracle):
     """Its prefix is cached then, and what came back does not come again."""
-    random, driver = Random(8), Driver(engine)
+    random, driver = Random(8), make_driver(engine)
     request = Request(prompt_of(random, 9), Returns(records=True, routing=True))
     driver.run([(request, 9)])
     driver.run([(request, 1)])
@@ -314,7 +183,7 @@ def test_many_experts_take_two_bytes(tmp_path):
     folder = make_checkpoint(tmp_path, n_routed_experts=264, num_hidden_layers=2, moe_intermediate_size=8)
     from transformers import DeepseekV3ForCausalLM
 
-    driver = Driver(load(folder))
+    driver = make_driver(load(folder))
     request = Request(prompt_of(Random(9), 30), Returns(routing=True))
     driver.run([(request, 30)])
     model = DeepseekV3ForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
@@ -334,28 +203,9 @@ SAMPLINGS = [
 ]
 
 
-def drawn_logprob(logits_V, sampling, ids, prompt_len, token):
-    """From the definition, in float64: of the distribution after everything that the sampling asks for."""
-    logits_V = logits_V.double().numpy().copy()
-    output = ids[prompt_len:]
-    for past in set(ids):
-        logits_V[past] *= sampling.repetition_penalty ** (-1 if logits_V[past] > 0 else 1)
-    for past in set(output):
-        logits_V[past] -= sampling.presence_penalty + sampling.frequency_penalty * output.count(past)
-    for biased, bias in sampling.logit_bias.items():
-        logits_V[biased] += bias
-    share_V = np.exp((logits_V - logits_V.max()) / sampling.temperature)
-    share_V[share_V < sampling.min_p] = 0
-    order = (-share_V).argsort(kind="stable")
-    share_V[order[sampling.top_k or len(order) :]] = 0
-    before = share_V[order].cumsum() - share_V[order]
-    share_V[order[before >= sampling.top_p * share_V.sum()]] = 0
-    return np.log(share_V[token] / share_V.sum())
-
-
 def test_the_log_probability_of_the_draw_is_that_of_its_distribution(engine, oracle):
     """Beside rows that return nothing, and greedy ones."""
-    random, driver = Random(11), Driver(engine)
+    random, driver = Random(11), make_driver(engine)
     wanted = [Request(prompt_of(random, 6), Returns(records=True), sampling) for sampling in SAMPLINGS]
     requests = [*wanted, Request(prompt_of(random, 6), Returns(records=True), GREEDY)]
     for offset in range(2):
@@ -379,7 +229,7 @@ def test_the_log_probability_of_the_draw_is_that_of_its_distribution(engine, ora
 
 
 def test_a_prompt_is_scored_without_sampling(engine, oracle):
-    driver = Driver(engine)
+    driver = make_driver(engine)
     request = Request(prompt_of(Random(12), 11), Returns(records=True, prompt=True, top_k=2))
     request.samples = False
     driver.run([(request, 5)])
@@ -389,7 +239,7 @@ def test_a_prompt_is_scored_without_sampling(engine, oracle):
 
 
 def test_rows_that_go_on_return_too(engine, oracle):
-    driver = Driver(engine)
+    driver = make_driver(engine)
     request = Request(prompt_of(Random(13), 5), Returns(records=True, routing=True))
     driver.run([(request, 5)])
     driver.run([(request, 1)])
@@ -411,7 +261,7 @@ def test_prompts_are_scored_a_tile_at_a_time(engine, oracle, monkeypatch):
     monkeypatch.setattr(
         model, "logits", lambda hidden_SD, *rest: seen.append(len(hidden_SD)) or logits(hidden_SD, *rest)
     )
-    random, driver = Random(14), Driver(engine)
+    random, driver = Random(14), make_driver(engine)
     requests = [
         Request(prompt_of(random, length), Returns(records=True, prompt=True, top_k=index, logits=index % 2 == 0))
         for index, length in enumerate((9, 1, 12, 2))
@@ -426,7 +276,7 @@ def test_prompts_are_scored_a_tile_at_a_time(engine, oracle, monkeypatch):
 
 
 def test_a_rank_writes_its_own_cells(engine):
-    driver = Driver(engine, rank=1)
+    driver = make_driver(engine, rank=1)
     request = Request(prompt_of(Random(15), 6), Returns(records=True, logits=True))
     driver.run([(request, 6)])
     assert request.cells[0].argmax() == request.output[0]
@@ -454,13 +304,13 @@ BOTH = ROW_HAS_IDS | ROW_SAMPLES
     ],
 )
 def test_a_step_that_returns_what_cannot_be_is_refused_by_name(engine, admit, flags, cells, message):
-    driver = Driver(engine)
+    driver = make_driver(engine)
     with pytest.raises(MalformedStep, match="step 4: .*" + message):
         driver.runner.launch(step(4, [(0, 0, 3, flags)], [5, 6, 7], [(0, 0)], [admit], cells))
 
 
 def test_two_records_do_not_share_a_cell(engine):
-    driver = Driver(engine)
+    driver = make_driver(engine)
     admits = [msgspec.structs.replace(ASKS, slot=slot) for slot in range(2)]
     rows = [(slot, 0, 1, BOTH | ROW_RETURNS) for slot in range(2)]
     with pytest.raises(MalformedStep, match=r"cells \[3, 3\]: not of 0 to 63, each once"):
@@ -468,7 +318,7 @@ def test_two_records_do_not_share_a_cell(engine):
 
 
 def test_a_new_request_in_a_slot_returns_what_it_asks_for_itself(engine):
-    driver = Driver(engine)
+    driver = make_driver(engine)
     driver.free_slots = [5]
     for returns in (Returns(records=True, top_k=4, routing=True), NOTHING, Returns(records=True)):
         request = Request(prompt_of(Random(16), 7), returns)
