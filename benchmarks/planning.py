@@ -10,7 +10,8 @@ Every request decodes all the time; two steps are in flight. Per step it times
     deliver    those messages to bytes
 in microseconds of CPU time. In `decode` rows come to the end of their pages of 64 tokens at different times, as in a
 server that has run for a while; in `aligned` all come there in the same step. `mixed` adds what arrivals and ends cost:
-in every step one request in 256 ends and another takes its place. The last line is JSON.
+in every step one request in 256 ends and another takes its place. `records` is `decode` with the ten likeliest tokens
+of every position on their way to the frontends. The last line is JSON.
 """
 
 import argparse
@@ -22,12 +23,15 @@ import time
 import msgspec
 import numpy as np
 
-from nmoe.messages import ROW_SAMPLES, Sampling, Step, StepDone, Submit, WorkerToScheduler, make_uid
+from nmoe.messages import ROW_RETURNS, ROW_SAMPLES, Sampling, Step, StepDone, Submit, WorkerToScheduler, make_uid
+from nmoe.outputs import Returns, pack
 from nmoe.scheduler.cells import Cells
 from nmoe.scheduler.limits import Limits
 from nmoe.scheduler.scheduler import Scheduler
 
 _PAGE = 64
+_RECORDS = Returns(records=True, top_k=10)
+_BLOCK = pack(b"", bytes(_RECORDS.record_bytes), 1, b"", 0)
 _PARTS = ("plan", "encode", "decode", "complete", "deliver")
 
 
@@ -36,6 +40,7 @@ class Workers:
 
     def __init__(self, ranks: int) -> None:
         self._sampling = [0] * ranks
+        self._returning = [0] * ranks
         self._encode = msgspec.msgpack.Encoder().encode
 
     def answer(self, rank: int, step: Step) -> bytes:
@@ -43,15 +48,19 @@ class Workers:
         if step.rows is not None:
             rows = np.frombuffer(step.rows, np.int32).reshape(-1, 4)
             self._sampling[rank] = int(np.count_nonzero(rows[:, 3] & ROW_SAMPLES))
-        return self._encode(StepDone(1, rank, step.step_id, bytes(4 * self._sampling[rank])))
+            self._returning[rank] = int(np.count_nonzero(rows[:, 3] & ROW_RETURNS))
+        blocks = self._returning[rank]
+        sizes = np.full(blocks, len(_BLOCK), np.int32).tobytes()
+        tokens = bytes(4 * self._sampling[rank])
+        return self._encode(StepDone(1, rank, step.step_id, tokens, None, _BLOCK * blocks, sizes))
 
 
 class Load:
     """A scheduler with all its rows running."""
 
-    def __init__(self, ranks: int, rows: int, frontends: int, spread: bool, lengths: range) -> None:
+    def __init__(self, ranks: int, rows: int, frontends: int, spread: bool, lengths: range, returns: Returns) -> None:
         self.ranks = ranks
-        self._frontends, self._spread, self._lengths = frontends, spread, lengths
+        self._frontends, self._spread, self._lengths, self._returns = frontends, spread, lengths, returns
         limits = Limits(
             world_size=ranks,
             num_pages=rows * 80,
@@ -80,7 +89,8 @@ class Load:
         count = self._lengths[self._submitted % len(self._lengths)]
         uid = make_uid(self._submitted % self._frontends, 1, self._submitted)
         self._submitted += 1
-        self.scheduler.submit(Submit(1, uid, ids.tobytes(), count, Sampling(), (1, 2)), 0.0)
+        submit = Submit(1, uid, ids.tobytes(), count, Sampling(), (1, 2), returns=self._returns)
+        self.scheduler.submit(submit, 0.0)
 
     def step(self, times: dict[str, list[float]]) -> None:
         """Plan one step, and complete the one before it."""
@@ -153,13 +163,14 @@ def main() -> None:
     arguments = parser.parse_args()
     forever = range(3900, 3901)
     cases = {
-        "decode": (True, forever, False),
-        "aligned": (False, forever, False),
-        "mixed": (True, range(200, 313), True),
+        "decode": (True, forever, False, Returns()),
+        "aligned": (False, forever, False, Returns()),
+        "mixed": (True, range(200, 313), True, Returns()),
+        "records": (True, forever, False, _RECORDS),
     }
     results = {}
-    for name, (spread, lengths, replace) in cases.items():
-        load = Load(arguments.ranks, arguments.rows, arguments.frontends, spread, lengths)
+    for name, (spread, lengths, replace, returns) in cases.items():
+        load = Load(arguments.ranks, arguments.rows, arguments.frontends, spread, lengths, returns)
         results[name] = measure(load, arguments.steps, replace)
         for part, numbers in results[name].items():
             print(f"{name:8} {part:9}" + "".join(f"  {key} {value:8.1f}" for key, value in numbers.items()) + "  us")

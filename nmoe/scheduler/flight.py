@@ -138,8 +138,13 @@ class Blocks(msgspec.Struct, frozen=True):
 
     def of(self, rows: Bools) -> "Blocks":
         """Those of some of the rows."""
+        given = self.sizes > 0
+        width = int(self.sizes.max(initial=0))
+        if width * np.count_nonzero(given) == len(self.data):  # all of one size: a gather instead of a slice per row
+            table = np.frombuffer(self.data, np.uint8).reshape(-1, max(1, width))
+            return Blocks(table[rows[given]].tobytes(), self.sizes[rows])
         ends = np.cumsum(self.sizes, dtype=np.int64)
-        chosen = (rows & (self.sizes > 0)).nonzero()[0]
+        (chosen,) = (rows & given).nonzero()
         view, begins = memoryview(self.data), ends - self.sizes
         parts = [view[a:b] for a, b in zip(begins[chosen].tolist(), ends[chosen].tolist(), strict=True)]
         return Blocks(b"".join(parts), self.sizes[rows])
