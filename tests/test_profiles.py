@@ -74,11 +74,13 @@ async def ask(session, body):
         assert response.status == 200, (body, text)
     if not body.get("stream"):
         return json.loads(text)
-    choices = {}
+    answer, choices = {}, {}
     for event in text.removesuffix("\n\n").split("\n\n")[:-1]:
-        for piece in json.loads(event.removeprefix("data: "))["choices"]:
+        chunk = json.loads(event.removeprefix("data: "))
+        for piece in chunk.pop("choices"):
             _append(choices.setdefault(piece["index"], {}), piece)
-    return {"choices": [choices[index] for index in sorted(choices)]}
+        answer |= chunk
+    return {**answer, "choices": [choices[index] for index in sorted(choices)]}
 
 
 def _append(whole, piece):
@@ -106,6 +108,27 @@ def ask_all(server, bodies):
     return asyncio.run(run())
 
 
+def flattened(answer):
+    """The choices of any answer in the form of completions."""
+    if "message" not in answer["choices"][0] and "delta" not in answer["choices"][0]:
+        return answer["choices"]
+    of_prompt = {name: value for name, value in answer.items() if name.startswith("prompt_")}
+    choices = []
+    for choice in answer["choices"]:
+        choices.append({**of_prompt, **choice})
+        if choice["logprobs"] is not None:
+            content = choice["logprobs"]["content"]
+            choices[-1]["logprobs"] = {
+                "token_ids": choice["token_ids"],
+                "token_logprobs": [entry["logprob"] for entry in content],
+                "drawn_logprobs": [entry["drawn_logprob"] for entry in content],
+                "top_logprobs": [
+                    {place: each["logprob"] for place, each in enumerate(entry["top_logprobs"])} for entry in content
+                ],
+            }
+    return choices
+
+
 def prompt_of(seed, length):
     """Random ids."""
     rng = random.Random(seed)
@@ -130,6 +153,7 @@ EVERYTHING = {
     "return_routed_experts": True,
 }
 STOPPED = {"stop": ["ab", "bcc"], "logit_bias": {"70": 6.0, "71": 6.0, "72": 6.0}, "seed": 4}  # a, b and c
+SAID = {"messages": [{"role": "user", "content": "Good morning."}]}
 BODIES = {
     "nothing unasked": {},
     "whole": {**EVERYTHING, **SAMPLED, "echo": True},
@@ -142,6 +166,9 @@ BODIES = {
     "scored only": {"prompt_logprobs": 5, "top_k_logprobs": 128, "max_tokens": 0},
     "end of text": {"logprobs": 1, "ignore_eos": False, "logit_bias": {"1": 6.0}, "seed": 2},
     "candidates alone": {"logprob_token_ids": [*range(100, 228)]},
+    "chat": {**SAID, **EVERYTHING, **SAMPLED, "logprobs": True, "top_logprobs": 4},
+    "chat, streamed": {**SAID, **EVERYTHING, **ADJUSTED, "logprobs": True, "stream": True, "n": 2},
+    "chat, exact": {**SAID, "profile": "eval_exact", "top_k_logprobs": 7},
     "routing alone": {"return_routed_experts": True, "stream": True},
     **{name: {"profile": name} for name in PROFILES},
     **{f"{name}, {kind}": {"profile": name, **body} for name in PROFILES for kind, body in {
@@ -158,7 +185,8 @@ def requests():
     for place, body in enumerate([*BODIES.values(), *BODIES.values()]):
         length = [1, 9, 2 * PAGE, 37, 90][place % 5]
         prompt = shared + prompt_of(place, 7) if place % 3 == 0 else prompt_of(place, length)
-        bodies.append({"prompt": prompt, "max_tokens": 20 + place % 9, "return_token_ids": True, **body})
+        common = {"max_tokens": 20 + place % 9, "return_token_ids": True, **body}
+        bodies.append(common if "messages" in body else {"prompt": prompt, **common})
     return bodies
 
 
@@ -178,7 +206,7 @@ def answered(checkpoint):
 def test_outputs_are_those_of_transformers(answered, oracle, name):
     for body, answer in answered[[*BODIES].index(name) :: len(BODIES)]:
         assert len(answer["choices"]) == body.get("n", 1)
-        for choice in answer["choices"]:
+        for choice in flattened(answer):
             Check(oracle, body, choice).all()
 
 
@@ -187,7 +215,9 @@ class Check:
 
     def __init__(self, oracle, body, choice):
         self.body, self.choice = body, choice
-        self.prompt, self.output = body["prompt"], choice["token_ids"]
+        self.prompt, self.output = choice["prompt_token_ids"], choice["token_ids"]
+        assert self.prompt == body.get("prompt", self.prompt)
+        self.number = body.get("top_logprobs", 0) if "messages" in body else body.get("logprobs", 0)
         self.profile = PROFILES[body.get("profile", "production_generate")]
         self.logits, self.routed = oracle.of(self.prompt + self.output)
         self.logprobs = log_softmax(self.logits)
@@ -235,7 +265,7 @@ class Check:
         near(found["token_logprobs"][skip:], [self.before[i, token] for i, token in enumerate(self.output)])
         near(found["drawn_logprobs"][skip:], [self.drawn(i, token) for i, token in enumerate(self.output)])
         for place, top in enumerate(found["top_logprobs"][skip:]):
-            expected = np.sort(self.before[place])[::-1][: self.body.get("logprobs", 0)]
+            expected = np.sort(self.before[place])[::-1][: self.number]
             assert len(top) <= len(expected) + 1  # tokens with the same text count once
             if len(expected):
                 near(max(top.values()), expected[0])
