@@ -38,7 +38,7 @@ def ops_for(device: torch.device, numerics: Numerics) -> Ops:
     """The operations of a device and a numerics class."""
     if device.type == "cuda":
         return _exact_triton() if numerics is Numerics.EXACT else _triton()
-    return _reference()
+    return _exact_reference() if numerics is Numerics.EXACT else _reference()
 
 
 def _reference() -> Ops:
@@ -52,6 +52,21 @@ def _reference() -> Ops:
         linear_into=_library_product,
         silu_mul=experts.silu_mul,
         grouped_mlp=experts.grouped_mlp,
+        sum_experts=experts.sum_experts,
+    )
+
+
+def _exact_reference() -> Ops:
+    from nmoe.worker.kernels import exact, experts
+
+    return Ops(
+        rms_norm=exact.rms_norm,
+        add_rms_norm=exact.add_rms_norm,
+        route=exact.route,
+        linear=exact.linear,
+        linear_into=exact.linear_into,
+        silu_mul=exact.silu_mul,
+        grouped_mlp=exact.grouped_mlp,
         sum_experts=experts.sum_experts,
     )
 

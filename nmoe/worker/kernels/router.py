@@ -20,18 +20,25 @@ def route(
     """
     a = architecture
     scores_TE = F.linear(x_TD.float(), weight_ED).sigmoid_()
-    biased_TE = scores_TE + bias_E
-    if a.topk_group < a.n_group:
-        biased_TGS = biased_TE.view(len(biased_TE), a.n_group, a.num_experts // a.n_group)
-        groups_TG = biased_TGS.topk(2, dim=-1).values.sum(-1)
-        dropped = _ranked(groups_TG)[:, a.topk_group :]
-        drop_TG = torch.zeros_like(groups_TG, dtype=torch.bool).scatter_(1, dropped, True)
-        biased_TE = biased_TGS.masked_fill(drop_TG[..., None], -torch.inf).flatten(1)
-    ids_TK = _ranked(biased_TE)[:, : a.num_experts_per_tok]
+    ids_TK = choose(scores_TE, bias_E, a)
     weights_TK = scores_TE.gather(1, ids_TK)
     if a.norm_topk_prob:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
     return ids_TK, weights_TK * a.routed_scaling_factor
+
+
+def choose(scores_TE: torch.Tensor, bias_E: torch.Tensor, architecture: Architecture) -> torch.Tensor:
+    """The experts by their scores, int64 [T, K]."""
+    a = architecture
+    biased_TE = scores_TE + bias_E
+    if a.topk_group < a.n_group:
+        biased_TGS = biased_TE.view(len(biased_TE), a.n_group, a.num_experts // a.n_group)
+        groups_TG = biased_TGS.topk(2, dim=-1).values
+        groups_TG = groups_TG[..., 0] + groups_TG[..., 1]
+        dropped = _ranked(groups_TG)[:, a.topk_group :]
+        drop_TG = torch.zeros_like(groups_TG, dtype=torch.bool).scatter_(1, dropped, True)
+        biased_TE = biased_TGS.masked_fill(drop_TG[..., None], -torch.inf).flatten(1)
+    return _ranked(biased_TE)[:, : a.num_experts_per_tok]
 
 
 def _ranked(scores: torch.Tensor) -> torch.Tensor:

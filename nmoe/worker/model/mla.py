@@ -26,6 +26,7 @@ from nmoe.worker.kernels.mla import (
 )
 from nmoe.worker.kernels.norm import rms_norm
 from nmoe.worker.kernels.rope import apply_rope, halves_from_pairs
+from nmoe.worker.model.mla_exact import ExactPlan
 from nmoe.worker.weights import Source
 
 
@@ -63,6 +64,8 @@ def plan_attention(
         from nmoe.worker.model.mla_gpu import GPUPlan
 
         return GPUPlan.of(batch, cache, rope_M2P, architecture)
+    if numerics is Numerics.EXACT:
+        return ExactPlan.of(batch, cache, rope_M2P)
     return AttentionPlan.of(batch, cache, rope_M2P, architecture, dtype)
 
 
