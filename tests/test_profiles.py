@@ -1,7 +1,9 @@
-"""The five profiles through HTTP: what they return is right.
+"""The five profiles through HTTP: what they return is right, and what they promise to be exact is so to the last bit.
 
 transformers' logits of each answer's own tokens are the oracle, in float32, for everything that a request can ask for,
 while requests of all profiles share a server so small that prompts are computed in chunks and requests are preempted.
+Then each exact profile's answers are compared with themselves: alone, with a cached prefix, among others of all
+profiles, on each rank, after preemption, after a restart.
 """
 
 import asyncio
@@ -16,7 +18,7 @@ import pytest
 import torch
 
 from nmoe.messages import Sampling, bias_fields
-from nmoe.profiles import PROFILES
+from nmoe.profiles import PROFILES, Numerics
 from tests.checkpoints import make_checkpoint
 from tests.serving import Server
 from tests.test_adjustments import distribution
@@ -134,6 +136,8 @@ def prompt_of(seed, length):
     rng = random.Random(seed)
     return [rng.randrange(6, 500) for _ in range(length)]
 
+
+# ------------------------------------------------------------------------------------------------------ they are right
 
 SAMPLED = {"temperature": 0.8, "top_k": 60, "top_p": 0.93, "seed": 11}
 ADJUSTED = {
@@ -326,3 +330,81 @@ def test_the_cases_happened(answered):
     for name in ("stop strings", "stop strings, streamed", "end of text"):
         assert "stop" in reasons[name], name
     assert reasons["whole"] == reasons["scored only"] == {"length"}
+
+
+# ------------------------------------------------------------------------------------------------------ they are exact
+
+EXACT = [name for name, profile in PROFILES.items() if profile.numerics is Numerics.EXACT]
+SCARCE = {"num_pages": 40, "page_size": 4, "max_batch_size": 16, "max_prefill_tokens": 32}
+
+
+def probes():
+    """Of each exact profile: drawn and greedy, short and of several chunks, with everything that can come back."""
+    bodies = []
+    for place, name in enumerate(EXACT):
+        common = {"profile": name, "return_token_ids": True, "top_k_logprobs": 20, "logprob_token_ids": OWN}
+        common |= {"return_routed_experts": True, "ignore_eos": True}
+        drawn = {"seed": 7, "temperature": 1.1, "repetition_penalty": 1.1, "top_p": 0.98}
+        bodies.append({**common, **drawn, "prompt": prompt_of(50 + place, 47), "max_tokens": 24})
+        bodies.append({**common, "temperature": 0, "prompt": prompt_of(60 + place, 8 + place), "max_tokens": 12})
+    return bodies
+
+
+def others(seed):
+    """64 requests of all profiles, which fill the pages."""
+    rng = random.Random(seed)
+    names = [*PROFILES]
+    return [
+        {
+            "profile": names[place % len(names)],
+            "prompt": prompt_of(rng.random(), rng.randint(1, 40)),
+            "max_tokens": rng.randint(1, 20),
+            "temperature": rng.choice([0, 1.0]),
+            "logprobs": rng.choice([0, 3]),
+        }
+        for place in range(64)
+    ]
+
+
+def told(answer):
+    """All of an answer that must not change, floats as the text that a client got."""
+    return json.dumps(answer["choices"])
+
+
+def cached(answer):
+    return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def computed_tokens(server, world_size):
+    """How many tokens each rank has computed."""
+    metrics = server.metrics()
+    return [metrics[f'nmoe:rank_iteration_tokens_sum{{rank="{rank}"}}'] for rank in range(world_size)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_exact_profiles_repeat_to_the_bit(checkpoint, world_size):
+    """Each world size against itself: sums over ranks may differ between them."""
+    sections = {"model": {"path": str(checkpoint)}, "parallel": {"world_size": world_size}, "engine": SCARCE}
+    bodies = probes()
+    with Server(sections) as server:
+        alone = [ask_all(server, [body])[0] for body in bodies]
+        assert [cached(answer) for answer in alone] == [0] * len(bodies)
+        expected = list(map(told, alone))
+
+        again = [ask_all(server, [body])[0] for body in bodies]
+        assert list(map(told, again)) == expected, "with a cached prefix"
+        assert any(map(cached, again))
+
+        before = computed_tokens(server, world_size)
+        answers = ask_all(server, world_size * bodies)
+        assert list(map(told, answers)) == world_size * expected, "on each rank"
+        assert all(np.array(computed_tokens(server, world_size)) > before)
+
+        preempted = server.metrics()["nmoe:num_preemptions_total"]
+        late = [{**body, "priority": 9} for body in bodies]  # these lose their pages first
+        crowd = others(world_size)
+        answers = ask_all(server, [*crowd[:32], *bodies, *late, *crowd[32:]])[32 : 32 + 2 * len(bodies)]
+        assert list(map(told, answers)) == 2 * expected, "among others"
+        assert server.metrics()["nmoe:num_preemptions_total"] > preempted
+    with Server(sections) as server:
+        assert list(map(told, ask_all(server, bodies))) == expected, "after a restart, side by side"
