@@ -32,6 +32,7 @@ MAX_TOP_K = 128
 MAX_SCORED = 128  # tokens named by one request
 
 _HEADER = struct.Struct("<3i")
+HEADER_BYTES = _HEADER.size
 
 
 class Returns(msgspec.Struct, frozen=True, array_like=True, gc=False):

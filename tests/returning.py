@@ -158,6 +158,13 @@ def step(step_id, rows, ids=(), pages=(), admits=(), cells=(), numerics=Numerics
     )
 
 
+def told(request):
+    """All that came back of a request, NaN as a number."""
+    records = [(r.logprob, r.rank, *r.top_ids, *r.top_logprobs, *r.scored) for r in request.records]
+    drawn = np.nan_to_num([record.drawn_logprob for record in request.records], nan=1.0).tolist()
+    return request.ids, records, drawn, request.routing, np.array(request.cells).tobytes()
+
+
 def drawn_logprob(logits_V, sampling, ids, prompt_len, token):
     """From the definition, in float64: of the distribution after everything that the sampling asks for."""
     logits_V = logits_V.double().numpy().copy()

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from nmoe.arena import ArenaLayout
-from nmoe.outputs import pack
+from nmoe.outputs import HEADER_BYTES, pack
 from nmoe.worker.kernels.records import HEAD
 
 Array = npt.NDArray[Any]
@@ -43,21 +43,25 @@ class Shapes:
     scored: Array  # int64: ids
     cells_C: Array  # int32: of all rows
 
+    def table(self) -> Array:
+        """What tells a block's shape, [N, 6]."""
+        return np.stack((self.told, self.has_sampled, self.cells, self.routed, self.top_k, self.scored), 1)
+
 
 class Blocks:
     """The outputs of a step that was launched. Bring everything, record the event that follows, then `finish`."""
 
     def __init__(self, shapes: Shapes, arena: Arena | None) -> None:
         self._shapes, self._arena = shapes, arena
-        self._sampled_MW: torch.Tensor | None = None
-        self._routing_JB: torch.Tensor | None = None
+        self._sampled_MW: list[torch.Tensor] = []
+        self._routing_JB: list[torch.Tensor] = []
         self._prompts_PW: list[torch.Tensor] = []
         self._logits_CV: list[tuple[Array, torch.Tensor]] = []
         self._told_cells_C, self._sampled_cells_C = _split_cells(shapes)
 
     def add_sampled(self, words_MW: torch.Tensor) -> None:
         """The records of the sampled tokens."""
-        self._sampled_MW = _bring(words_MW)
+        self._sampled_MW.append(_bring(words_MW))
 
     def add_sampled_logits(self, logits_CV: torch.Tensor) -> None:
         """The logits behind those of them that have cells."""
@@ -74,68 +78,76 @@ class Blocks:
 
     def add_routing(self, routing_JB: torch.Tensor) -> None:
         """The routing of all positions."""
-        self._routing_JB = _bring(routing_JB)
+        self._routing_JB.append(_bring(routing_JB))
 
     def finish(self) -> tuple[bytes, bytes]:
         """`StepDone.blocks` and `block_sizes`, once everything is on the host; the logits are in their cells."""
         for cells_C, logits_CV in self._logits_CV:
             assert self._arena is not None
             self._arena.write(cells_C, logits_CV)
-        shapes, parts = self._shapes, self._parts()
-        if not shapes.told.any() and all(_uniform(getattr(shapes, name)) for name in _SHAPES):
-            return self._alike(*parts)
-        return self._one_by_one(*parts)
+        shapes_N6 = self._shapes.table()
+        if (shapes_N6 == shapes_N6[0]).all():  # the usual step
+            blocks = self._alike(np.arange(len(shapes_N6)))
+            return blocks.tobytes(), np.full(len(blocks), blocks.shape[1], np.int32).tobytes()
+        kinds: dict[tuple[int, ...], list[int]] = {}
+        for row, shape in enumerate(shapes_N6.tolist()):
+            kinds.setdefault(tuple(shape), []).append(row)
+        groups = [np.array(rows) for rows in kinds.values()]
+        alike = [self._alike(rows) for rows in groups]
+        sizes = np.empty(len(shapes_N6), np.int32)
+        for rows, blocks in zip(groups, alike, strict=True):
+            sizes[rows] = blocks.shape[1]
+        begins = _before(sizes)
+        joined = np.empty(int(sizes.sum()), np.uint8)
+        for rows, blocks in zip(groups, alike, strict=True):
+            if len(rows) == 1:  # it may be long
+                joined[begins[rows[0]] :][: blocks.size] = blocks[0]
+            else:
+                joined[begins[rows, None] + np.arange(blocks.shape[1])] = blocks
+        return joined.tobytes(), sizes.tobytes()
 
-    def _parts(self) -> tuple[Array, Array, Array]:
-        """Records of sampled tokens, of prompts', and the routing: all on the host, of no rows where there are none."""
-        none = np.empty((0, HEAD), np.int32)
-        sampled_MW = none if self._sampled_MW is None else self._sampled_MW.numpy()
-        prompts_PW = torch.cat(self._prompts_PW).numpy() if self._prompts_PW else none
-        routing_JB = np.empty((0, 0), np.uint8) if self._routing_JB is None else self._routing_JB.numpy()
-        return sampled_MW, prompts_PW, routing_JB
-
-    def _alike(self, sampled_MW: Array, _: Array, routing_JB: Array) -> tuple[bytes, bytes]:
-        """The usual step: every row has the same to say, and nothing of its prompt."""
-        shapes, rows = self._shapes, len(self._shapes.told)
-        cells, records, routed = int(shapes.cells[0]), int(shapes.has_sampled[0]), int(shapes.routed[0])
-        header = np.frombuffer(pack(bytes(4 * cells), b"", records, b"", routed), np.uint8)[:12]
-        parts = (
-            np.broadcast_to(header, (rows, 12)),
-            shapes.cells_C.reshape(rows, cells).view(np.uint8),
-            sampled_MW.view(np.uint8).reshape(rows, -1),
-            routing_JB.reshape(rows, -1),
-        )
-        blocks = np.concatenate(parts, 1)
-        return blocks.tobytes(), np.full(rows, blocks.shape[1], np.int32).tobytes()
-
-    def _one_by_one(self, sampled_MW: Array, prompts_PW: Array, routing_JB: Array) -> tuple[bytes, bytes]:
-        shapes, widest = self._shapes, int(self._shapes.top_k.max())
-        sampled, told, cell, position = 0, 0, 0, 0
-        blocks = []
-        for row in range(len(shapes.told)):
-            count, cells, routed = int(shapes.told[row]), int(shapes.cells[row]), int(shapes.routed[row])
-            k, scored, has_sampled = int(shapes.top_k[row]), int(shapes.scored[row]), bool(shapes.has_sampled[row])
-            records = _cut(prompts_PW[told : told + count], widest, k, scored) + _cut(
-                sampled_MW[sampled : sampled + has_sampled], widest, k, scored
-            )
-            blocks.append(
-                pack(
-                    shapes.cells_C[cell : cell + cells].tobytes(),
-                    records,
-                    count + has_sampled,
-                    routing_JB[position : position + routed].tobytes(),
-                    routed,
-                )
-            )
-            sampled, told, cell, position = sampled + has_sampled, told + count, cell + cells, position + routed
-        return b"".join(blocks), np.array([len(block) for block in blocks], np.int32).tobytes()
+    def _alike(self, rows: Array) -> Array:
+        """The blocks of these rows, which have the same shape: uint8, one to a line."""
+        shapes, first = self._shapes, int(rows[0])
+        told, routed = int(shapes.told[first]), int(shapes.routed[first])
+        cells, records = int(shapes.cells[first]), told + bool(shapes.has_sampled[first])
+        header = np.frombuffer(pack(bytes(4 * cells), b"", records, b"", routed), np.uint8)[:HEADER_BYTES]
+        parts = [
+            np.broadcast_to(header, (len(rows), HEADER_BYTES)),
+            _lines(shapes.cells_C, _before(shapes.cells)[rows], cells),
+        ]
+        for words, begins, count in (
+            (self._prompts_PW, _before(shapes.told)[rows], told),
+            (self._sampled_MW, _before(shapes.has_sampled)[rows], records - told),
+        ):
+            if count:
+                cut = _cut(_joined(words), shapes, first)
+                parts.append(_lines(cut, begins, count))
+        if routed:
+            routing_JB = _joined(self._routing_JB)
+            parts.append(_lines(routing_JB, _before(shapes.routed)[rows], routed))
+        return np.concatenate(parts, 1)
 
 
-_SHAPES = ("has_sampled", "cells", "routed", "top_k", "scored")
+def _joined(parts: list[torch.Tensor]) -> Array:
+    return parts[0].numpy() if len(parts) == 1 else np.concatenate([part.numpy() for part in parts])
 
 
-def _uniform(array: Array) -> bool:
-    return bool((array == array[0]).all())
+def _before(counts: Array) -> Array:
+    """How many there are before each row's."""
+    before: Array = counts.cumsum(dtype=np.int64) - counts
+    return before
+
+
+def _lines(items: Array, begins: Array, count: int) -> Array:
+    """The bytes of `count` items from each of `begins` on, one line each: uint8 [len(begins), ...]."""
+    if len(begins) == 1:
+        chosen = items[begins[0] : begins[0] + count]
+    elif len(items) == len(begins) * count:
+        chosen = items
+    else:
+        chosen = items[begins[:, None] + np.arange(count)]
+    return np.ascontiguousarray(chosen).view(np.uint8).reshape(len(begins), -1)
 
 
 def _split_cells(shapes: Shapes) -> tuple[Array, Array]:
@@ -146,15 +158,14 @@ def _split_cells(shapes: Shapes) -> tuple[Array, Array]:
     return shapes.cells_C[~is_last], shapes.cells_C[is_last]
 
 
-def _cut(words_NW: Array, widest: int, k: int, scored: int) -> bytes:
-    """The records of one request out of those that are wide enough for all: `Returns.record_bytes` each."""
-    if not len(words_NW):
-        return b""
-    ids, logprobs, named = HEAD, HEAD + widest, HEAD + 2 * widest
+def _cut(words_NW: Array, shapes: Shapes, row: int) -> Array:
+    """What `row` wants of records that are wide enough for all: words of `Returns.record_bytes`."""
+    widest, k, scored = int(shapes.top_k.max()), int(shapes.top_k[row]), int(shapes.scored[row])
+    logprobs, named = HEAD + widest, HEAD + 2 * widest
     if k == widest and words_NW.shape[1] == named + scored:
-        return words_NW.tobytes()
-    parts = words_NW[:, :ids], words_NW[:, ids : ids + k], words_NW[:, logprobs : logprobs + k]
-    return np.concatenate((*parts, words_NW[:, named : named + scored]), 1).tobytes()
+        return words_NW
+    parts = words_NW[:, : HEAD + k], words_NW[:, logprobs : logprobs + k], words_NW[:, named : named + scored]
+    return np.concatenate(parts, 1)
 
 
 def _bring(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from nmoe.profiles import Numerics
 from nmoe.worker.kernels import records, routing
 from nmoe.worker.model import load_model
 from tests.checkpoints import make_checkpoint
-from tests.returning import GREEDY, NOTHING, Driver, Request, drawn_logprob
+from tests.returning import GREEDY, NOTHING, Driver, Request, drawn_logprob, told
 
 GPU = torch.device("cuda", 0)
 PAGE, VOCAB = 32, 512
@@ -169,13 +169,6 @@ def test_records_describe_the_logits_that_came_with_them(engine, captured, numer
                 past = request.ids[:place]
                 expected = drawn_logprob(logits_V, request.sampling, past, request.prompt_len, token)
                 close([record.drawn_logprob], [expected], 1e-4)
-
-
-def told(request):
-    """All that came back of a request, NaN as a number."""
-    records = [(r.logprob, r.rank, *r.top_ids, *r.top_logprobs, *r.scored) for r in request.records]
-    drawn = np.nan_to_num([record.drawn_logprob for record in request.records], nan=1.0).tolist()
-    return request.ids, records, drawn, request.routing, np.array(request.cells).tobytes()
 
 
 def test_exact_outputs_have_the_same_bits_in_any_company_and_chunks(engine):
