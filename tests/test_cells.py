@@ -163,6 +163,37 @@ def test_siblings_that_need_cells_do_not_close_their_rank():
     engine.run()
 
 
+def test_siblings_on_a_rank_without_cells_leave_it_to_others():
+    engine = Engine(limits(world_size=2, cells_per_rank=2, num_pages=64, max_batch_size=2, max_prefill_tokens=64))
+    engine.stubborn.add(1)
+    engine.submit([1] * 9, 6, returns=LOGITS, n=3, frontend=1)
+    for _ in range(6):
+        engine.plan()
+        engine.answer_all()
+    assert [engine.cells.num_free(rank) for rank in range(2)] == [0, 2]
+    uids = [engine.submit([2 + i] * 9, 30) for i in range(4)]
+    for _ in range(3):
+        engine.plan()
+        engine.answer_all()
+    assert sorted(engine.request(uid).rank for uid in uids) == [0, 0, 1, 1]
+    engine.stubborn.clear()
+    engine.run()
+
+
+def test_who_had_no_room_is_asked_again_when_somebody_stalls():
+    """Its lane's turn was before the one in which the other came to a standstill, and nothing else will happen."""
+    engine = Engine(limits(num_pages=8, cells_per_rank=2, max_prefill_tokens=64))
+    engine.stubborn.add(1)
+    engine.submit([1] * 20, 6, returns=LOGITS, frontend=1)
+    for _ in range(2):
+        engine.plan()
+        engine.answer_all()
+    other = engine.submit([2] * 20, 4, profile="rl_sample")
+    assert engine.plan() is not None
+    assert engine.request(other).state is State.DECODE
+    engine.run()
+
+
 def test_a_frontends_death_frees_the_arena():
     engine, _ = stuck(BULK)
     engine.scheduler.forget(1, None)

@@ -9,9 +9,10 @@ from nmoe.messages import ROW_HAS_IDS, Rejected
 from nmoe.outputs import Returns
 from nmoe.profiles import PROFILES, Lane
 from nmoe.scheduler.request import State
-from tests.simulated_engine import Engine, limits
+from tests.simulated_engine import Client, Engine, limits
 
 PRODUCTION, EXACT, EVALUATION, BULK = "production_generate", "rl_sample", "eval_exact", "offline_distill"
+DISTILL = "online_distill"
 
 
 def steps(engine: Engine, count: int) -> list[Lane]:
@@ -21,6 +22,10 @@ def steps(engine: Engine, count: int) -> list[Lane]:
         engine.plan()
         engine.answer_all()
     return engine.lanes[before:]
+
+
+def clients(engine: Engine, *uids: int) -> list[Client]:
+    return [engine.clients[uid] for uid in uids]
 
 
 def states(engine: Engine, uids: list[int]) -> list[State]:
@@ -145,9 +150,48 @@ def test_a_row_that_needs_a_page_takes_bulks_before_any_other():
     streams = [engine.submit([2 + i] * 8, 14) for i in range(2)]
     while not engine.scheduler.stats.preemptions:
         steps(engine, 1)
+    assert engine.scheduler.stats.preemptions == 1
     assert engine.request(bulk).state in (State.WAITING, State.DRAINING)
     assert states(engine, streams) == [State.DECODE] * 2
     engine.run()
+
+
+def test_pages_of_lasting_requests_are_evicted_after_all_others():
+    engine = Engine(limits(num_pages=16, max_prefill_tokens=64))
+    lasting = engine.submit(list(range(8)), 5, profile=DISTILL)  # the older: by use alone it would go first
+    engine.run()
+    plain = engine.submit(list(range(8, 16)), 5, profile=EXACT)
+    engine.run()
+    for i in range(20, 24):
+        engine.submit([i] * 16, 4)  # five of these pages are free, so the others are evicted for them
+        engine.run()
+    assert engine.scheduler.stats.evictions > 0
+    again = [
+        engine.submit(client.prompt + client.tokens + [39], 1, profile=EXACT)
+        for client in clients(engine, lasting, plain)
+    ]
+    engine.run()
+    assert [client.ended.cached_tokens for client in clients(engine, *again)] == [12, 0]
+
+
+def test_lasting_pages_are_evicted_when_nothing_else_is_left():
+    engine = Engine(limits(num_pages=8, max_prefill_tokens=64))
+    engine.submit(list(range(16)), 2, profile=DISTILL)
+    engine.run()
+    engine.submit([1] * 30, 2)
+    engine.run()
+    assert engine.scheduler.stats.evictions == 4
+    assert sum(engine.scheduler._ranks.pools[0]._lasting) == 0
+
+
+def test_a_prefix_that_a_lasting_request_shares_lasts():
+    engine = Engine(limits(num_pages=16, max_prefill_tokens=64))
+    engine.submit(list(range(9)), 2, profile=EXACT)
+    engine.run()
+    assert sum(engine.scheduler._ranks.pools[0]._lasting) == 0
+    engine.submit(list(range(13)), 2, profile=DISTILL)
+    engine.run()
+    assert sum(engine.scheduler._ranks.pools[0]._lasting) == 3
 
 
 def test_a_flood_of_bulk_never_keeps_production_waiting():
