@@ -170,7 +170,8 @@ def _num_pages(facts: Facts, checkpoint: Checkpoint, memory: int) -> int:
     if engine.num_pages:
         return engine.num_pages
     room = (memory - _weight_bytes(facts, checkpoint)) * (CPU_CACHE_SHARE if facts.gpus is None else 1.0)
-    return pages_that_fill(engine, checkpoint.max_seq_len, _page_bytes(facts, checkpoint), room)
+    page_bytes = _page_bytes(facts, checkpoint)
+    return pages_that_fill(engine, checkpoint.architecture, checkpoint.max_seq_len, page_bytes, room)
 
 
 def _page_bytes(facts: Facts, checkpoint: Checkpoint) -> int:

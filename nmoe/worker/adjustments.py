@@ -102,7 +102,7 @@ class Adjustments:
     def _take_place(self) -> int:
         if not self._free:
             count = len(self._past_NV)
-            more = max(count, _FEWEST)
+            more = min(max(count, _FEWEST), len(self.active) - count)
             self._past_NV = torch.cat((self._past_NV, self._past_NV.new_zeros(more, self._vocab_size)))
             self._free = list(range(count + more - 1, count - 1, -1))
         return self._free.pop()

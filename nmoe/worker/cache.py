@@ -24,7 +24,7 @@ def make_cache(config: Config, checkpoint: Checkpoint, device: torch.device) -> 
     architecture, dtype = checkpoint.architecture, getattr(torch, checkpoint.dtype)
     page_bytes = architecture.cache_bytes_per_token(checkpoint.dtype) * config.engine.page_size
     num_pages = config.engine.num_pages or pages_that_fill(
-        config.engine, checkpoint.max_seq_len, page_bytes, _available(config, device)
+        config.engine, architecture, checkpoint.max_seq_len, page_bytes, _available(config, device)
     )
     if num_pages * config.engine.page_size < 2:
         raise NmoeError(_remedy(config, device, "no memory is left for the KV cache", page_bytes))
