@@ -53,9 +53,8 @@ def records(
     for n, row in enumerate(rows_N.tolist()):
         shifted_V = logits[row] - logits[row].max()
         log_sum = np.log(np.exp(shifted_V).sum(dtype=np.float64))
-        token = shifted_V[tokens[n]]
-        floats[n, 0] = token - log_sum
-        words[n, 2] = np.count_nonzero(shifted_V > token) + 1
+        floats[n, 0] = shifted_V[tokens[n]] - log_sum
+        words[n, 2] = np.count_nonzero(logits[row] > logits[row, tokens[n]]) + 1  # unequal ones may be equal if shifted
         floats[n, HEAD + top_k :] = shifted_V[ids[n]] - log_sum
     return words_NW
 
