@@ -73,9 +73,6 @@ def records(
     top_k: int,
 ) -> torch.Tensor:
     """See records.py. Rows of `logits_SV` lie end to end, in any dtype."""
-    # How a block lies over the threads, and so the order of its sums, follows from the type: captured steps bring their
-    # logits in the model's, others in float32, and both must give the same bits.
-    logits_SV = logits_SV.float()
     count, num_ids = ids_NC.shape
     width = HEAD + top_k + num_ids
     words_NW = torch.empty(count, width, dtype=torch.int32, device=logits_SV.device)
