@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from nmoe.checkpoint import open_checkpoint
 from nmoe.config import Config, Engine, Model, Parallel
 from nmoe.messages import ROW_HAS_IDS, ROW_RETURNS, ROW_SAMPLES, Admit, Sampling, bias_fields
-from nmoe.outputs import Returns, cells_of, pack, read_records, unpack
+from nmoe.outputs import Returns, RoutingLayout, cells_of, pack, read_records, unpack
 from nmoe.profiles import Numerics
 from nmoe.worker import outputs
+from nmoe.worker.cache import make_cache
 from nmoe.worker.kernels.records import make_records
 from nmoe.worker.model import load_model
 from nmoe.worker.slots import MalformedStep
@@ -418,3 +419,12 @@ def test_blocks_are_read_as_they_were_made(data):
     if len(made) > 12 + len(routing):
         with pytest.raises(ValueError, match="cannot have"):
             unpack(made[: len(made) - len(routing) - 1], returns)
+
+
+def test_the_memory_rule_counts_what_the_cache_takes(engine):
+    """A page of it, and what of that is one position's routing."""
+    config, checkpoint, _ = engine
+    cache, architecture = make_cache(config, checkpoint, CPU), checkpoint.architecture
+    taken = cache.rows_LNSC.nbytes + cache.routing_NSLK.nbytes
+    assert taken == (PAGES + 1) * PAGE * architecture.cache_bytes_per_token("float32")
+    assert cache.routing_NSLK[0, 0].nbytes == RoutingLayout.of(architecture).position_bytes

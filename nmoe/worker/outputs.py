@@ -73,7 +73,7 @@ class Selection:
     shapes: Shapes
     prompt_rows_P: Array  # int64: which of N each is of
     prompt_places_P: Array  # int64: where its hidden state is in T
-    prompt_tokens_P: Array  # int64: the token it tells of
+    prompt_tokens_P: Array  # int32, like sampled ones: the token it tells of
     routed_slots_J: Array  # int64
     routed_positions_J: Array  # int64
 
@@ -89,7 +89,7 @@ class Outputs:
         num_slots = len(pages_SP)
         self._wishes = np.zeros(num_slots, _WISH)
         self._named = [np.empty(0, np.int64)] * num_slots  # the ids to be scored
-        self._prompts = [np.empty(0, np.int64)] * num_slots
+        self._prompts = [np.empty(0, np.int32)] * num_slots
         self._cursors = np.zeros(num_slots, np.int64)
 
     def reset(self) -> None:
@@ -116,7 +116,7 @@ class Outputs:
             self._named[slot] = np.array(returns.scored_ids, np.int64)
             self._cursors[slot] = admit.returned
             if returns.prompt:
-                prompt = np.frombuffer(admit.past, np.int32)[: admit.prompt_len].astype(np.int64)
+                prompt = np.frombuffer(admit.past, np.int32)[: admit.prompt_len]
                 if len(prompt) != admit.prompt_len:
                     raise MalformedStep(f"admit: slot {slot} returns its prompt's records and brings no prompt")
                 self._prompts[slot] = prompt
@@ -194,7 +194,7 @@ class Outputs:
             shapes=Shapes(told, returning.has_sampled, num_cells, routed, returning.top_k, returning.scored, cells_C),
             prompt_rows_P=prompt_rows_P,
             prompt_places_P=(returning.starts - firsts)[prompt_rows_P] + prompt_positions_P,
-            prompt_tokens_P=np.concatenate(tokens) if tokens else np.empty(0, np.int64),
+            prompt_tokens_P=np.concatenate(tokens) if tokens else np.empty(0, np.int32),
             routed_slots_J=slots[routed_rows_J],
             routed_positions_J=cursors[routed_rows_J] + _counted(routed),
         )
