@@ -147,10 +147,11 @@ def check_gpu(architecture: Architecture, dtype: torch.dtype, page_size: int, de
     for name, value, multiple in (
         ("hidden_size", a.hidden_size, 128),
         ("moe_intermediate_size", a.moe_intermediate_size, 64),
-        ("num_attention_heads", a.num_heads, 16),
     ):
         if value % multiple:
             problems.append(f"{name} = {value}: must be a multiple of {multiple}")
+    if a.num_heads != 16 and a.num_heads % 64:
+        problems.append(f"num_attention_heads = {a.num_heads}: must be 16 or a multiple of 64")
     if a.quant_block:
         fp8_sizes = {
             "hidden_size": a.hidden_size,
