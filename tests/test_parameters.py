@@ -188,10 +188,24 @@ def test_what_changes_nothing_is_taken(complete, greedy):
 
 
 @pytest.mark.parametrize("profile", ["online_distill", "rl_sample", "eval_exact", "offline_distill"])
-def test_profiles_without_outputs_are_refused(complete, profile):
-    with pytest.raises(openai.BadRequestError, match="not served yet") as caught:
-        complete(profile=profile)
-    assert caught.value.param == "profile" and caught.value.code == "unsupported_value"
+def test_profiles_that_do_not_stream_say_so(complete, profile):
+    assert len(complete(profile=profile).choices[0].logprobs.token_logprobs) == 24
+    with pytest.raises(openai.BadRequestError, match=f"profile {profile} does not stream") as caught:
+        complete(profile=profile, stream=True)
+    assert caught.value.param == "stream"
+
+
+def test_logprobs_as_openais_client_reads_them(client, server, complete):
+    choice = complete(logprobs=3, max_tokens=4).choices[0]
+    assert choice.logprobs.token_ids == choice.token_ids
+    # The likeliest token was taken; tokens with one text count once.
+    assert [max(top.values()) for top in choice.logprobs.top_logprobs] == choice.logprobs.token_logprobs
+    said = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4, "seed": 1}
+    fields = {"model": server.model, "logprobs": True, "top_logprobs": 3, **said}
+    content = client.chat.completions.create(**fields).choices[0].logprobs.content
+    assert len(content) == 4 and all(len(entry.top_logprobs) == 3 for entry in content)
+    streamed = [chunk.choices[0].logprobs for chunk in client.chat.completions.create(**fields, stream=True)]
+    assert [entry for logprobs in streamed if logprobs for entry in logprobs.content] == content
 
 
 # ----------------------------------------------------------------------------------------------------------------- chat
