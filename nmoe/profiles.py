@@ -19,7 +19,7 @@ class Lane(enum.IntEnum):
     PRODUCTION = 0
     EXACT = 1
     EVALUATION = 2  # in arrival order, whatever the priorities
-    BULK = 3  # full batches: prompts take the whole budget, since nobody streams
+    BULK = 3  # full batches, in the room that the others leave
 
     @property
     def numerics(self) -> Numerics:

@@ -69,11 +69,8 @@ def test_evaluation_keeps_the_order_of_arrivals():
     assert sorted(by_priority, key=lambda uid: engine.clients[uid].ended.scheduled_at) == by_priority[::-1]
 
 
-def test_bulk_fills_the_batch_with_the_whole_budget_before_it_decodes():
-    engine = Engine(limits(num_pages=400, max_batch_size=8, page_size=4, max_prefill_tokens=64))
-    stream = engine.submit([1, 2, 3], 200)
-    steps(engine, 2)
-    bulk = [engine.submit([i] * 32, 12, profile=BULK) for i in range(12)]
+def bulk_steps(engine):
+    """Of each BULK step, until one has no chunks: the tokens of its chunks, and its rows."""
     sizes = []
     while not sizes or sizes[-1][0]:
         planned = engine.plan()
@@ -81,10 +78,26 @@ def test_bulk_fills_the_batch_with_the_whole_budget_before_it_decodes():
         if engine.lanes[-1] is Lane.BULK:
             rows = engine.workers[0].rows_of(planned[0])
             sizes.append((sum(row[2] for row in rows if row[3] & ROW_HAS_IDS), len(rows)))
-    # Two prompts fill the step's 64 tokens; 7 rows fill the batch, with the stream. The last prompt's step is the first
-    # in which nobody else can be admitted, so the six rows before it go on.
-    assert sizes == [(64, 2), (64, 2), (64, 2), (32, 7), (0, 7)]
+    return sizes
+
+
+def test_bulk_fills_the_batch_before_it_decodes():
+    engine = Engine(limits(num_pages=400, max_batch_size=7, page_size=4, max_prefill_tokens=64))
+    bulk = [engine.submit([i] * 32, 12, profile=BULK) for i in range(12)]
+    # Two prompts fill the step's 64 tokens. The last prompt's step is the first in which nobody else can be admitted,
+    # so the six rows before it go on.
+    assert bulk_steps(engine) == [(64, 2), (64, 2), (64, 2), (32, 7), (0, 7)]
     assert states(engine, bulk) == [State.DECODE] * 7 + [State.WAITING] * 5
+    engine.run()
+
+
+def test_bulk_delays_a_stream_by_no_more_than_other_prompts_do():
+    engine = Engine(limits(num_pages=400, max_batch_size=3, page_size=4, max_prefill_tokens=64))
+    stream = engine.submit([1, 2, 3], 200)
+    steps(engine, 2)
+    bulk = [engine.submit([i] * 32, 12, profile=BULK) for i in range(4)]
+    assert bulk_steps(engine) == [(16, 1), (16, 1), (16, 2), (16, 2), (0, 2)]
+    assert states(engine, bulk) == [State.DECODE] * 2 + [State.WAITING] * 2
     assert engine.request(stream).state is State.DECODE
     engine.run()
 

@@ -1,8 +1,8 @@
 """What one lane does in a step: pages for the rows that go on, chunks for prompts, admissions as long as there is room.
 
-In every lane but BULK running rows come first, then the chunks within the budget that is left beside them. In BULK
-prompts come first, with the whole budget: its rows go on when nobody else can be admitted, with a batch as full as it
-gets.
+The budget is smaller while rows of any lane but BULK decode, whosever step it is: they wait for its chunks. In every
+lane but BULK running rows come first, then the chunks. In BULK prompts come first: its rows go on when nobody else can
+be admitted, with a batch as full as it gets.
 """
 
 import math
@@ -137,7 +137,7 @@ class Planner:
     def _prefill(self, lane: Lane, draft: Draft, now: float) -> None:
         """Fill the budget with chunks; a waiting request goes before those begun that come after it in the order."""
         batches = self._ranks.batches
-        decoding = lane is not Lane.BULK and any(batches[other].slots.size for other in Lane if other is not Lane.BULK)
+        decoding = any(batches[other].slots.size for other in Lane if other is not Lane.BULK)
         draft.set_budget(self._limits.chunk(decoding))
         for request in sorted(self._ranks.prefills[lane], key=lambda request: request.order):
             self._admit(lane, draft, request.order, now)
