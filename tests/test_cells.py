@@ -116,6 +116,28 @@ def test_rows_without_a_cell_stand_still_and_the_oldest_goes_on():
     assert seen[-1] == [6] * 4
 
 
+def test_a_slow_reader_of_one_request_leaves_cells_to_others():
+    engine = Engine(limits(cells_per_rank=128, num_pages=200, max_prefill_tokens=64, max_seq_len=400))
+    engine.stubborn.add(1)
+    prompt = engine.submit([1] * 300, 2, returns=ALL_LOGITS, frontend=1)
+    rows = engine.submit([2] * 3, 200, returns=LOGITS, frontend=1)
+    for _ in range(100):
+        engine.plan()
+        engine.answer_all()
+    share = engine.scheduler.limits.cells_share
+    assert share == 32
+    # A prompt's chunks in flight are not counted yet: it may have one share more, and as much again.
+    assert share <= engine.cells.held(prompt) <= 3 * share
+    assert share <= engine.cells.held(rows) <= share + engine.scheduler.limits.steps_in_flight
+    uid = engine.submit([3] * 20, 20, returns=ALL_LOGITS)
+    while engine.clients[uid].ended is None:
+        assert engine.plan() is not None, "stuck"
+        engine.answer_all()
+        engine.release()
+    engine.stubborn.clear()
+    engine.run()
+
+
 def stuck(profile: str, **sizes) -> tuple[Engine, list[int]]:
     """An engine filled by requests of a frontend that releases nothing."""
     engine = Engine(

@@ -7,9 +7,14 @@
 A row takes a cell for each record whose logits it returns. Conservation: free + in flight + at frontends == all cells,
 each once; none is in flight when no step is.
 
+Of those at frontends it is known for which request they are, because one that is read slowly may not have them all: see
+`Limits.cells_share`.
+
 What a life does not have it cannot give back. So what was released to an earlier life of the scheduler and comes to
 this one is ignored, and what a frontend held when it died is free once its death is known, and only then.
 """
+
+from collections import Counter
 
 import numpy as np
 
@@ -31,6 +36,8 @@ class Cells:
     def __init__(self, world_size: int, cells_per_rank: int) -> None:
         self._cells_per_rank = cells_per_rank
         self._owner = np.full(world_size * cells_per_rank, _FREE, np.int64)  # a life, or one of the two above
+        self._uid = np.full(world_size * cells_per_rank, -1, np.int64)  # of cells at frontends
+        self._held: Counter[int] = Counter()  # the same, counted by uid
         self._free = [
             list(range((rank + 1) * cells_per_rank - 1, rank * cells_per_rank - 1, -1)) for rank in range(world_size)
         ]
@@ -39,6 +46,10 @@ class Cells:
     def num_free(self, rank: int) -> int:
         """Cells that `take` can give."""
         return len(self._free[rank])
+
+    def held(self, uid: int) -> int:
+        """Cells of a request that its frontend has not given back."""
+        return self._held[uid]
 
     def take(self, rank: int, count: int) -> list[int]:
         """`count` cells of `rank` for rows of a step. The caller has checked `num_free`."""
@@ -52,6 +63,8 @@ class Cells:
         """Cells of a step that has landed go to the frontends of `uids`, int64; a uid of -1 is nobody."""
         nobody = uids < 0
         self._owner[cells] = uids // LIFE
+        self._uid[cells] = uids
+        self._held.update(uids[~nobody].tolist())
         self._put_back(cells[nobody])
 
     def release(self, cells: bytes, life: int) -> int:
@@ -75,6 +88,12 @@ class Cells:
         self._put_back(np.flatnonzero(self._owner == _IN_FLIGHT).astype(np.int32))
 
     def _put_back(self, cells: Ints) -> None:
+        for uid in self._uid[cells].tolist():
+            if uid >= 0:
+                self._held[uid] -= 1
+                if not self._held[uid]:
+                    del self._held[uid]
+        self._uid[cells] = -1
         self._owner[cells] = _FREE
         for cell in cells.tolist():
             self._free[cell // self._cells_per_rank].append(cell)
@@ -86,7 +105,8 @@ class Cells:
             return
         self._touched = False
         listed = np.bincount([cell for free in self._free for cell in free], minlength=len(self._owner))
-        if (listed != (self._owner == _FREE)).any() or (self._owner == _IN_FLIGHT).any():
+        wrong = (listed != (self._owner == _FREE)) | ((self._owner >= 0) != (self._uid >= 0))
+        if wrong.any() or (self._owner == _IN_FLIGHT).any() or self._held.total() != np.count_nonzero(self._uid >= 0):
             raise RuntimeError(
                 f"the arena's cells do not add up: {int(listed.sum())} free of {len(self._owner)},"
                 f" {int((self._owner >= 0).sum())} at frontends, {int((self._owner == _IN_FLIGHT).sum())} still in"

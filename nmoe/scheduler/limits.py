@@ -14,6 +14,9 @@ from nmoe.profiles import PROFILES
 _RECORDS_BYTES = 1 << 20  # that one request may return in one step
 
 
+_FEWEST_CELLS = 16  # that one request may have whatever the others need
+
+
 class Limits(msgspec.Struct, frozen=True):
     """The sizes the policy works with; per rank where not said otherwise."""
 
@@ -49,6 +52,11 @@ class Limits(msgspec.Struct, frozen=True):
             steps_in_flight=config.steps_in_flight,
             enable_prefix_cache=engine.enable_prefix_cache,
         )
+
+    @property
+    def cells_share(self) -> int:
+        """How many cells the frontend may keep of one request before it gets more: who reads slowly leaves some."""
+        return max(_FEWEST_CELLS, self.cells_per_rank // 4)
 
     @property
     def lookahead(self) -> int:

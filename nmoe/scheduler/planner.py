@@ -69,13 +69,14 @@ class Planner:
         return batch, draft
 
     def _ration(self, lane: Lane) -> None:
-        """Each row with logits takes a cell of the arena: the oldest go on, those without one stand still."""
+        """Each row with logits takes a cell of the arena: the oldest go on, those without one stand still, and those
+        that are read too slowly."""
         ranks = self._ranks
         if costly := ranks.costly[lane]:
             left = [ranks.cells.num_free(rank) for rank in range(self._limits.world_size)]
             for request in sorted(costly, key=lambda request: request.order):
-                left[request.rank] -= 1
-                if left[request.rank] >= 0:
+                if left[request.rank] and ranks.cells.held(request.uid) < self._limits.cells_share:
+                    left[request.rank] -= 1
                     ranks.resume(request)
                 else:
                     ranks.stall(request)
@@ -167,7 +168,11 @@ class Planner:
 
     def _affordable(self, request: Request, first: int, count: int, draft: Draft) -> int:
         """How many of the `count` tokens from `first` there are cells for; each needs one at most."""
-        left = self._ranks.cells.num_free(request.rank) - draft.reserved[request.rank]
+        cells = self._ranks.cells
+        left = min(
+            cells.num_free(request.rank) - draft.reserved[request.rank],
+            max(0, self._limits.cells_share - cells.held(request.uid)),
+        )
         while request.cells_for(first, count) > left:
             count -= max(1, request.cells_for(first, count) - left - 1)  # the last may be for the sample
         return count
