@@ -38,19 +38,21 @@ def write_config(folder: pathlib.Path, sections: dict[str, dict[str, Any]]) -> p
 class Server:
     """A running server; a context manager that starts it, waits for its ready line, and stops it with SIGTERM."""
 
-    def __init__(self, sections: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, sections: dict[str, dict[str, Any]], start_s: float = 30.0) -> None:
+        """`start_s`: how long the start may take."""
         self.sections = sections
+        self._start_s = start_s
         self.model = sections["model"].get("name") or pathlib.Path(sections["model"]["path"]).name
         self.url = ""
         self._folder = tempfile.TemporaryDirectory(prefix="nmoe-test-")
         self.output_path = pathlib.Path(self._folder.name) / "output"
         self.process: Child
 
-    def start(self, timeout: float = 30.0) -> "Server":
+    def start(self) -> "Server":
         """Fork the server and wait for its ready line."""
         config = write_config(pathlib.Path(self._folder.name), self.sections)
         self.process = fork_call(main, ["serve", "--config", str(config)], output=self.output_path)
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + self._start_s
         while not self.url:
             assert self.process.running and time.monotonic() < deadline, f"not ready:\n{self.output}"
             time.sleep(0.01)

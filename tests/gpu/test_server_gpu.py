@@ -14,12 +14,8 @@ ENGINE = {"num_pages": 12, "page_size": 32, "max_batch_size": 16, "max_prefill_t
 async def serve(folder, world_size, prompts, engine):
     """The prompts' outputs through a whole server, and its metrics."""
     parallel = {"world_size": world_size, "device": "cuda"}
-    server = Server({"model": {"path": str(folder)}, "parallel": parallel, "engine": engine})
-    server.start(timeout=100)
-    try:
+    with Server({"model": {"path": str(folder)}, "parallel": parallel, "engine": engine}, start_s=100.0) as server:
         return await _generate(server, prompts), server.metrics()
-    finally:
-        server.__exit__()
 
 
 def check_tokens(folder, prompts, outputs):
