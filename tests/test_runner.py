@@ -18,6 +18,7 @@ from nmoe.messages import CHANNEL_DECODE, CHANNEL_PREFILL, ROW_HAS_IDS, ROW_SAMP
 from nmoe.profiles import Numerics
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.cache import make_cache
+from nmoe.worker.graphs import StepGraphs
 from nmoe.worker.model import load_model
 from nmoe.worker.process import warm_up, warm_up_prefills
 from nmoe.worker.rdep import OneRank
@@ -369,6 +370,19 @@ def test_reset_forgets_every_request():
     assert _tokens(runner.launch(_step(1, None))) == []
     with pytest.raises(MalformedStep):
         runner.launch(_step(2, [(0, 3, 1, ROW_SAMPLES)]))
+
+
+def test_a_reset_forgets_what_was_captured_on_the_way(monkeypatch):
+    """Only some ranks may have got the step, and a capture needs all of them."""
+    runner, _ = _runner()
+    graphs = StepGraphs.__new__(StepGraphs)
+    kept = {(Numerics.FAST, CHANNEL_DECODE, 1): "a decode", (Numerics.FAST, CHANNEL_PREFILL, 16): "a chunk"}
+    graphs._graphs = kept | {(Numerics.EXACT, CHANNEL_DECODE, 4): "running"}
+    idle = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: idle.append(len(graphs._graphs)))
+    runner._graphs = graphs
+    runner.reset()
+    assert graphs._graphs == kept and idle == [3]
 
 
 # ------------------------------------------------------------------------------------------------ with the real model

@@ -81,7 +81,7 @@ class StepGraphs:
         max_batch_size: int,
         max_chunk: int,
     ) -> None:
-        """Capture the steps of the fast class."""
+        """Capture the steps of the fast class; those of the exact class are captured when the first of a size comes."""
         self._model, self._cache, self._slots, self._sampler = model, cache, slots, sampler
         self._max_batch_size = max_batch_size
         decodes, chunks = ladder(max_batch_size), chunk_ladder(max_batch_size + max_chunk)
@@ -102,6 +102,12 @@ class StepGraphs:
         for (numerics, channel), sizes in self._sizes.items():
             for size in reversed(sizes if numerics is Numerics.FAST else []):
                 self._graph(numerics, channel, size)
+
+    def forget(self) -> None:
+        """Drop what was captured as it came. A step that only some ranks got may have had only these capture it; the
+        others would later exchange tokens for a capture of which these know nothing."""
+        torch.cuda.synchronize()  # a dropped one may still run
+        self._graphs = {key: graph for key, graph in self._graphs.items() if key[0] is Numerics.FAST}
 
     def find(self, step: Step, rows: Rows, ends: Array) -> StepGraph | None:
         """The graph for this step, if there is one; the same on all ranks but for where contexts are too long."""

@@ -80,16 +80,18 @@ class Runner:
 
     @torch.inference_mode()
     def capture(self, max_batch_size: int, max_chunk: int) -> None:
-        """From here on, replay steps from CUDA graphs: fast ones of up to `max_batch_size` rows, of which all decode or
-        the others have up to `max_chunk` tokens altogether."""
+        """From here on, replay steps from CUDA graphs: those of up to `max_batch_size` rows, of which all decode or the
+        others have up to `max_chunk` tokens altogether."""
         assert isinstance(self._sampler, GPUSampler)
         self._graphs = StepGraphs(self._model, self._cache, self._slots, self._sampler, max_batch_size, max_chunk)
 
     def reset(self) -> None:
-        """Forget every request; the weights and the cache's memory stay."""
+        """Forget every request; the weights and the cache's memory stay. All ranks do, or none."""
         self._table.reset()
         self._adjustments.reset()
         self._outputs.reset()
+        if self._graphs:
+            self._graphs.forget()
         self._take_rows(np.empty((0, 4), np.int32))
         self._ends = np.empty(0, np.int64)
 
