@@ -43,9 +43,11 @@ class Toy:
         self.architecture = types.SimpleNamespace(vocab_size=VOCAB)
         self.device = CPU
         self.batches = []
+        self.classes = []
 
     def forward(self, batch: Batch, cache: KVCache, numerics):
         self.batches.append(batch)
+        self.classes.append(numerics)
         rows = cache.rows_LNSC[0].flatten(0, 1)
         rows[batch.write_T] = torch.stack((batch.ids_T, batch.positions_T), 1).double()
         offsets = torch.arange(cache.page_size)
@@ -314,6 +316,13 @@ def test_warm_up_leaves_nothing_behind():
         warm_up(runner, page)
         with pytest.raises(MalformedStep):
             runner.launch(_step(0, [(0, 2, 1, ROW_SAMPLES)]))
+
+
+def test_both_classes_are_warmed_up():
+    cache, toy = KVCache(torch.zeros(1, 3, PAGE, 2, dtype=torch.float64)), Toy()
+    for numerics in Numerics:
+        warm_up(Runner(toy, cache, num_slots=1, max_seq_len=2), PAGE, numerics)
+    assert toy.classes == [Numerics.FAST] * 2 + [Numerics.EXACT] * 2
 
 
 def test_warming_up_prefills_leaves_nothing_behind():

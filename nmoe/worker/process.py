@@ -218,6 +218,8 @@ def _load(boot: ipc.Boot) -> tuple[Runner, int] | None:
     warm_up(runner, cache.page_size)
     runner.exchange.check()
     if device.type == "cuda":
+        # Compiling all that an exact step needs may take longer than a step may, and streams would stand still.
+        warm_up(runner, cache.page_size, Numerics.EXACT)
         most = config.engine.max_prefill_tokens // config.parallel.world_size
         longest = min(checkpoint.max_seq_len, most)
         warm_up_prefills(runner, cache, longest, min(most, longest * config.engine.max_batch_size))
@@ -260,14 +262,14 @@ def _progress(control: ipc.Control) -> ReportProgress:
     return report
 
 
-def warm_up(runner: Runner, page_size: int) -> None:
+def warm_up(runner: Runner, page_size: int, numerics: Numerics = Numerics.FAST) -> None:
     """Prefill one token and decode another, so that the first request does not pay for what is made on first use."""
     rows = np.array([0, 0, 1, ROW_SAMPLES | ROW_HAS_IDS | ROW_RETURNS], np.int32)
     pages = np.array([(0, page) for page in range(-(-2 // page_size))], np.int32)
     admit = Admit(slot=0, cached=0, sampling=Sampling(top_k=2, top_p=0.9), returns=Returns(records=True))
-    prefill = Step(0, 0, Numerics.FAST, CHANNEL_PREFILL, 1, rows.tobytes(), bytes(4), pages.tobytes(), (admit,))
+    prefill = Step(0, 0, numerics, CHANNEL_PREFILL, 1, rows.tobytes(), bytes(4), pages.tobytes(), (admit,))
     rows = np.array([0, 1, 1, ROW_SAMPLES | ROW_RETURNS], np.int32)
-    decode = Step(0, 1, Numerics.FAST, CHANNEL_DECODE, 1, rows.tobytes())
+    decode = Step(0, 1, numerics, CHANNEL_DECODE, 1, rows.tobytes())
     for step in (prefill, decode):
         runner.launch(step).tokens()
     runner.reset()
