@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from nmoe.messages import Admit, Sampling
+from nmoe.worker.stages import put
 
 Array = npt.NDArray[Any]
 _FEWEST = 8  # places that are made at once
@@ -110,7 +111,7 @@ class Adjustments:
     def _remember(self, place: int, past: Array, prompt_len: int) -> None:
         counts_V = 2 * np.bincount(past[prompt_len:], minlength=self._vocab_size).astype(np.int32)
         counts_V[past[:prompt_len]] += 1  # once, however often the prompt has it
-        self._past_NV[place] = torch.from_numpy(counts_V).to(self._device)
+        self._past_NV[place] = put(counts_V, self._device)
 
     def plan(self, slots_S: Array) -> Adjustment | None:
         """For rows of these slots, in this order; None when none of them asks for anything."""
@@ -125,22 +126,22 @@ class Adjustments:
         powers_P3 = self._powers[slots_P]
         return Adjustment(
             biased=self._pairs(bias_rows, [wish.bias_ids for wish in wishes]) if len(bias_rows) else None,
-            bias=self._put(np.concatenate([wish.biases for wish in wishes]), torch.float32),
+            bias=self._put(np.concatenate([wish.biases for wish in wishes]), np.float32),
             barred=self._pairs(barred_rows, [wish.barred_ids for wish in wishes]) if len(barred_rows) else None,
             barred_rows=barred_rows,
             barred_until=np.repeat([wish.barred_until for wish in wishes], [len(wish.barred_ids) for wish in wishes]),
             penalised_P=self._put(penalised) if len(penalised) else None,
             places_P=self._put(self._places[slots_P]),
-            repetition_P1=self._put(powers_P3[:, 0:1], torch.float32),
-            frequency_P1=self._put(powers_P3[:, 1:2], torch.float32),
-            presence_P1=self._put(powers_P3[:, 2:3], torch.float32),
+            repetition_P1=self._put(powers_P3[:, 0:1], np.float32),
+            frequency_P1=self._put(powers_P3[:, 1:2], np.float32),
+            presence_P1=self._put(powers_P3[:, 2:3], np.float32),
         )
 
     def _pairs(self, rows: Array, ids: list[Array]) -> tuple[torch.Tensor, torch.Tensor]:
         return self._put(rows), self._put(np.concatenate(ids))
 
-    def _put(self, array: Array, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, dtype, non_blocking=True)
+    def _put(self, array: Array, dtype: npt.DTypeLike = np.int64) -> torch.Tensor:
+        return put(array.astype(dtype), self._device)
 
     def apply(self, plan: Adjustment, logits_SV: torch.Tensor, positions_S: Array) -> None:
         """Change the float32 logits in place; `positions_S` (on the host) are those of the tokens to be sampled."""
@@ -149,7 +150,7 @@ class Adjustments:
         if plan.barred is not None:
             bars = positions_S[plan.barred_rows] < plan.barred_until
             if bars.any():
-                bar = self._put(np.where(bars, -np.inf, 0.0), torch.float32)
+                bar = self._put(np.where(bars, -np.inf, 0.0), np.float32)
                 logits_SV.index_put_(plan.barred, bar, accumulate=True)
         if plan.penalised_P is not None:
             past_PV = self._past_NV[plan.places_P]

@@ -28,6 +28,7 @@ from nmoe.worker.kernels.records import make_records
 from nmoe.worker.kernels.routing import read_routing
 from nmoe.worker.model import Model
 from nmoe.worker.slots import MalformedStep
+from nmoe.worker.stages import put
 
 Array = npt.NDArray[Any]
 _TILE = 1 << 24  # logits of prompts that are there at once
@@ -266,11 +267,7 @@ class Outputs:
                 blocks.add_prompt_logits(logits_PV[self._put(celled)])
 
     def _put(self, array: Array) -> torch.Tensor:
-        """The array on the device, without waiting for it."""
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if self._model.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self._model.device, non_blocking=True)
+        return put(array, self._model.device)
 
 
 def _counted(counts: Array) -> Array:

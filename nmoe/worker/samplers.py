@@ -15,6 +15,7 @@ from nmoe.worker.inputs import Parts
 from nmoe.worker.philox import uniforms
 from nmoe.worker.sampler import COLDEST, ONE, greedy, make_plan, sample
 from nmoe.worker.slots import DeviceSlots, SlotTable
+from nmoe.worker.stages import put
 
 Array = npt.NDArray[Any]
 # Tokens [S], and their log-probabilities under what they were drawn from, float32 [S], 0 of greedy ones; None when all
@@ -102,7 +103,7 @@ class GPUSampler:
         words[:, 3] = np.where((top_k <= 0) | (top_k > self._vocab_size), self._vocab_size, top_k)
         words[:, 4] = table.top_p[chosen].view(np.int64)
         words[:, 5] = table.seeds[chosen]
-        given = torch.from_numpy(words).pin_memory().to(self._parameters_NP.device, non_blocking=True)
+        given = put(words, self._parameters_NP.device)
         self._parameters_NP.index_put_((given[:, 0],), given[:, 1:])
 
     def take_rows(self, slots_S: Array) -> None:

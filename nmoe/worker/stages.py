@@ -6,10 +6,17 @@ result has been read; a step whose result nobody reads keeps its own.
 
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
 Array = npt.NDArray[Any]
+
+
+def put(array: Array, device: torch.device) -> torch.Tensor:
+    """The array on the device; the host does not wait for it. On the CPU both may share their memory."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Stage:

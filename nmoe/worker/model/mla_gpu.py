@@ -18,6 +18,7 @@ from nmoe.worker.kernels.mla import LATENT_EPS, Up
 from nmoe.worker.kernels.mla_decode_triton import absorbed_decode, page_prefix
 from nmoe.worker.kernels.mla_inputs_triton import rope_and_cache
 from nmoe.worker.kernels.mla_prefill_triton import expanded_chunks
+from nmoe.worker.stages import put
 
 _EXPANDED_BYTES = 1 << 31  # keys and values that exist at one time
 
@@ -98,6 +99,6 @@ def _chunks(batch: Batch, rows: range) -> Chunks:
     blocks = len(pieces.block_row)
     tiles = [np.array([len(pieces.tile_row)]), pieces.tile_row, pieces.tile_start]
     arrays = [starts, contexts - counts, offsets, *tiles, np.array([blocks]), pieces.block_row, pieces.block_start]
-    host = torch.from_numpy(np.concatenate(arrays).astype(np.int32)).pin_memory()
-    parts = torch.split(host.to(batch.pages_RP.device, non_blocking=True), [len(array) for array in arrays])
+    words = put(np.concatenate(arrays).astype(np.int32), batch.pages_RP.device)
+    parts = torch.split(words, [len(array) for array in arrays])
     return Chunks(blocks * BLOCK, *parts)
