@@ -372,6 +372,14 @@ def test_a_malformed_step_is_refused_by_name(fields, message):
         runner.launch(_step(8, **fields))
 
 
+def test_a_decode_step_brings_no_ids():
+    """Ranks that have some would launch kernels where the others replay a graph."""
+    runner, _ = _runner()
+    step = _step(0, [(0, 0, 3, 3)], [5, 6, 7], [(0, 0)], [Admit(0, 0, GREEDY)])
+    with pytest.raises(MalformedStep, match="step 0: 3 ids on the channel of decode steps"):
+        runner.launch(msgspec.structs.replace(step, channel=CHANNEL_DECODE))
+
+
 def test_reset_forgets_every_request():
     runner, _ = _runner()
     runner.launch(_step(0, [(0, 0, 3, 3)], [5, 6, 7], [(0, 0)], [Admit(0, 0, GREEDY)]))

@@ -115,8 +115,6 @@ class StepGraphs:
         sizes = self._sizes[step.numerics, step.channel]
         if not 0 < step.num_tokens <= sizes[-1] or len(rows.slots) > self._max_batch_size:
             return None
-        if decodes and rows.num_ids:
-            return None
         # A capture exchanges tokens with the other ranks, so that no rank may leave it out.
         graph = self._graph(step.numerics, step.channel, sizes[bisect.bisect_left(sizes, step.num_tokens)])
         if not decodes and -(-ends[rows.num_decodes :] // BLOCK).sum() * BLOCK > _CONTEXTS:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nmoe.messages import Step
+from nmoe.messages import CHANNEL_DECODE, Step
 from nmoe.profiles import Numerics
 from nmoe.worker.adjustments import Adjustment, Adjustments
 from nmoe.worker.batch import Batch, KVCache
@@ -190,6 +190,8 @@ class Runner:
                 f"{len(step.ids) // 4} ids where its rows need {rows.num_ids};"
                 f" {rows.num_tokens} tokens of at most {step.num_tokens}"
             )
+        if rows.num_ids and step.channel == CHANNEL_DECODE:
+            raise MalformedStep(f"{rows.num_ids} ids on the channel of decode steps, whose tokens the device has")
         self._ends = self._table.advance(rows.slots, firsts, rows.counts)
         return firsts, np.frombuffer(step.ids, np.int32), pages_2N
 
