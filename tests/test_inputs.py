@@ -1,5 +1,7 @@
 """The words of a step, with and without padding, say the same of its tokens; and the tables on the device are right."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from nmoe.messages import ROW_HAS_IDS, ROW_SAMPLES, Admit, Sampling
 from nmoe.worker.chunks import BLOCK, TILE
+from nmoe.worker.graphs import chunk_ladder, ladder
 from nmoe.worker.inputs import Layout, locate, write_chunks, write_rows
 from nmoe.worker.rows import Rows
 from nmoe.worker.slots import DeviceSlots, MalformedStep, SlotTable
@@ -129,3 +132,12 @@ def test_a_stage_is_used_again_once_its_tokens_were_read():
     assert [np.frombuffer(stage.tokens(), np.int32).tolist() for stage in (first, second)] == [[3, 3], [4, 4]]
     stages.put_back(first)
     assert stages.take() is first and stages.take() not in (first, second)
+
+
+def test_the_ladder_pads_little():
+    for largest in (1, 7, 16, 100, 256, 4096):
+        sizes = ladder(largest)
+        assert sizes == sorted(set(sizes)) and sizes[-1] == largest
+        assert all(larger - smaller <= max(8, smaller // 8) for smaller, larger in itertools.pairwise(sizes))
+        sizes = chunk_ladder(largest)
+        assert sizes == sorted(set(sizes)) and sizes[-1] == largest

@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nmoe.errors import LaunchError
+from nmoe.worker.kernels import check_gpu
 from nmoe.worker.kernels.experts import grouped_mlp
 from nmoe.worker.kernels.norm import rms_norm
 from nmoe.worker.kernels.router import route
@@ -100,3 +102,35 @@ def test_the_norm_keeps_its_input_type_and_scales_to_one():
     out = rms_norm(x_TD, torch.full((64,), 2.0, dtype=torch.bfloat16), 1e-6)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float().square().mean(-1), torch.full((6,), 4.0), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({}, None),
+        ({"q_lora_rank": None}, None),
+        ({"num_heads": 48}, "num_attention_heads = 48"),
+        ({"kv_lora_rank": 96}, "kv_lora_rank = 96"),
+        ({"intermediate_size": 1004}, "intermediate_size = 1004: must be a multiple of 8"),
+        ({"q_lora_rank": 100}, "q_lora_rank = 100: must be a multiple of 8"),
+    ],
+)
+def test_what_the_gpu_kernels_cannot_run_is_refused(monkeypatch, change, problem):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    fitting = {
+        "hidden_size": 256,
+        "num_heads": 16,
+        "q_lora_rank": 96,
+        "kv_lora_rank": 128,
+        "qk_rope_head_dim": 32,
+        "qk_nope_head_dim": 64,
+        "v_head_dim": 64,
+        "intermediate_size": 384,
+        "moe_intermediate_size": 128,
+    }
+    architecture = msgspec.structs.replace(BASE, **fitting | change)
+    if problem is None:
+        check_gpu(architecture, torch.bfloat16, 64, torch.device("cuda"))
+    else:
+        with pytest.raises(LaunchError, match=problem):
+            check_gpu(architecture, torch.bfloat16, 64, torch.device("cuda"))

@@ -1,7 +1,5 @@
 """The engine on the GPU: greedy tokens against transformers on the same GPU, graphs against eager steps."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +13,6 @@ from nmoe.messages import Sampling
 from nmoe.profiles import Numerics
 from nmoe.worker.batch import Batch
 from nmoe.worker.cache import make_cache
-from nmoe.worker.graphs import chunk_ladder, ladder
 from nmoe.worker.kernels.fp8 import dequantise_blocks, quantise_rows
 from nmoe.worker.model import load_model
 from nmoe.worker.runner import Runner
@@ -228,12 +225,3 @@ def test_what_the_kernels_cannot_run_is_refused(folder, tmp_path):
     assert "num_attention_heads = 4" in str(refusal.value)
     with pytest.raises(LaunchError, match="page_size"):
         make_runner(folder, page_size=48)
-
-
-def test_the_ladder_pads_little():
-    for largest in (1, 7, 16, 100, 256, 4096):
-        sizes = ladder(largest)
-        assert sizes == sorted(set(sizes)) and sizes[-1] == largest
-        assert all(larger - smaller <= max(8, smaller // 8) for smaller, larger in itertools.pairwise(sizes))
-        sizes = chunk_ladder(largest)
-        assert sizes == sorted(set(sizes)) and sizes[-1] == largest

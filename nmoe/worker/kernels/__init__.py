@@ -147,6 +147,8 @@ def check_gpu(architecture: Architecture, dtype: torch.dtype, page_size: int, de
     for name, value, multiple in (
         ("hidden_size", a.hidden_size, 128),
         ("moe_intermediate_size", a.moe_intermediate_size, 64),
+        ("intermediate_size", a.intermediate_size, 8),  # rows of whole 16 bytes, which exact products load by
+        ("q_lora_rank", a.q_lora_rank or 0, 8),
     ):
         if value % multiple:
             problems.append(f"{name} = {value}: must be a multiple of {multiple}")
