@@ -13,7 +13,7 @@ ends too early ConnectionError.
 
 import http.client
 import urllib.parse
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, Self, TypeVar
 
@@ -63,14 +63,15 @@ decode_tensors: Callable[[bytes], Answer[Tensor] | Logits[Tensor] | Failure] = m
 
 
 def request_body(fields: Mapping[str, Any]) -> bytes:
-    """The msgpack of a request. Token ids of a prompt (a list of numbers, an array) travel as int32 bytes."""
+    """The msgpack of a request. Token ids of a prompt (a list of numbers, an array) travel as int32 bytes; what is no
+    prompt goes as it is, and the server says what is wrong with it."""
     return msgspec.msgpack.encode({**fields, "prompt": _packed_prompt(fields["prompt"])})
 
 
 def _packed_prompt(prompt: Any) -> Any:
-    if isinstance(prompt, str | bytes):
+    if isinstance(prompt, str | bytes) or not isinstance(prompt, np.ndarray | Sequence):
         return prompt
-    if isinstance(prompt, np.ndarray) or (prompt and all(type(item) is int for item in prompt)):
+    if isinstance(prompt, np.ndarray) or (prompt and all(_is_id(item) for item in prompt)):
         ids = np.asarray(prompt)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise ValueError(f"prompt: one prompt's token ids are one row of integers, not {ids.dtype} {ids.shape}")
@@ -78,6 +79,10 @@ def _packed_prompt(prompt: Any) -> Any:
             raise ValueError("prompt: token ids are from 0 to 2**31 - 1")
         return ids.astype("<i4").tobytes()
     return [_packed_prompt(item) for item in prompt]
+
+
+def _is_id(item: Any) -> bool:
+    return isinstance(item, int | np.integer) and not isinstance(item, bool)
 
 
 def error_of(status: int, error: Mapping[str, Any]) -> RequestError:

@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import io
 import json
+import os
 import pathlib
 import tempfile
 import tracemalloc
@@ -77,7 +78,8 @@ def test_a_line_takes_as_much_room_as_it_has_answers(body, weight):
         ({"custom_id": "a", "method": "POST", "url": "/v1/completions"}, "missing required field `body`"),
         (line("a") | {"extra": 1}, "unknown field `extra`"),
         (line("a") | {"method": "GET"}, "$.method"),
-        (line("a", "/v1/models"), "$.url"),
+        (line("a", "/v1/models"), '`$.url`; a line is {"custom_id"'),
+        (b"\xef\xbb\xbf" + json.dumps(line("a")).encode(), "byte order mark"),
         (line(""), "$.custom_id"),
         (line("a") | {"body": [1]}, "Expected `object`"),
         (line("a", stream=True), "body.stream"),
@@ -451,8 +453,14 @@ async def test_what_does_not_finish_soon_is_left_for_the_next_run(tmp_path, monk
 async def test_an_engine_that_ends_ends_the_batch_with_what_is_finished(tmp_path):
     engine = FakeEngine()
     tally = Tally(9, 0, 0)
-    driver = Driver(FakeClient(pause=0.01), Results(tmp_path, folder.recover(tmp_path, 9)), tally, tmp_path, 2)
-    asyncio.get_running_loop().call_later(0.015, engine.ended.set)
+
+    class LastAsked(FakeClient):
+        async def post_json(self, path, body, request_id):
+            if tally.done:
+                engine.ended.set()
+            return await super().post_json(path, body, request_id)
+
+    driver = Driver(LastAsked(pause=0.01), Results(tmp_path, folder.recover(tmp_path, 9)), tally, tmp_path, 2)
     with pytest.raises(NmoeError, match=r"engine ended \(exit code 1\).*same command again"):
         await driver.run(requests(1000), engine, Display(tally))
     assert 0 < len(read_output(tmp_path)) < 20
@@ -501,6 +509,9 @@ def test_a_batch_without_a_usable_input_starts_nothing(tmp_path):
 
     with pytest.raises(NmoeError, match="cannot be read"):
         ask(tmp_path / "none.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(NmoeError, match="no regular file"):
+        ask(tmp_path / "pipe")
     with pytest.raises(NmoeError, match="rename all but one"):
         ask(write_input(tmp_path / "in.jsonl", [line("a"), line("a")]))
     assert not (tmp_path / "out").exists()

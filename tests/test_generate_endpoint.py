@@ -155,6 +155,16 @@ def test_a_refusal_is_an_error_with_its_field(client):
     assert client.generate("x", max_tokens=1).choices  # the connection goes on
     with pytest.raises(ValueError, match="2\\*\\*31"):
         client.generate([1 << 31])
+    for prompt in (None, {}, 1.5, [True], [1.5], [None]):
+        with pytest.raises(RequestError, match="prompt") as error:
+            client.generate(prompt)
+        assert error.value.status == 400
+
+
+def test_token_ids_come_in_any_sequence_of_integers():
+    packed = request_body({"prompt": [5, 6]})
+    for prompt in ((5, 6), range(5, 7), np.array([5, 6]), [np.int64(5), np.int32(6)]):
+        assert request_body({"prompt": prompt}) == packed
 
 
 def test_the_description_knows_it(server):

@@ -46,6 +46,10 @@ class _Named(msgspec.Struct, frozen=True):
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 _decode_named = msgspec.json.Decoder(_Named).decode
 _decode_body: Callable[[msgspec.Raw], dict[str, Any]] = msgspec.json.Decoder(dict[str, Any]).decode
+_FORM = (
+    'a line is {"custom_id": a text, "method": "POST", "url": "/v1/chat/completions", "/v1/completions" or'
+    ' "/v1/generate", "body": an object} in UTF-8 without a byte order mark'
+)
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
@@ -86,7 +90,7 @@ def parse_line(number: int, data: bytes, longest: int, profile: str | None) -> L
         envelope = _decode_envelope(data)
         body = _decode_body(envelope.body)
     except _UNREADABLE as error:
-        return BadLine(number, custom_id_of(data), f"not a request of OpenAI's batch format: {error}")
+        return BadLine(number, custom_id_of(data), f"not a request of OpenAI's batch format: {error}; {_FORM}")
     if body.get("stream"):
         return BadLine(number, envelope.custom_id, "body.stream: a batch does not stream; leave it out")
     try:

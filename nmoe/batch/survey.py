@@ -29,6 +29,8 @@ def survey(path: pathlib.Path, longest: int) -> Survey:
     known: set[int] = set()
     repeated: set[int] = set()
     try:
+        if path.exists() and not path.is_file():
+            raise NmoeError(f"{path}: is no regular file, and it is read twice; write the requests to a file first")
         with path.open("rb") as file:
             for number, data in read_lines(file, longest, whole.update):
                 num_lines, last = num_lines + 1, number
