@@ -3,33 +3,23 @@
 Shape suffixes as in nmoe/worker/model/mla.py.
 """
 
-import dataclasses
-
 import torch
 
 from nmoe.architecture import Architecture
 from nmoe.worker.batch import Batch, KVCache
-from nmoe.worker.chunks import Chunks
 from nmoe.worker.kernels.linear_exact_triton import linear_heads
-from nmoe.worker.kernels.mla import LATENT_EPS, Up
+from nmoe.worker.kernels.mla import Up
 from nmoe.worker.kernels.mla_exact_prefill_triton import exact_prefill
 from nmoe.worker.kernels.mla_exact_triton import exact_decode, span_prefix
-from nmoe.worker.kernels.mla_inputs_triton import rope_and_cache
-from nmoe.worker.model.mla_gpu import chunks_of
+from nmoe.worker.model.mla_gpu import PagedPlan, chunks_of
 
 _GATHERED_BYTES = 1 << 30  # contexts that exist at one time
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ExactGPUPlan:
+class ExactGPUPlan(PagedPlan):
     """See Plan in nmoe/worker/model/mla.py."""
 
-    batch: Batch
-    rope_M2P: torch.Tensor
-    page_size: int
-    contexts_R: torch.Tensor | None  # of the decode rows, int32; None without any
-    prefix: torch.Tensor | None
-    chunks: list[Chunks]
+    __slots__ = ()
 
     @classmethod
     def of(cls, batch: Batch, cache: KVCache, rope_M2P: torch.Tensor, architecture: Architecture) -> "ExactGPUPlan":
@@ -41,14 +31,6 @@ class ExactGPUPlan:
             )
         most = max(1, _GATHERED_BYTES // (architecture.cache_dim * cache.rows_LNSC.element_size()))
         return cls(batch, rope_M2P, cache.page_size, contexts_R, prefix, chunks_of(batch, most))
-
-    def enter(
-        self, q_THQ: torch.Tensor, kv_TC: torch.Tensor, norm_L: torch.Tensor, rows_KC: torch.Tensor
-    ) -> torch.Tensor:
-        """See Plan."""
-        batch = self.batch
-        rope_and_cache(q_THQ, kv_TC, batch.positions_T, batch.write_T, self.rope_M2P, norm_L, rows_KC, LATENT_EPS)
-        return q_THQ
 
     def attend(self, q_THQ: torch.Tensor, rows_KC: torch.Tensor, up: Up) -> torch.Tensor:
         """See Plan."""

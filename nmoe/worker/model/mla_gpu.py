@@ -24,8 +24,8 @@ _EXPANDED_BYTES = 1 << 31  # keys and values that exist at one time
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class GPUPlan:
-    """See Plan in nmoe/worker/model/mla.py."""
+class PagedPlan:
+    """What the plans of both classes have, and how they write the cache. See Plan in nmoe/worker/model/mla.py."""
 
     batch: Batch
     rope_M2P: torch.Tensor
@@ -33,6 +33,20 @@ class GPUPlan:
     contexts_R: torch.Tensor | None  # of the decode rows, int32; None without any
     prefix: torch.Tensor | None
     chunks: list[Chunks]
+
+    def enter(
+        self, q_THQ: torch.Tensor, kv_TC: torch.Tensor, norm_L: torch.Tensor, rows_KC: torch.Tensor
+    ) -> torch.Tensor:
+        """See Plan."""
+        batch = self.batch
+        rope_and_cache(q_THQ, kv_TC, batch.positions_T, batch.write_T, self.rope_M2P, norm_L, rows_KC, LATENT_EPS)
+        return q_THQ
+
+
+class GPUPlan(PagedPlan):
+    """See Plan in nmoe/worker/model/mla.py."""
+
+    __slots__ = ()
 
     @classmethod
     def of(cls, batch: Batch, cache: KVCache, rope_M2P: torch.Tensor, architecture: Architecture) -> "GPUPlan":
@@ -45,14 +59,6 @@ class GPUPlan:
         per_token = a.num_heads * (a.qk_nope_head_dim + a.v_head_dim) * cache.rows_LNSC.element_size()
         chunks = chunks_of(batch, max(1, _EXPANDED_BYTES // per_token))
         return cls(batch, rope_M2P, cache.page_size, contexts_R, prefix, chunks)
-
-    def enter(
-        self, q_THQ: torch.Tensor, kv_TC: torch.Tensor, norm_L: torch.Tensor, rows_KC: torch.Tensor
-    ) -> torch.Tensor:
-        """See Plan."""
-        batch = self.batch
-        rope_and_cache(q_THQ, kv_TC, batch.positions_T, batch.write_T, self.rope_M2P, norm_L, rows_KC, LATENT_EPS)
-        return q_THQ
 
     def attend(self, q_THQ: torch.Tensor, rows_KC: torch.Tensor, up: Up) -> torch.Tensor:
         """See Plan."""
