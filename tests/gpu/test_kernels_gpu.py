@@ -293,6 +293,18 @@ def test_rope_and_cache(heads):
     assert rows.isnan().any(1).sum() == tokens  # nothing else was written
 
 
+def test_what_is_not_finite_stays_out_of_the_cache():
+    """A page's next owner reads what lies behind its context and weighs it with zero."""
+    q, kv, rows = random(4, 16, 192), random(4, 576), random(4, 576)
+    kv[0], kv[1, 0], kv[2, 575] = torch.nan, torch.inf, -torch.inf
+    places = torch.arange(4, device=GPU)
+    table = rope_table(V3, 4096, BF16, GPU)
+    weight = torch.ones(512, dtype=BF16, device=GPU)
+    rope_and_cache(q, kv, places, places, table, weight, rows, 1e-6)
+    assert rows.isfinite().all() and not rows[0].any() and not rows[1, :512].any()
+    close(rows[2, :512], F.rms_norm(kv[2, :512].double(), (512,), weight.double(), 1e-6))
+
+
 def test_a_rank_with_no_tokens():
     """An idle rank goes through the layers too."""
     nothing = random(0, 512)

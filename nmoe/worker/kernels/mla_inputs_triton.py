@@ -14,6 +14,13 @@ from nmoe.worker.kernels.early import early
 _HEADS = 16  # per program
 
 
+@triton.jit
+def _finite(x):
+    """Zero where it is not finite. Decode attention reads whole tiles of a page and weighs what another request has
+    left there, behind its own context, with zero; zero times what is not finite would be NaN."""
+    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, tl.zeros_like(x))
+
+
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr", "places_ptr"])
 def _inputs_kernel(
     q_ptr,
@@ -46,11 +53,11 @@ def _inputs_kernel(
         x = tl.load(kv + latent).to(tl.float32)
         scale = tl.rsqrt(tl.sum(x * x, 0) / LATENT + eps)
         weight = tl.load(weight_ptr + latent).to(tl.float32)
-        tl.store(row + latent, (x * scale * weight).to(rows_ptr.dtype.element_ty))
+        tl.store(row + latent, _finite((x * scale * weight).to(rows_ptr.dtype.element_ty)))
         first = tl.load(kv + LATENT + half).to(tl.float32)
         second = tl.load(kv + LATENT + ROPE // 2 + half).to(tl.float32)
-        tl.store(row + LATENT + half, (first * cos - second * sin).to(rows_ptr.dtype.element_ty))
-        tl.store(row + LATENT + ROPE // 2 + half, (second * cos + first * sin).to(rows_ptr.dtype.element_ty))
+        tl.store(row + LATENT + half, _finite((first * cos - second * sin).to(rows_ptr.dtype.element_ty)))
+        tl.store(row + LATENT + ROPE // 2 + half, _finite((second * cos + first * sin).to(rows_ptr.dtype.element_ty)))
     else:
         head = (tl.program_id(1) - 1) * BLOCK_H + tl.arange(0, BLOCK_H)
         inside = (head < HEADS)[:, None]
@@ -73,7 +80,8 @@ def rope_and_cache(
 ) -> None:
     """Rope `q_THQ`'s last P dimensions in place; write each token's cache row to `rows_KC[places_T]`.
 
-    `kv_TC`: the latent before its norm and the key before its rope. Positions and places are int32 or int64.
+    `kv_TC`: the latent before its norm and the key before its rope; a result that is not finite is written as zero.
+    Positions and places are int32 or int64.
     """
     tokens, heads, query = q_THQ.shape
     rope = rope_M2P.shape[-1]
