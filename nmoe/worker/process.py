@@ -218,7 +218,7 @@ def _load(boot: ipc.Boot) -> tuple[Runner, int] | None:
     warm_up(runner, cache.page_size)
     runner.exchange.check()
     if device.type == "cuda":
-        # Compiling all that an exact step needs may take longer than a step may, and streams would stand still.
+        # Compiling what an exact step needs takes seconds, in which every stream would stand still.
         warm_up(runner, cache.page_size, Numerics.EXACT)
         most = config.engine.max_prefill_tokens // config.parallel.world_size
         longest = min(checkpoint.max_seq_len, most)
