@@ -211,14 +211,14 @@ class Outputs:
     def compute(
         self,
         selection: Selection,
-        hidden_TD: torch.Tensor | None,
+        hidden_TD: torch.Tensor,
         logits_SV: torch.Tensor,
         tokens_S: torch.Tensor,
         drawn_S: torch.Tensor | None,
         numerics: Numerics,
     ) -> Blocks:
-        """Start to bring it to the host. `logits_SV` are raw, in any dtype; `hidden_TD` may be None when no prompt has
-        a record; `drawn_S` float32 is None when every row is greedy."""
+        """Start to bring it to the host. `logits_SV` are raw, in any dtype; `drawn_S` float32 is None when every row is
+        greedy."""
         returning = selection.returning
         blocks = Blocks(selection.shapes, self._arena)
         if len(returning.sampled_M):
@@ -235,7 +235,6 @@ class Outputs:
             if len(returning.celled_M):
                 blocks.add_sampled_logits(logits_SV[sampled_M[returning.celled_M]])
         if len(selection.prompt_rows_P):
-            assert hidden_TD is not None
             self._score_prompts(selection, hidden_TD, numerics, blocks)
         if len(selection.routed_slots_J) and (routing_NSLK := self._cache.routing_NSLK) is not None:
             slots_J, positions_J = self._put(np.stack((selection.routed_slots_J, selection.routed_positions_J)))
