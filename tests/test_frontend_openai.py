@@ -1,6 +1,9 @@
 """The request schema and the bodies it comes in: what is taken, and which field an error names."""
 
+import contextlib
 import json
+import pathlib
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +11,7 @@ from hypothesis import strategies as st
 
 from nmoe.errors import RequestError
 from nmoe.frontend.body import parse_object
-from nmoe.frontend.openai import parse_call
+from nmoe.frontend.openai import Call, parse_call
 from nmoe.frontend.schema import FIELDS
 from nmoe.outputs import Returns
 
@@ -305,3 +308,30 @@ def test_any_bytes_are_taken_or_refused(body):
         assert isinstance(parse_object(body), dict)
     except RequestError as error:
         assert error.status == 400
+
+
+def readme_fields():
+    """The README's table of fields: the names that begin a row, and all that are named in it."""
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = [row.split("|") for row in readme.split("### Fields")[1].split("\n### ")[0].splitlines() if row[:3] == "| `"]
+    names = re.compile("`([a-z_]+)`")
+    first = {name: row[2].strip() for row in rows for name in names.findall(row[1])}
+    return first, {name for row in rows for name in names.findall("|".join(row))}
+
+
+def test_the_readme_has_every_field_and_no_other():
+    first, named = readme_fields()
+    fields = {name for each in FIELDS.values() for name in each}
+    assert set(first) <= fields
+    assert fields - named == {"logits"}  # of /v1/generate, see docs/generate.md
+
+
+def test_the_readme_tells_the_defaults():
+    defaults = {}
+    for name, told in readme_fields()[0].items():
+        with contextlib.suppress(json.JSONDecodeError):
+            defaults[name] = json.loads(told)
+    call = Call(endpoint="completions")
+    actual = {name: getattr(call, name) for name in defaults if hasattr(call, name)}
+    assert len(actual) >= 12
+    assert actual == {name: tuple(told) if told == [] else told for name, told in defaults.items() if name in actual}

@@ -3,20 +3,30 @@
 import array
 import asyncio
 import base64
+import json
 import math
 import struct
+import tracemalloc
+import types
 
+import msgspec
 import openai
+import orjson
 import pytest
 import pytest_asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmoe.errors import RequestError
+from nmoe.frontend.logprobs import ChoiceFormats, Formats, PromptFormats, Vocabulary, fragment
+from nmoe.frontend.openai import Call
+from nmoe.frontend.outputs import Outputs
+from nmoe.frontend.prompt import Prompt
+from nmoe.frontend.replies import Choice, whole_body
 from nmoe.frontend.streams import Stream, Streams
 from nmoe.messages import Abort, Ended, Finish, Rejected, Release, Sampling, Submit, Tokens
 from nmoe.metrics import Board
-from nmoe.outputs import Returns, pack, read_records
+from nmoe.outputs import Returns, RoutingLayout, pack, read_records
 from tests.scripted import BOS, EOS, MAX_SEQ_LEN, TOKENIZER, VOCAB_SIZE, Rig, events, ids_of, ints, run, write_model
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -106,6 +116,39 @@ def routed_field(positions):
 
 
 # ------------------------------------------------------------------------------------------------------------- formats
+
+
+def test_an_answer_of_many_choices_takes_little_more_memory_than_its_body():
+    """Rendered a choice at a time, and each in pieces: the objects of all of them are ten times as large."""
+    tokens = [100] * 600
+    call = Call(endpoint="completions", prompts=[[5] * 600], n=20, logprobs=20, prompt_logprobs=20)
+    formats = Formats(call, Vocabulary(None), RoutingLayout(0, 0, 1))
+    prompt = Prompt([5] * 600, "prompt")
+    outputs = [Outputs(msgspec.structs.replace(call.returns, prompt=not place), 600) for place in range(call.n)]
+    of_prompt = PromptFormats(formats, prompt, outputs[0])
+    outputs[0].add(memoryview(block(None, tokens[1:], returns=call.returns)))
+    choices = []
+    for place, mine in enumerate(outputs):
+        mine.add(memoryview(block(None, tokens, returns=call.returns)))
+        stream = types.SimpleNamespace(
+            uid=place, reason="length", num_tokens=600, cached_tokens=0, take=lambda: ("", tokens)
+        )
+        choices.append(Choice(place, prompt, stream, ChoiceFormats(formats, of_prompt, 0, mine)))
+    tracemalloc.start()
+    try:
+        body = whole_body(call, "m", choices)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [len(choice["prompt_logprobs"]) for choice in json.loads(body)["choices"]] == [600] * 20
+    assert peak < 4 * len(body)
+
+
+@given(st.lists(st.integers(0, 9)) | st.dictionaries(st.text(), st.lists(st.none() | st.text(), max_size=600)))
+def test_pieces_make_the_same_json(value):
+    assert orjson.loads(orjson.dumps(fragment(value))) == value
+    if isinstance(value, list):
+        assert orjson.loads(orjson.dumps(fragment(iter(value)))) == value
 
 
 async def test_a_completion_with_everything(rig):

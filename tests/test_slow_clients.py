@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import struct
 import time
 
 import psutil
@@ -11,7 +12,9 @@ import pytest_asyncio
 
 from nmoe.frontend import http as frontend_http
 from nmoe.frontend import sse
+from nmoe.frontend.logprobs import ChoiceFormats
 from nmoe.messages import Abort, Submit
+from nmoe.outputs import pack
 from tests.scripted import TIMEOUT, Rig, ids_of, write_model
 
 BODY = {"prompt": "hi", "max_tokens": 190, "stream": True}
@@ -89,6 +92,26 @@ async def test_a_reader_that_stops_is_dropped_and_delays_nobody(rig, monkeypatch
     await rig.tokens(other, "", reason="length")
     await closed(stalled)
     reader.close()
+
+
+async def test_log_probabilities_are_rendered_before_many_gather(rig, monkeypatch):
+    """A client that pauses must not make the event loop render thousands of tokens at once."""
+    monkeypatch.setattr(frontend_http, "_UNREAD_S", 60)
+    monkeypatch.setattr(sse, "_MAX_UNSENT", 1 << 14)
+    stalled = connect(rig, receive_buffer=4096)
+    submit = await ask(rig, stalled, top_k_logprobs=128)
+    sizes = []
+    take = ChoiceFormats.take
+    monkeypatch.setattr(ChoiceFormats, "take", lambda self, ids: (sizes.append(len(ids)), take(self, ids))[1])
+    record = struct.pack("<2fi128i128f", -1, -1, 1, *range(128), *[-1.5] * 128)
+    await rig.tokens(submit, "x", block=pack(b"", record, 1, b"", 0))
+    await until(lambda: sizes == [1])
+    for _ in range(1000):
+        await rig.tokens(submit, "x" * 8, block=pack(b"", record * 8, 8, b"", 0))
+    await until(lambda: sum(sizes) > 8001 - 64)
+    assert 8 < max(sizes) <= 64  # some had to wait
+    stalled.close()
+    assert (await rig.next(Abort)).uid == submit.uid
 
 
 async def test_an_answer_whose_end_nobody_reads_does_not_stay(rig):

@@ -12,7 +12,7 @@ import msgspec
 import orjson
 
 from nmoe.errors import RequestError
-from nmoe.frontend.logprobs import ChoiceFormats, joined
+from nmoe.frontend.logprobs import ChoiceFormats, fragment, joined
 from nmoe.frontend.openai import Call
 from nmoe.frontend.prompt import Prompt
 from nmoe.frontend.streams import Stream
@@ -86,13 +86,21 @@ def whole_body(call: Call, model: str, choices: Sequence[Choice]) -> bytes:
     body = _header(call, model, choices[0].stream.uid, chunk=False)
     if call.return_token_ids and call.endpoint == "chat":
         body["prompt_token_ids"] = choices[0].prompt.ids
-    body |= {"choices": [_whole(call, choice) for choice in choices], "usage": usage(choices, call.n)}
+    body |= {
+        "choices": [_rendered(_whole(call, choice), choice) for choice in choices],
+        "usage": usage(choices, call.n),
+    }
     first = choices[0]
     if call.endpoint == "chat" and first.formats is not None:
         body |= first.formats.prompt.fields
     if first.seed is not None and len(call.prompts) <= 1:
         body["seed"] = first.seed
     return orjson.dumps(body)
+
+
+def _rendered(entry: dict[str, Any], choice: Choice) -> dict[str, Any] | orjson.Fragment:
+    """Outputs as bytes at once, which take a tenth of the memory: the objects of one choice at a time."""
+    return entry if choice.formats is None else fragment(entry)
 
 
 def _whole(call: Call, choice: Choice) -> dict[str, Any]:
@@ -210,7 +218,7 @@ class OutputChunks(Chunks):
         if self._opened:
             return None
         self._opened = True
-        fields, echoed = self._formats.prompt.fields, self._formats.prompt.echoed
+        fields, echoed = self._formats.prompt.fields, self._formats.prompt.echoed_json
         if not (self._is_chat or self._choice.prompt.text or fields):
             return None
         chunk = self._opening()

@@ -23,6 +23,10 @@ _MAX_UNSENT = 1 << 18  # bytes
 # A client that lets this many tokens gather is dropped, and so is one that does not read the end of its answer in time.
 _MAX_BEHIND = 8192  # tokens
 _UNREAD_S = 60.0
+# What tokens returned takes long to render, so no more of them gather than this: they are rendered whether the client
+# reads or not, and it is dropped when so much of them waits.
+_RENDERED_AT_ONCE = 64  # tokens
+_MAX_UNSENT_OUTPUTS = 1 << 24  # bytes
 _DONE = b"[DONE]"
 _BETWEEN = b"\n\ndata: "  # two events in one chunk
 
@@ -137,9 +141,14 @@ class EventStream:
 
     def _on_outputs(self, stream: Stream, chunks: OutputChunks) -> None:
         """Log-probabilities go out with the text that their tokens make: a part of it must not wait."""
-        if stream.num_untaken and not stream.holds_text:
+        if not stream.num_untaken or stream.holds_text:
+            return
+        unsent = self._transport.get_write_buffer_size()
+        if unsent > _MAX_UNSENT_OUTPUTS:
+            self._drop()
+        elif unsent < _MAX_UNSENT or stream.num_untaken >= _RENDERED_AT_ONCE:
             self._open(chunks)
-            self._on_tokens(stream, chunks)
+            self._write(chunks.text(*stream.take()))
 
     def _open(self, chunks: OutputChunks) -> None:
         if (opening := chunks.opening()) is not None:
