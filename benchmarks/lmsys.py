@@ -24,8 +24,8 @@ import msgspec
 import numpy as np
 
 from benchmarks.engine import Engine
-from nmoe.architecture import read_architecture
 from nmoe.config import Config, load_config
+from nmoe.config_json import read_architecture
 
 
 def decode(engine: Engine, config: Config, batch: int, vocab_size: int) -> dict[str, Any]:

@@ -14,8 +14,8 @@ import time
 import numpy as np
 
 from benchmarks.engine import Engine
-from nmoe.architecture import read_architecture
 from nmoe.config import Config, load_config
+from nmoe.config_json import read_architecture
 
 
 def prefill(engine: Engine, config: Config, vocab_size: int, seed: int) -> float:

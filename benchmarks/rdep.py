@@ -27,8 +27,9 @@ import torch
 import torch.distributed as dist
 
 from nmoe import envs
-from nmoe.architecture import Architecture, read_architecture
+from nmoe.architecture import Architecture
 from nmoe.config import Config, Engine, Parallel
+from nmoe.config_json import read_architecture
 from nmoe.messages import CHANNEL_DECODE
 from nmoe.slab import ControlLayout, SlabLayout
 

@@ -14,15 +14,9 @@ import re
 import struct
 from typing import Any
 
-from nmoe.architecture import (
-    Architecture,
-    config_file,
-    expected_tensors,
-    is_lfs_pointer,
-    read_architecture,
-    read_json,
-)
+from nmoe.architecture import Architecture, expected_tensors
 from nmoe.config import Config
+from nmoe.config_json import config_file, is_lfs_pointer, read_architecture, read_json
 from nmoe.errors import CheckpointError
 
 log = logging.getLogger(__name__)

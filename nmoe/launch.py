@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from nmoe import doctor, envs, ipc
-from nmoe.architecture import read_architecture
 from nmoe.arena import ArenaLayout
 from nmoe.checkpoint import open_checkpoint
 from nmoe.children import Child, Children, Died, Said, Signalled
 from nmoe.config import Config
+from nmoe.config_json import read_architecture
 from nmoe.errors import LaunchError
 from nmoe.metrics import Board, row_index
 from nmoe.run_dir import run_dir

@@ -23,9 +23,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import nmoe
 from nmoe import ipc
-from nmoe.architecture import read_architecture
 from nmoe.arena import ArenaLayout
 from nmoe.config import Config, Model, Parallel, Server, Trace
+from nmoe.config_json import read_architecture
 from nmoe.frontend.server import Frontend
 from nmoe.messages import Ended, FrontendToScheduler, Hello, Serving, Tokens
 from nmoe.metrics import Board

@@ -9,9 +9,10 @@ import struct
 import pytest
 import torch
 
-from nmoe.architecture import expected_tensors, read_architecture
+from nmoe.architecture import expected_tensors
 from nmoe.checkpoint import eos_ids, open_checkpoint, tokenizer_file
 from nmoe.config import Config, Model, Parallel
+from nmoe.config_json import read_architecture
 from nmoe.errors import CheckpointError
 from tests.checkpoints import load_tensors, make_checkpoint, save_shards
 

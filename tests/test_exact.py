@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmoe.architecture import read_architecture
 from nmoe.checkpoint import open_checkpoint
 from nmoe.config import Config, Engine, Model, Parallel
+from nmoe.config_json import read_architecture
 from nmoe.messages import CHANNEL_PREFILL, Sampling
 from nmoe.profiles import Numerics
 from nmoe.slab import SlabLayout, make_slabs

@@ -6,9 +6,9 @@ import logging
 import pytest
 import torch
 
-from nmoe.architecture import read_architecture
 from nmoe.checkpoint import open_checkpoint
 from nmoe.config import Config, Model, Parallel
+from nmoe.config_json import read_architecture
 from nmoe.errors import LaunchError
 from nmoe.profiles import Numerics
 from nmoe.worker.model import load_model

@@ -15,8 +15,8 @@ import msgspec
 import pytest
 import torch
 
-from nmoe.architecture import read_architecture
 from nmoe.config import Config, Engine, Parallel
+from nmoe.config_json import read_architecture
 from nmoe.errors import PeerSilent
 from nmoe.messages import CHANNEL_DECODE, CHANNEL_PREFILL
 from nmoe.slab import DISPATCH, LINE, NUM_CHANNELS, NUM_PHASES, RETURN, ControlLayout, SlabLayout, make_slabs

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmoe.architecture import read_architecture
 from nmoe.checkpoint import open_checkpoint
 from nmoe.config import Config, Engine, Model, Parallel
+from nmoe.config_json import read_architecture
 from nmoe.errors import NmoeError
 from nmoe.messages import CHANNEL_DECODE, CHANNEL_PREFILL, ROW_HAS_IDS, ROW_SAMPLES, Admit, Sampling, Step
 from nmoe.profiles import Numerics

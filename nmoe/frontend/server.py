@@ -17,9 +17,9 @@ import uvloop
 from aiohttp import web
 
 from nmoe import ipc
-from nmoe.architecture import config_file, read_architecture
 from nmoe.checkpoint import eos_ids, tokenizer_file
 from nmoe.config import Config
+from nmoe.config_json import config_file, read_architecture
 from nmoe.errors import CheckpointError, RequestError
 from nmoe.frontend.endpoints import Endpoints
 from nmoe.frontend.generation import Generations

@@ -14,7 +14,7 @@ import jinja2.ext
 import jinja2.sandbox
 import msgspec
 
-from nmoe.architecture import read_json
+from nmoe.config_json import read_json
 from nmoe.errors import CheckpointError, RequestError
 from nmoe.frontend.schema import ChatMessage, Conversation
 

@@ -19,8 +19,8 @@ import msgspec
 import zmq
 
 from nmoe import ipc
-from nmoe.architecture import read_architecture
 from nmoe.arena import ArenaLayout
+from nmoe.config_json import read_architecture
 from nmoe.messages import (
     Abort,
     Finish,

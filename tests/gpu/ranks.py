@@ -10,8 +10,8 @@ import threading
 import msgspec
 import torch
 
-from nmoe.architecture import read_architecture
 from nmoe.config import Config, Engine, Parallel
+from nmoe.config_json import read_architecture
 from nmoe.slab import ControlLayout, SlabLayout
 from nmoe.worker.kernels.fp8_triton import quantise
 from nmoe.worker.rdep.between_gpus import BetweenGPUs

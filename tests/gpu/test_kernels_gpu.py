@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nmoe.architecture import read_architecture
+from nmoe.config_json import read_architecture
 from nmoe.worker.inputs import Layout, locate, write_chunks, write_rows
 from nmoe.worker.kernels import (
     experts,

@@ -1,0 +1,213 @@
+"""A checkpoint's Hugging Face config.json, read and checked.
+
+Keys and defaults are those of transformers' configuration_deepseek_v3.py; a checkpoint that transformers loads with
+other semantics than ours (attention bias, another activation, another router, another rope) is refused by name instead
+of being served wrongly. A family member with its own keys is one more entry of `_READERS`.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from nmoe.architecture import DTYPE_BYTES, Architecture, Dtype, Rope, Yarn
+from nmoe.errors import CheckpointError
+
+
+class _Keys:
+    """config.json's keys with their types checked; an absent key takes its default, and has none if that is `...`."""
+
+    def __init__(self, source: str, document: dict[str, Any]) -> None:
+        self.source = source
+        self.document = document
+
+    def fail(self, message: str) -> CheckpointError:
+        return CheckpointError(f"{self.source}: {message}")
+
+    def get(self, key: str, kind: Any, default: Any = ...) -> Any:
+        if key not in self.document:
+            if default is ...:
+                raise self.fail(f"key {key!r} is missing; take config.json from the model's original repository")
+            return default
+        try:
+            return msgspec.convert(self.document[key], kind)
+        except msgspec.ValidationError as error:
+            raise self.fail(f"{key} = {self.document[key]!r}: {str(error)[0].lower()}{str(error)[1:]}") from None
+
+    def size(self, key: str, default: Any = ...) -> int:
+        value: int = self.get(key, int, default)
+        if value < 1:
+            raise self.fail(f"{key} = {value}: must be at least 1")
+        return value
+
+    def only(self, key: str, supported: Any, what: str) -> None:
+        """Refuse every value of `key` but the supported one, which is also what an absent key means."""
+        if (value := self.document.get(key, supported)) != supported:
+            raise self.fail(f"{key} = {value!r}: {what}; only {supported!r} is supported")
+
+
+def _rope(keys: _Keys) -> Rope:
+    """Both spellings: `rope_scaling` beside `rope_theta`, and transformers 5's `rope_parameters`, which holds both."""
+    parameters = keys.get("rope_scaling", dict | None, None) or keys.get("rope_parameters", dict | None, None) or {}
+    inner = _Keys(f"{keys.source}: rope_parameters", parameters)
+    theta = inner.get("rope_theta", float | None, None) or keys.get("rope_theta", float | None, None) or 10000.0
+    interleave = keys.get("rope_interleave", bool | None, True) or False
+    kind = inner.get("rope_type", str | None, None) or inner.get("type", str | None, None) or "default"
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0 or keys.document.get("partial_rotary_factor", 1.0) != 1.0:
+        raise inner.fail("partial_rotary_factor is not supported for this model")
+    if kind == "default":
+        return Rope(theta, interleave)
+    if kind != "yarn":
+        raise inner.fail(f"rope type {kind!r} is not supported; supported are 'default' and 'yarn'")
+    positions = keys.size("max_position_embeddings", 4096)
+    yarn = Yarn(
+        factor=inner.get("factor", float),
+        original_max_position_embeddings=inner.get("original_max_position_embeddings", int | None, None) or positions,
+        beta_fast=inner.get("beta_fast", float | None, None) or 32.0,
+        beta_slow=inner.get("beta_slow", float | None, None) or 1.0,
+        mscale=inner.get("mscale", float | None, None) or 0.0,
+        mscale_all_dim=inner.get("mscale_all_dim", float | None, None) or 0.0,
+        attention_factor=inner.get("attention_factor", float | None, None),
+        truncate=inner.get("truncate", bool, True),
+    )
+    return Rope(theta, interleave, yarn)
+
+
+def _quant_block(keys: _Keys) -> tuple[int, int] | None:
+    quantization = keys.get("quantization_config", dict | None, None)
+    if not quantization:
+        return None
+    inner = _Keys(f"{keys.source}: quantization_config", quantization)
+    method = inner.get("quant_method", str)
+    if method != "fp8":
+        raise inner.fail(f"quant_method {method!r} is not supported; supported is 'fp8' with block scales")
+    rows, columns = inner.get("weight_block_size", tuple[int, int])
+    if rows < 1 or columns < 1:
+        raise inner.fail(f"weight_block_size = {[rows, columns]}: must be positive")
+    return rows, columns
+
+
+def _dtype(keys: _Keys) -> Dtype:
+    dtype: Dtype | None = keys.get("dtype", Dtype | None, None) or keys.get("torch_dtype", Dtype | None, None)
+    return dtype or "float32"
+
+
+def _eos(keys: _Keys, default: int | None) -> tuple[int, ...]:
+    value = keys.get("eos_token_id", int | list[int] | None, default)
+    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+
+
+def _refuse_other_semantics(keys: _Keys) -> None:
+    keys.only("hidden_act", "silu", "another activation function")
+    keys.only("scoring_func", "sigmoid", "another router")
+    keys.only("topk_method", "noaux_tc", "another router")
+    keys.only("attention_bias", False, "biases in the attention")
+    keys.only("moe_layer_freq", 1, "dense layers between expert layers")
+    heads = keys.document.get("num_key_value_heads")
+    if heads not in (None, keys.document.get("num_attention_heads")):
+        raise keys.fail(f"num_key_value_heads = {heads}: latent attention has as many as num_attention_heads")
+
+
+def _check_routing(keys: _Keys, a: Architecture) -> None:
+    per_group = a.num_experts // a.n_group
+    if a.num_experts % a.n_group or (a.n_group > 1 and per_group < 2):
+        raise keys.fail(
+            f"n_routed_experts = {a.num_experts}: must be n_group = {a.n_group} groups of at least 2 experts"
+        )
+    if a.topk_group > a.n_group:
+        raise keys.fail(f"topk_group = {a.topk_group}: more than n_group = {a.n_group}")
+    if a.num_experts_per_tok > a.topk_group * per_group:
+        raise keys.fail(
+            f"num_experts_per_tok = {a.num_experts_per_tok}: more than the {a.topk_group * per_group} experts"
+            f" of topk_group = {a.topk_group} groups"
+        )
+    if a.qk_rope_head_dim % 2:
+        raise keys.fail(f"qk_rope_head_dim = {a.qk_rope_head_dim}: must be even")
+
+
+def _deepseek_v3(keys: _Keys) -> Architecture:
+    _refuse_other_semantics(keys)
+    dtype = keys.get("dtype", str | None, None) or keys.get("torch_dtype", str | None, None) or "float32"
+    if dtype not in DTYPE_BYTES:
+        raise keys.fail(f"dtype = {dtype!r}: supported are " + ", ".join(map(repr, DTYPE_BYTES)))
+    architecture = Architecture(
+        model_type=keys.get("model_type", str),
+        vocab_size=keys.size("vocab_size"),
+        hidden_size=keys.size("hidden_size"),
+        num_layers=keys.size("num_hidden_layers"),
+        num_heads=keys.size("num_attention_heads"),
+        q_lora_rank=keys.size("q_lora_rank", 1536) if keys.document.get("q_lora_rank", 1536) is not None else None,
+        kv_lora_rank=keys.size("kv_lora_rank", 512),
+        qk_nope_head_dim=keys.size("qk_nope_head_dim", 128),
+        qk_rope_head_dim=keys.size("qk_rope_head_dim", 64),
+        v_head_dim=keys.size("v_head_dim", 128),
+        intermediate_size=keys.size("intermediate_size", 18432),
+        moe_intermediate_size=keys.size("moe_intermediate_size", 2048),
+        num_experts=keys.size("n_routed_experts", 256),
+        num_experts_per_tok=keys.size("num_experts_per_tok", 8),
+        num_shared_experts=keys.size("n_shared_experts", 1),
+        n_group=keys.size("n_group", 8),
+        topk_group=keys.size("topk_group", 4),
+        norm_topk_prob=keys.get("norm_topk_prob", bool | None, True) or False,
+        routed_scaling_factor=keys.get("routed_scaling_factor", float, 2.5),
+        first_k_dense=keys.get("first_k_dense_replace", int, 3),
+        rms_norm_eps=keys.get("rms_norm_eps", float, 1e-6),
+        rope=_rope(keys),
+        tie_word_embeddings=keys.get("tie_word_embeddings", bool, False),
+        max_position_embeddings=keys.size("max_position_embeddings", 4096),
+        dtype=_dtype(keys),
+        quant_block=_quant_block(keys),
+        num_mtp_layers=keys.get("num_nextn_predict_layers", int, 1),
+        eos_token_ids=_eos(keys, 1),
+    )
+    _check_routing(keys, architecture)
+    return architecture
+
+
+_READERS: dict[str, Callable[[_Keys], Architecture]] = {"deepseek_v3": _deepseek_v3}
+_NOT_YET = {"deepseek_v32": "its sparse attention (attention_type = 'dsa') does not exist yet"}
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object from a file of the checkpoint; CheckpointError names the file and what is wrong with it."""
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; check [model] path") from None
+    except ValueError as error:
+        remedy = "run `git lfs pull` in its folder" if is_lfs_pointer(path) else "copy it again from the original"
+        raise CheckpointError(f"{path}: is not valid JSON ({error}); {remedy}") from None
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(document).__name__}, not an object; copy it again")
+    return document
+
+
+def is_lfs_pointer(path: pathlib.Path) -> bool:
+    """Whether the file is the placeholder that `git clone` leaves without git-lfs."""
+    with path.open("rb") as file:
+        return file.read(24) == b"version https://git-lfs."
+
+
+def config_file(path: str | pathlib.Path) -> pathlib.Path:
+    """The config.json of a checkpoint folder, or `path` itself where it names a JSON file."""
+    path = pathlib.Path(path)
+    if path.is_file() and path.suffix == ".json":
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; set [model] path to the checkpoint's folder")
+    return path / "config.json"
+
+
+def read_architecture(path: str | pathlib.Path) -> Architecture:
+    """The architecture of a checkpoint folder, or of a config.json alone. Raises CheckpointError."""
+    file = config_file(path)
+    document = read_json(file)
+    keys = _Keys(str(file), document)
+    model_type = keys.get("model_type", str)
+    if model_type in _NOT_YET:
+        raise keys.fail(f"model_type {model_type!r} is not supported: {_NOT_YET[model_type]}")
+    if model_type not in _READERS:
+        raise keys.fail(f"model_type {model_type!r} is not supported; supported: " + ", ".join(sorted(_READERS)))
+    return _READERS[model_type](keys)
