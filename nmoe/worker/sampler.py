@@ -1,4 +1,4 @@
-"""Sampling of a whole batch on the device, in integers: no row's result depends on its neighbours or on sums' order.
+"""Sampling of a whole batch, in integers: no row's result depends on its neighbours or on the order of sums.
 
 Shape suffixes: S rows that sample, D those of them that draw (temperature > 0), F those of D with top-k or top-p, V the
 vocabulary, K the longest list of candidates.
