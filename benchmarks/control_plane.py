@@ -41,6 +41,7 @@ import psutil
 from benchmarks import planning, simulated_ranks
 from nmoe import children, launch
 from nmoe.config import Config, Engine, Model, Parallel, Server
+from nmoe.outputs import Returns
 
 DEMO = pathlib.Path(launch.__file__).parent / "demo"
 CASES = ("floor", "streams", "steps", "frontends", "requests", "round_trip", "planning")
@@ -204,7 +205,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             case "floor":
                 yield {"case": case, "write_us": write_floor()}
             case "planning":
-                load = planning.Load(8, 256, 1, True, range(3900, 3901))
+                load = planning.Load(8, 256, 1, True, range(3900, 3901), Returns())
                 yield {"case": case, "microseconds": planning.measure(load, 400, False)}
             case _:
                 raise SystemExit(f"{case}: no such case")
