@@ -11,10 +11,10 @@ import mmap
 import msgspec
 
 from nmoe.architecture import Architecture
+from nmoe.ipc import sparse_memory
 
 _RANK_BYTES = 256 << 20  # of address space; only what is used becomes memory
 _FEWEST, _MOST = 16, 4096  # cells per rank
-_MAP_NORESERVE = 0x4000  # Linux; Python's mmap has no name for it
 
 
 class ArenaLayout(msgspec.Struct, frozen=True):
@@ -41,5 +41,4 @@ class ArenaLayout(msgspec.Struct, frozen=True):
 
     def make(self) -> mmap.mmap:
         """Anonymous memory for all cells, inherited by fork."""
-        size = self.world_size * self.cells_per_rank * self.cell_bytes
-        return mmap.mmap(-1, size, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        return sparse_memory(self.world_size * self.cells_per_rank * self.cell_bytes)

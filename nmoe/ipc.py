@@ -27,6 +27,7 @@ Role = Literal["frontend", "scheduler", "worker"]
 # reaching the mark means that the peer is gone; the sender then gets zmq.Again instead of losing messages silently.
 HIGH_WATER_MARK = 1 << 16
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what tells the launcher to drain and stop
+_MAP_NORESERVE = 0x4000  # Linux; Python's mmap has no name for it
 _PR_SET_NAME = 15
 _PR_SET_PDEATHSIG = 1
 
@@ -133,6 +134,14 @@ class Boot(msgspec.Struct, frozen=True):
     def title(self) -> str:
         """Short name for logs and `top`."""
         return self.role if self.role == "scheduler" else f"{self.role} {self.index}"
+
+
+def sparse_memory(size: int) -> mmap.mmap:
+    """Anonymous memory of `size` bytes, zeroed, inherited by fork.
+
+    Not reserved: limits ask for more than the traffic will ever touch, and only what is touched becomes memory.
+    """
+    return mmap.mmap(-1, size, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
 
 
 def frontend_address(run_dir: pathlib.Path) -> str:

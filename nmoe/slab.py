@@ -15,6 +15,7 @@ import msgspec
 
 from nmoe.architecture import DTYPE_BYTES, Architecture
 from nmoe.config import Config
+from nmoe.ipc import sparse_memory
 from nmoe.messages import CHANNEL_DECODE, CHANNEL_PREFILL
 
 LINE = 64  # bytes: one cache line, so that ranks that wait on neighbouring flags do not disturb each other
@@ -25,7 +26,6 @@ RETURN = 1  # phase: the owner's sums are there, and it will not read the rows a
 COUNT_BITS = 36  # of an epoch, the count of exchanges; the life has the others
 POISON_BITS = 8  # of a poison word, one per rank; the life has the others
 _SCALED = 128  # columns that share a scale
-_MAP_NORESERVE = 0x4000  # Linux; Python's mmap has no name for it
 
 
 class Channel(msgspec.Struct, frozen=True):
@@ -132,5 +132,4 @@ def make_slabs(layout: SlabLayout) -> mmap.mmap:
 
     It may serve any number of generations of workers: what an earlier one left has lower epochs.
     """
-    # Not reserved: the limits of a large model ask for more than the traffic will ever touch.
-    return mmap.mmap(-1, layout.total_bytes, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    return sparse_memory(layout.total_bytes)
