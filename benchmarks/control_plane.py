@@ -81,7 +81,7 @@ def serving(step_ms: float, frontends: int, overlap: bool, ranks: int = 8) -> It
 def _launch(config: Config, listener: socket.socket, run_dir: pathlib.Path, told: int) -> None:
     """In a child: the launcher, with simulated ranks instead of workers."""
     children._ENTRY["worker"] = "benchmarks.simulated_ranks"
-    launch._slabs = lambda _: None
+    launch.slabs_for = lambda _: None
     server = launch._Server(config, listener, run_dir)
     try:
         server.run(partial(_tell, told))

@@ -16,6 +16,7 @@ from nmoe import doctor, envs, ipc
 from nmoe.children import Children, Died, Said
 from nmoe.config import Config
 from nmoe.errors import LaunchError
+from nmoe.launch import slabs_for
 from nmoe.messages import (
     FrontendToScheduler,
     Hello,
@@ -37,6 +38,7 @@ class Engine:
         self._config = config
         self._board = Board(2 + config.parallel.world_size)
         self._children = Children()
+        self._slabs = slabs_for(config)
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(SchedulerToFrontend).decode
         self._submitted = 0
@@ -75,6 +77,7 @@ class Engine:
             run_dir=pathlib.Path(self._folder.name),
             control=theirs,
             board=self._board,
+            slabs=self._slabs if role == "worker" else None,
         )
         self._children.spawn(boot, ours)
 

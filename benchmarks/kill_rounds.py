@@ -1,6 +1,6 @@
 """Kills processes of a server under load, round after round: how soon clients know, how soon it serves, what leaks.
 
-    python -m benchmarks.kill_rounds [--rounds 50] [--world-size 2]
+    python -m benchmarks.kill_rounds [--rounds 50] [--world-size 2] [--device cuda]
 
 Each round opens 32 SSE streams and kills (SIGKILL) a worker, the scheduler or the frontend in turn. Printed per victim:
 seconds from the kill to the end of the last open stream and to the first new answer (median, maximum), and how the
@@ -22,6 +22,7 @@ from tests.checkpoints import make_checkpoint
 from tests.killing import kill
 from tests.serving import Server
 
+_GPU_START_S = 200.0  # at most; also of workers that begin anew
 SETTLE_S = 0.6  # a death sooner after the last one would count as dying again at once
 
 
@@ -30,19 +31,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--world-size", type=int, default=2, choices=(1, 2, 4, 8))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     arguments = parser.parse_args()
+    parallel = {"world_size": arguments.world_size, "device": arguments.device}
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = make_checkpoint(pathlib.Path(folder) / "tiny")
-        parallel = {"world_size": arguments.world_size, "device": "cpu"}
-        with Server({"model": {"path": str(checkpoint)}, "parallel": parallel}) as server:
-            result = asyncio.run(_rounds(server, arguments.rounds, arguments.world_size))
+        path = pathlib.Path(folder) / "tiny"
+        if arguments.device == "cuda":
+            from tests.gpu.test_engine_gpu import SHAPE
+
+            checkpoint, start_s = make_checkpoint(path, **SHAPE), _GPU_START_S
+            engine = {"num_pages": 256, "page_size": 32, "max_batch_size": 32, "max_prefill_tokens": 256}
+        else:
+            checkpoint, start_s, engine = make_checkpoint(path), 30.0, {}
+        sections = {"model": {"path": str(checkpoint)}, "parallel": parallel, "engine": engine}
+        with Server(sections, start_s=start_s) as server:
+            result = asyncio.run(_rounds(server, arguments.rounds, arguments.world_size, start_s))
     for victim, row in result["victims"].items():
         print(f"{victim:12} {row}")
     print({key: value for key, value in result.items() if key != "victims"})
     print(json.dumps(result))
 
 
-async def _rounds(server: Server, rounds: int, world_size: int) -> dict[str, Any]:
+async def _rounds(server: Server, rounds: int, world_size: int, back_s: float) -> dict[str, Any]:
     victims = [f"worker {world_size - 1}", "scheduler", "frontend 0"]
     ended: dict[str, list[float]] = collections.defaultdict(list)
     back: dict[str, list[float]] = collections.defaultdict(list)
@@ -50,7 +60,7 @@ async def _rounds(server: Server, rounds: int, world_size: int) -> dict[str, Any
     before = _held(server)
     for number in range(rounds):
         victim = victims[number % len(victims)]
-        how, last_end, first_answer = await kill(server, victim, signal.SIGKILL)
+        how, last_end, first_answer = await kill(server, victim, signal.SIGKILL, back_s)
         ends[victim].update(how)
         ended[victim].append(last_end)
         back[victim].append(first_answer)

@@ -5,6 +5,7 @@ import platform
 import subprocess
 from typing import Any
 
+import msgspec
 import torch
 
 from nmoe import __version__
@@ -30,9 +31,10 @@ def expert_spread(config: Config, tokens: int) -> dict[str, float]:
     """How so many random tokens spread, averaged over the layers with experts: the share of the experts that got any,
     and the busiest expert's load over the mean load.
 
-    The model is loaded here once more: random weights follow from the tensors' names, so it is the one that was
+    The model is loaded here once more, whole: random weights follow from the tensors' names, so it is the one that was
     measured.
     """
+    config = msgspec.structs.replace(config, parallel=msgspec.structs.replace(config.parallel, world_size=1))
     device = torch.device(config.parallel.device)
     loads: list[torch.Tensor] = []
     ops = ops_for(device, Numerics.FAST)

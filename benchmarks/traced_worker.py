@@ -1,7 +1,8 @@
 """A worker that looks at itself: how long its device and its thread are busy in a decode step.
 
 `trace_workers` puts it in the place of every worker that is forked after it. Of each batch it times its own thread over
-`_TIMED` steps, then traces the device's kernels and copies over `_TRACED` more.
+`_TIMED` steps, then traces the device's kernels and copies over `_TRACED` more. All ranks do, so that none waits for
+another's tracing, and rank 0 tells.
 """
 
 import json
@@ -19,6 +20,7 @@ from nmoe.worker import process
 from nmoe.worker.runner import Launched
 
 _SETTLING, _TIMED, _TRACED = 4, 10, 10
+_WAITS = ("wait_kernel", "arrive_kernel")  # of RDEP: a peer's rows or sums are waited for in these
 _path = ""
 
 
@@ -36,8 +38,9 @@ def main(boot: ipc.Boot) -> None:
 
 
 class _TracedWorker(process.Worker):
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, boot: ipc.Boot, *arguments: Any) -> None:
+        super().__init__(boot, *arguments)
+        self._tells = boot.index == 0
         self._batch, self._steps, self._spent = 0, 0, 0.0
         self._timed: dict[str, float] = {}
         self._launch = self._runner.launch
@@ -59,9 +62,10 @@ class _TracedWorker(process.Worker):
         elif self._steps == _SETTLING + _TIMED + _TRACED:
             torch.cuda.synchronize()
             self._trace.__exit__(None, None, None)
-            with open(_path, "a") as file:
-                record = {"batch": self._batch, **self._timed, **_device_busy(self._trace)}
-                file.write(json.dumps({key: round(value, 4) for key, value in record.items()}) + os.linesep)
+            record = {"batch": self._batch, **self._timed, **_device_busy(self._trace)}
+            if self._tells:
+                with open(_path, "a") as file:
+                    file.write(json.dumps({key: round(value, 4) for key, value in record.items()}) + os.linesep)
         begin = time.perf_counter()
         launched = self._launch(step)
         self._spent += time.perf_counter() - begin
@@ -78,17 +82,27 @@ def _profiler() -> torch.profiler.profile:
 
 
 def _device_busy(trace: torch.profiler.profile) -> dict[str, float]:
-    """The share of the time from the first kernel to the last in which any runs, and that time per step."""
+    """The share of the time from the first kernel to the last in which any runs, and that time per step. Of several
+    ranks also the share in which a kernel waits for flags, and in which nothing else runs meanwhile."""
     assert trace.profiler is not None
-    events = trace.profiler.kineto_results.events()
-    spans = sorted(
-        (event.start_ns(), event.start_ns() + event.duration_ns())
-        for event in events
-        if event.device_type() == DeviceType.CUDA and event.duration_ns()
-    )
-    busy, end = 0, spans[0][0]
-    for begin, stop in spans:
-        busy += max(0, stop - max(begin, end))
+    spans, waits = [], []
+    for event in trace.profiler.kineto_results.events():
+        if event.device_type() == DeviceType.CUDA and event.duration_ns():
+            span = (event.start_ns(), event.start_ns() + event.duration_ns())
+            (waits if event.name() in _WAITS else spans).append(span)
+    everything = [*spans, *waits]
+    whole = max(stop for _, stop in everything) - min(begin for begin, _ in everything)
+    busy = _covered(everything)
+    told = {"traced_ms": whole / _TRACED / 1e6, "device_busy": busy / whole, "device_events": len(everything) / _TRACED}
+    if waits:
+        told |= {"waiting": _covered(waits) / whole, "only_waiting": (busy - _covered(spans)) / whole}
+    return told
+
+
+def _covered(spans: list[tuple[int, int]]) -> int:
+    """How much time lies in any of these spans."""
+    covered, end = 0, 0
+    for begin, stop in sorted(spans):
+        covered += max(0, stop - max(begin, end))
         end = max(end, stop)
-    whole = end - spans[0][0]
-    return {"traced_ms": whole / _TRACED / 1e6, "device_busy": busy / whole, "device_events": len(spans) / _TRACED}
+    return covered

@@ -7,6 +7,8 @@ import re
 import msgspec
 import pynvml
 
+_P2P_ABILITIES = (0, 1)  # nvml.h's NVML_P2P_CAPS_INDEX_READ and _WRITE; pynvml has the former as a tuple
+
 
 class Gpu(msgspec.Struct, frozen=True):
     """One GPU; memory in bytes."""
@@ -66,7 +68,7 @@ def _unlinked(handles: list[object]) -> tuple[tuple[int, int], ...]:
     def linked(one: object, other: object) -> bool:
         return all(
             pynvml.nvmlDeviceGetP2PStatus(one, other, ability) == pynvml.NVML_P2P_STATUS_OK
-            for ability in (pynvml.NVML_P2P_CAPS_INDEX_READ, pynvml.NVML_P2P_CAPS_INDEX_WRITE)
+            for ability in _P2P_ABILITIES
         )
 
     count = len(handles)

@@ -101,7 +101,7 @@ def _bind(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def _slabs(config: Config) -> mmap.mmap | None:
+def slabs_for(config: Config) -> mmap.mmap | None:
     """The memory that several workers share: on the CPU they exchange tokens through it, on GPUs they only hear of
     trouble there."""
     if config.parallel.world_size == 1:
@@ -121,7 +121,7 @@ class _Server:
         self._http_socket = http_socket
         self._run_dir = run_dir
         self._board = Board(1 + config.parallel.world_size + config.server.processes)
-        self._slabs = _slabs(config)
+        self._slabs = slabs_for(config)
         self._arena = ArenaLayout.of(read_architecture(config.model.path), config.parallel.world_size).make()
         self._lives: Counter[tuple[ipc.Role, int]] = Counter()
 

@@ -31,11 +31,11 @@ async def stream(session: aiohttp.ClientSession, server: Server, started: asynci
     return "error" if errors else "done"
 
 
-async def recovered(session: aiohttp.ClientSession, server: Server, since: float) -> float:
+async def recovered(session: aiohttp.ClientSession, server: Server, since: float, back_s: float = BACK_S) -> float:
     """Seconds until the server answers a new request and says that it is healthy."""
     body = {"model": server.model, "prompt": [5], "max_tokens": 1, "temperature": 0}
     while True:
-        assert time.monotonic() - since < BACK_S, server.output
+        assert time.monotonic() - since < back_s, server.output
         try:
             async with session.post(f"{server.url}/v1/completions", json=body) as response:
                 if response.status == 200 and server.healthy():
@@ -46,7 +46,9 @@ async def recovered(session: aiohttp.ClientSession, server: Server, since: float
         await asyncio.sleep(0.05)
 
 
-async def kill(server: Server, name: str, signum: signal.Signals) -> tuple[list[str], float, float]:
+async def kill(
+    server: Server, name: str, signum: signal.Signals, back_s: float = BACK_S
+) -> tuple[list[str], float, float]:
     """Kill under load; the streams' ends, the seconds to the last of them and to the first new answer."""
     started = asyncio.Event()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
@@ -57,4 +59,4 @@ async def kill(server: Server, name: str, signum: signal.Signals) -> tuple[list[
         victim.send_signal(signum)
         ends = await asyncio.gather(*streams)
         ended = time.monotonic() - killed_at
-        return ends, ended, await recovered(session, server, killed_at)
+        return ends, ended, await recovered(session, server, killed_at, back_s)

@@ -324,7 +324,8 @@ class FakeNvml:
     class NVMLError(Exception):
         pass
 
-    NVML_P2P_STATUS_OK, NVML_P2P_CAPS_INDEX_READ, NVML_P2P_CAPS_INDEX_WRITE = 0, 0, 1
+    NVML_P2P_STATUS_OK = 0
+    NVML_P2P_CAPS_INDEX_READ, NVML_P2P_CAPS_INDEX_WRITE = (0,), 1  # as pynvml 13 has them
 
     def __init__(self) -> None:
         self.open = 0
