@@ -226,40 +226,42 @@ def in_processes(rank: int, world_size: int, shapes: list[str], counts: list[int
 
     device, results = torch.device("cuda", rank), []
     torch.cuda.set_device(device)
-    control, life = Control(ControlLayout(world_size), page), 0
+    control = Control(ControlLayout(world_size), page)
     gb_s = copy_gb_s(device, torch.device("cuda", (rank + 1) % world_size))
-    for shape in shapes:
-        a = read_architecture(SHAPES[shape])
-        mlp = make_mlp(a, a.num_experts // world_size, device)
-        for tokens in counts:
-            layout = layout_of(a, world_size, tokens)
-            meeting = pathlib.Path(folder, f"{shape}-{tokens}")
-            peers = PeerSlabs(layout.slab_bytes, rank, world_size, device, meeting)
-            mine = make_rank(a, layout, peers.slab, peers.bases, control, rank, tokens, mlp)
-            life += 1
-            mine.link.meet(life, lambda: False, bounded=False)
-            mine.link.begin(CHANNEL_DECODE, tokens)
-            store = dist.FileStore(f"{meeting}-nccl", world_size)  # type: ignore[attr-defined]
-            dist.init_process_group("nccl", store=store, rank=rank, world_size=world_size, device_id=device)
-            with torch.cuda.stream(mine.stream):
-                for what in ("dispatch", "both", "with experts"):
-                    run(mine, what)
-            sent = pushed_bytes(a, layout, mine, own=False)
-            row = {"shape": shape, "tokens": tokens, **figures([mine], dist.barrier, sent, gb_s)}
-            row["nccl_us"] = nccl_us(mine, sent, world_size)
-            results.append(row)
-            if rank == 0:
-                show(row)
-            assert mine.link.check()
-            dist.barrier()
-            dist.destroy_process_group()
+    cases = [(shape, tokens, read_architecture(SHAPES[shape])) for shape in shapes for tokens in counts]
+    layouts = [layout_of(a, world_size, tokens) for _, tokens, a in cases]
+    peers = PeerSlabs(
+        max(layout.slab_bytes for layout in layouts), rank, world_size, device, pathlib.Path(folder, "meeting")
+    )
+    store = dist.FileStore(str(pathlib.Path(folder, "nccl")), world_size)  # type: ignore[attr-defined]
+    dist.init_process_group("nccl", store=store, rank=rank, world_size=world_size, device_id=device)
+    mlps = {shape: make_mlp(a, a.num_experts // world_size, device) for shape, _, a in cases}
+    for life, ((shape, tokens, a), layout) in enumerate(zip(cases, layouts, strict=True), 1):
+        slab = peers.slab[: layout.slab_bytes]
+        mine = make_rank(a, layout, slab, peers.bases, control, rank, tokens, mlps[shape])
+        mine.link.meet(life, lambda: False, bounded=False)
+        mine.link.begin(CHANNEL_DECODE, tokens)
+        with torch.cuda.stream(mine.stream):
+            for what in ("dispatch", "both", "with experts"):
+                run(mine, what)
+        sent = pushed_bytes(a, layout, mine, own=False)
+        row = {"shape": shape, "tokens": tokens, **figures([mine], dist.barrier, sent, gb_s)}
+        row["nccl_us"] = nccl_us(mine, sent, world_size)
+        results.append(row)
+        if rank == 0:
+            show(row)
+        assert mine.link.check()
+        dist.barrier()
+    dist.destroy_process_group()
     return results
 
 
 def nccl_us(rank: Rank, sent: tuple[int, int], world_size: int) -> float:
-    """All-to-all of as many bytes, both ways, in a graph."""
+    """All-to-all of as many bytes, both ways, in a graph; as many for every rank, which an all-to-all asks for."""
     pairs = []
-    for size in sent:
+    most = torch.tensor(sent, device=rank.parts_SKD.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    for size in most.tolist():
         each = max(1, size // (world_size - 1)) * world_size
         pairs.append(tuple(torch.zeros(each, dtype=torch.uint8, device=rank.parts_SKD.device) for _ in range(2)))
 

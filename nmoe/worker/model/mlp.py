@@ -70,7 +70,8 @@ class MoE:
             return ops.grouped_mlp(x, ids_TK, weights_TK, self._w_gate_up_EGD, self._w_down_EDF)
 
         combine = self._exchange.dispatch(experts, x_TD, ids_TK, weights_TK)
-        shared_TD = self._shared.forward(x_TD, ops)
+        with self._exchange.beside():
+            shared_TD = self._shared.forward(x_TD, ops)
         return ops.sum_experts(combine(), shared_TD), ids_TK
 
 

@@ -3,8 +3,9 @@
 Shape suffixes: T tokens, K experts per token, D hidden, E experts of this rank.
 """
 
+import contextlib
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -46,11 +47,15 @@ class Exchange(Protocol):
     ) -> Combine:
         """Start the exchange; ids are global, int64 (on the GPU int32).
 
-        The returned function waits for the sums of the tokens' owners, what the caller computes in between runs while
-        the tokens are under way, and gives what the device's `sum_experts` takes: on the CPU the float32 sums [T, D];
-        on the GPU terms [T, J, D] that are yet to be added, in float32 and in the order of J. `experts` gets a bounded
-        number of rows at a time (on the CPU TILE_ROWS), which it must not keep.
+        The returned function waits for the sums of the tokens' owners, and gives what the device's `sum_experts` takes:
+        on the CPU the float32 sums [T, D]; on the GPU terms [T, J, D] that are yet to be added, in float32 and in the
+        order of J. `experts` gets a bounded number of rows at a time (on the CPU TILE_ROWS), which it must not keep.
         """
+        ...
+
+    def beside(self) -> contextlib.AbstractContextManager[Any]:
+        """Where the caller computes, after `dispatch` and before it calls what that returned, what needs no sums: it
+        runs while the tokens are under way."""
         ...
 
     def leave(self) -> None:
@@ -87,6 +92,10 @@ class OneRank:
             return sums[0] if len(sums) == 1 else torch.cat(sums)
 
         return combine
+
+    def beside(self) -> contextlib.AbstractContextManager[Any]:
+        """Nothing is under way."""
+        return contextlib.nullcontext()
 
     def leave(self) -> None:
         """Nobody else waits."""

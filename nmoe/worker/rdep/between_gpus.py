@@ -1,13 +1,16 @@
 """RDEP between GPUs: one-sided writes into the owners' memory, by kernels that are replayed in a CUDA graph.
 
-The protocol is docs/rdep.md; the kernels are in `rows_triton.py` and `signals_triton.py`. The experts run on a second
-stream from the moment the rows are there, while the caller's shared experts run on its own.
+The protocol is docs/rdep.md; the kernels are in `rows_triton.py` and `signals_triton.py`. They follow one another on the
+caller's stream, where each is made ready while the one before it runs (early.py); the caller's shared experts run on a
+second one from the moment the rows are pushed.
 
 Shape suffixes: N ranks, T tokens of this rank, C slots per rank, K experts per token, D hidden, S rows of a tile.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -58,7 +61,7 @@ class BetweenGPUs:
         self._layout, self._slab, self._control, self._rank, self._dtype = layout, slab, control, rank, dtype
         self._hidden = layout.row_bytes // dtype.itemsize
         self._expected_rows, self._bound_s = expected_rows, bound_s
-        self._stream = torch.cuda.Stream(slab.device)  # type: ignore[no-untyped-call]
+        self._beside = torch.cuda.Stream(slab.device)  # type: ignore[no-untyped-call]
         self._bases = torch.tensor(list(bases), dtype=torch.int64, device=slab.device)
         self._state = torch.zeros(STATE_WORDS, dtype=torch.int64, device=slab.device)
         slots = layout.world_size * max(channel.max_tokens for channel in layout.channels)
@@ -125,17 +128,21 @@ class BetweenGPUs:
         if len(x_TD) > self._most:
             raise ValueError(f"{len(x_TD)} tokens in a step that was begun with {self._most} for the largest rank")
         self._push(x_TD, ids_TK, weights_TK)
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            self._arrive()
-            self._serve(experts)
+        # What the second stream frees it reuses for itself, after this wait.
+        self._beside.wait_stream(torch.cuda.current_stream())
+        self._arrive()
+        self._serve(experts)
 
         def combine() -> torch.Tensor:
-            current.wait_stream(self._stream)
-            return self._sum(ids_TK)
+            sums_T1D = self._sum(ids_TK)
+            torch.cuda.current_stream().wait_stream(self._beside)
+            return sums_T1D
 
         return combine
+
+    def beside(self) -> contextlib.AbstractContextManager[Any]:
+        """See Exchange."""
+        return torch.cuda.stream(self._beside)
 
     def _push(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
         layout, at = self._layout, self._layout.channels[self._channel]

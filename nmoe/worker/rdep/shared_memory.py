@@ -6,6 +6,7 @@ other, so one strided assignment writes the rows of every owner.
 Shape suffixes: N ranks, T tokens of this rank, C slots per rank, K experts per token, D hidden, S rows on their way.
 """
 
+import contextlib
 import math
 import mmap
 from collections.abc import Callable, Iterator
@@ -89,6 +90,10 @@ class SharedMemory:
             return self._sum(slots, owners_S, tokens_S, num_tokens)
 
         return combine
+
+    def beside(self) -> contextlib.AbstractContextManager[Any]:
+        """There is one thread of computation: the others' rows arrive meanwhile."""
+        return contextlib.nullcontext()
 
     def _push(self, slots: "_Slots", x_TD: torch.Tensor, ids_TK: Array, weights_TK: Array) -> tuple[Array, Array]:
         """Write each token once into the slab of each rank that owns experts of it. Gives those pairs, by owner."""
