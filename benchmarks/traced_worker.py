@@ -8,6 +8,7 @@ another's tracing, and rank 0 tells.
 import json
 import os
 import pathlib
+import statistics
 import time
 from typing import Any
 
@@ -41,7 +42,9 @@ class _TracedWorker(process.Worker):
     def __init__(self, boot: ipc.Boot, *arguments: Any) -> None:
         super().__init__(boot, *arguments)
         self._tells = boot.index == 0
-        self._batch, self._steps, self._spent = 0, 0, 0.0
+        self._batch, self._steps = 0, 0
+        self._launches: list[float] = []  # seconds of this thread
+        self._reports: list[float] = []
         self._timed: dict[str, float] = {}
         self._launch = self._runner.launch
         self._runner.launch = self._launch_one  # type: ignore[method-assign]
@@ -53,10 +56,15 @@ class _TracedWorker(process.Worker):
             self._batch, self._steps = rows, 0
         self._steps += bool(rows)
         if self._steps == _SETTLING:
-            self._begin, self._spent = time.perf_counter(), 0.0
+            self._begin, self._launches, self._reports = time.perf_counter(), [], []
         elif self._steps == _SETTLING + _TIMED:
             wall = time.perf_counter() - self._begin
-            self._timed = {"timed_ms": wall / _TIMED * 1e3, "thread_busy": self._spent / wall}
+            self._timed = {
+                "timed_ms": wall / _TIMED * 1e3,
+                "launch_us": statistics.median(self._launches) * 1e6,
+                "report_us": statistics.median(self._reports) * 1e6,
+                "thread_busy": (sum(self._launches) + sum(self._reports)) / wall,
+            }
             self._trace = _profiler()
             self._trace.__enter__()
         elif self._steps == _SETTLING + _TIMED + _TRACED:
@@ -66,15 +74,15 @@ class _TracedWorker(process.Worker):
             if self._tells:
                 with open(_path, "a") as file:
                     file.write(json.dumps({key: round(value, 4) for key, value in record.items()}) + os.linesep)
-        begin = time.perf_counter()
+        begin = time.thread_time()
         launched = self._launch(step)
-        self._spent += time.perf_counter() - begin
+        self._launches.append(time.thread_time() - begin)
         return launched
 
     def _report(self, launched: Launched) -> None:
-        begin = time.perf_counter()
+        begin = time.thread_time()
         super()._report(launched)
-        self._spent += time.perf_counter() - begin
+        self._reports.append(time.thread_time() - begin)
 
 
 def _profiler() -> torch.profiler.profile:

@@ -22,7 +22,7 @@ from nmoe.worker.kernels import (
     ops_for,
     router_triton,
 )
-from nmoe.worker.kernels.mla_exact_prefill_triton import exact_prefill
+from nmoe.worker.kernels.mla_exact_prefill_gluon import exact_prefill
 from nmoe.worker.kernels.mla_exact_triton import exact_decode, span_prefix
 from nmoe.worker.model import load_model
 from nmoe.worker.model.mla_gpu import chunks_of
@@ -127,7 +127,7 @@ def expected_latent(q_latent, q, held):
     return scores.softmax(-1) @ held[:, :512].double()
 
 
-@pytest.mark.parametrize("heads", [16, 48, 128])
+@pytest.mark.parametrize("heads", [16, 64, 128])
 @pytest.mark.parametrize("page", [32, 64])
 def test_decode_and_prefill_give_a_query_the_same_bits(heads, page):
     contexts = [1, 4, 32, 511, 512, 513, 1500, 8192, 8193, 9000]

@@ -2,10 +2,10 @@
 
 A query's context is cut into spans at absolute positions; a span is attended in tiles of positions, in their order, and
 the spans are merged in theirs. A position alone says how long its spans are. Here decode rows have their spans computed
-side by side and merged by a second kernel; in mla_exact_prefill_triton.py a program takes the queries of a few
-neighbouring positions and goes through their spans itself. Both call the same two functions, compiled without fused
-multiply-adds, and the sum of the weights is a product with ones: the matrix unit adds in the order of the positions in
-tiles of any shape, a reduction over threads would not. `mla.py`'s `absorbed_chunk` is the reference.
+side by side and merged by a second kernel; in mla_exact_prefill_gluon.py a program takes the queries of a few
+neighbouring positions and goes through their spans itself. Both do the same operations in the same order, compiled
+without fused multiply-adds, and the sum of the weights is a product with ones: the matrix unit adds in the order of the
+positions in tiles of any shape, a reduction over threads would not. `mla.py`'s `absorbed_chunk` is the reference.
 
 Shape suffixes: R rows, H heads, L latent, P rope dimensions, Q a query's, C = L + P, K rows of the cache, B pages of a
 row (padded).
@@ -23,7 +23,8 @@ from nmoe.worker.kernels.mla_decode_triton import multiprocessors
 
 SPAN, MOST_SPANS = 512, 16  # spans are twice as long, and twice again, where a context would have more of them
 _SPAN, _MOST_SPANS = tl.constexpr(SPAN), tl.constexpr(MOST_SPANS)
-ROWS = 64  # of a prefill's tiles: heads times queries
+TILE = 32  # positions that are weighed at a time
+ROWS = 64  # of a prefill's programs: heads times queries
 _PLAN_ROWS = 256  # the smallest block for per-row vectors
 
 
@@ -176,21 +177,17 @@ def _merge_kernel(partial_ptr, peak_ptr, weight_ptr, prefix_ptr, out_ptr, HEADS:
 
 
 class Form(NamedTuple):
-    """How the two kernels are launched for a model's heads. The tile is part of the arithmetic, the rest is not."""
+    """How decode is launched for a model's heads; none of it is part of the arithmetic."""
 
-    heads: int  # of a program
-    tile: int
-    decode_warps: int
-    decode_stages: int
-    decode_programs: int  # per multiprocessor
-    prefill_stages: int
+    heads: int  # of a program, of prefills too
+    warps: int
+    stages: int
+    programs: int  # per multiprocessor
 
 
-def form_of(heads: int, page_size: int) -> Form:
+def form_of(heads: int) -> Form:
     block_h = math.gcd(heads, ROWS)
-    if block_h <= 16:
-        return Form(block_h, 32, 4, 5, 2, 3)
-    return Form(block_h, min(64, page_size), 8, 2, 1, 2)
+    return Form(block_h, 4, 5, 2) if block_h <= 16 else Form(block_h, 8, 4, 1)
 
 
 def span_prefix(positions_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,12 +214,12 @@ def exact_decode(
     """Attended latents of one query per row into `out_RHL`. `contexts_R` and `prefix` are `span_prefix`'s."""
     rows, heads, latent = q_latent_RHL.shape
     rope = rows_KC.shape[1] - latent
-    form = form_of(heads, page_size)
+    form = form_of(heads)
     most = rows * min(MOST_SPANS, triton.cdiv(pages_RB.shape[1] * page_size, SPAN))
     partial = torch.empty(most, heads, latent, dtype=torch.float32, device=rows_KC.device)
     peaks, weights = torch.empty(2, most, heads, dtype=torch.float32, device=rows_KC.device)
     blocks = heads // form.heads
-    programs = max(1, form.decode_programs * multiprocessors(rows_KC.device) // blocks)
+    programs = max(1, form.programs * multiprocessors(rows_KC.device) // blocks)
     _spans_kernel[(min(programs, most), blocks)](
         q_latent_RHL,
         q_RHQ,
@@ -244,9 +241,9 @@ def exact_decode(
         ROPE=rope,
         LATENT=latent,
         PAGE=page_size,
-        TILE=form.tile,
-        STAGES=form.decode_stages,
-        num_warps=form.decode_warps,
+        TILE=TILE,
+        STAGES=form.stages,
+        num_warps=form.warps,
         enable_fp_fusion=False,
         launch_pdl=early(rows),
     )

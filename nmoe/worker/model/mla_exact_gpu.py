@@ -9,11 +9,11 @@ from nmoe.architecture import Architecture
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.kernels.linear_exact_triton import linear_heads
 from nmoe.worker.kernels.mla import Up
-from nmoe.worker.kernels.mla_exact_prefill_triton import exact_prefill
+from nmoe.worker.kernels.mla_exact_prefill_gluon import exact_prefill
 from nmoe.worker.kernels.mla_exact_triton import exact_decode, span_prefix
 from nmoe.worker.model.mla_gpu import PagedPlan, chunks_of
 
-_GATHERED_BYTES = 1 << 30  # contexts that exist at one time
+_POSITIONS = 1 << 30  # of contexts at one time: any, since nothing is made of them
 
 
 class ExactGPUPlan(PagedPlan):
@@ -29,8 +29,7 @@ class ExactGPUPlan(PagedPlan):
             contexts_R, prefix = span_prefix(
                 batch.positions_T[:decodes] if batch.decodes_R is None else batch.decodes_R
             )
-        most = max(1, _GATHERED_BYTES // (architecture.cache_dim * cache.rows_LNSC.element_size()))
-        return cls(batch, rope_M2P, cache.page_size, contexts_R, prefix, chunks_of(batch, most))
+        return cls(batch, rope_M2P, cache.page_size, contexts_R, prefix, chunks_of(batch, _POSITIONS))
 
     def attend(self, q_THQ: torch.Tensor, rows_KC: torch.Tensor, up: Up) -> torch.Tensor:
         """See Plan."""

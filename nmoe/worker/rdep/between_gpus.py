@@ -61,7 +61,7 @@ class BetweenGPUs:
         self._layout, self._slab, self._control, self._rank, self._dtype = layout, slab, control, rank, dtype
         self._hidden = layout.row_bytes // dtype.itemsize
         self._expected_rows, self._bound_s = expected_rows, bound_s
-        self._beside = torch.cuda.Stream(slab.device)  # type: ignore[no-untyped-call]
+        self._beside = torch.cuda.Stream(slab.device, priority=-1)  # type: ignore[no-untyped-call]
         self._bases = torch.tensor(list(bases), dtype=torch.int64, device=slab.device)
         self._state = torch.zeros(STATE_WORDS, dtype=torch.int64, device=slab.device)
         slots = layout.world_size * max(channel.max_tokens for channel in layout.channels)

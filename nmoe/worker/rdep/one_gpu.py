@@ -18,7 +18,7 @@ class OneGPU(OneRank):
     """The exchange of the only rank."""
 
     def __init__(self, device: torch.device) -> None:
-        self._beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._beside = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     def dispatch(
         self, experts: LocalExperts, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
