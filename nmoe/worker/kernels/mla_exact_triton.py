@@ -173,7 +173,7 @@ def _merge_kernel(partial_ptr, peak_ptr, weight_ptr, prefix_ptr, out_ptr, HEADS:
         peak, weight, before, here = merge(peak, weight, tl.load(peak_ptr + slot), tl.load(weight_ptr + slot))
         acc = acc * before + span_acc * here
     out = out_ptr + (row * HEADS + head).to(tl.int64)[:, None] * LATENT + latent[None, :]
-    tl.store(out, (acc / weight[:, None]).to(out_ptr.dtype.element_ty))
+    tl.store(out, (acc * (1.0 / weight)[:, None]).to(out_ptr.dtype.element_ty))
 
 
 class Form(NamedTuple):
