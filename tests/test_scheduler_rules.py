@@ -357,3 +357,22 @@ def test_pages_that_do_not_add_up_are_noticed_when_a_rank_becomes_idle():
     engine.scheduler._ranks.pools[0]._free.append(engine.request(uid).pages[0])
     with pytest.raises(RuntimeError, match="do not add up"):
         engine.run()
+
+
+@pytest.mark.parametrize("returns", [Returns(), Returns(records=True, prompt=True, logits=True, routing=True)])
+@pytest.mark.parametrize("max_tokens", [0, 6])
+def test_logits_that_are_not_finite_end_that_request_alone(max_tokens, returns):
+    engine = Engine(limits())
+    broken = engine.submit([1, 2, 3], max_tokens, returns=returns)
+    other = engine.submit([1, 2, 3, 4], 6, returns=returns)
+    if max_tokens:
+        engine.plan()
+        engine.plan()
+    engine.break_logits(broken)
+    engine.run()
+    ended = engine.clients[broken].ended
+    assert engine.clients[other].ended.reason == "length"  # with the right tokens, see Engine.check_end
+    if returns or max_tokens:
+        assert (ended.reason, ended.status, ended.code) == ("error", 500, "logits_not_finite")
+        assert "logits are not finite" in ended.detail
+    assert len(engine.clients[broken].tokens) == (2 if max_tokens else 0)
