@@ -128,6 +128,13 @@ class Scheduler:
             if uid_frontend(request.uid) == frontend and request.uid // LIFE != living:
                 self._end(request, "abort", tell=False)
 
+    def fail(self, frontend: int, error: RequestError) -> int:
+        """End the requests of a frontend with an error; how many there were."""
+        failed = [request for request in self._requests.values() if uid_frontend(request.uid) == frontend]
+        for request in failed:
+            self._end(request, "error", error=error)
+        return len(failed)
+
     def reset(self, detail: str) -> None:
         """The workers have lost everything: end every request with an error, and begin anew with empty caches.
 
