@@ -28,6 +28,7 @@ def sizes(draw, **fixed):
         "max_prefill_tokens": world_size * draw(st.integers(1, 12)),
         "max_queue": draw(st.integers(8, 60)),
         "cells_per_rank": draw(st.sampled_from([1, 2, 3, 8])),
+        "routing_bytes": draw(st.sampled_from([8, 1 << 20])),
         "steps_in_flight": draw(st.sampled_from([1, 2, 2, 2])),
         "enable_prefix_cache": draw(st.sampled_from([True, True, True, False])),
     }

@@ -34,6 +34,7 @@ from nmoe.messages import (
     WorkerToScheduler,
 )
 from nmoe.metrics import row_index
+from nmoe.outputs import RoutingLayout
 from nmoe.scheduler.cells import Cells, life_of
 from nmoe.scheduler.limits import Limits
 from nmoe.scheduler.post import UNREAD, Post
@@ -73,6 +74,7 @@ class Process:
         architecture = read_architecture(config.model.path)
         self._max_seq_len = config.model.max_seq_len or architecture.max_position_embeddings
         self._arena = ArenaLayout.of(architecture, config.parallel.world_size)
+        self._routing = RoutingLayout.of(architecture)
         self._cells = Cells(config.parallel.world_size, self._arena.cells_per_rank)
         self._policy: Scheduler | None = None  # only while serving
         self._report = Report(boot.board.rows[row_index("scheduler", 0, config.parallel.world_size)])
@@ -172,7 +174,8 @@ class Process:
             self._workers = ready.generation
         self._ready[ready.rank] = ready.num_pages
         if self._policy is None and len(self._ready) == self._boot.config.parallel.world_size:
-            limits = Limits.of(self._boot.config, min(self._ready.values()), self._max_seq_len, self._arena)
+            num_pages = min(self._ready.values())
+            limits = Limits.of(self._boot.config, num_pages, self._max_seq_len, self._arena, self._routing)
             self._policy = Scheduler(limits, self._cells, self._boot.generation)
             _log.info("serving with %d pages of %d tokens per rank", limits.num_pages, limits.page_size)
             for frontend in sorted(self._greeted):
