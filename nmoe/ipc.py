@@ -24,8 +24,12 @@ from nmoe.metrics import Board
 Role = Literal["frontend", "scheduler", "worker"]
 
 # A peer's messages wait here while it is busy. The traffic is bounded elsewhere (queue limit, two steps in flight), so
-# reaching the mark means that the peer is gone; the sender then gets zmq.Again instead of losing messages silently.
+# reaching the mark means that the peer has stopped to read; the sender then gets zmq.Again instead of losing messages
+# silently.
 HIGH_WATER_MARK = 1 << 16
+# As plain numbers: combining zmq's enumerations takes longer than sending.
+_NOWAIT = int(zmq.NOBLOCK)
+_MORE_NOWAIT = int(zmq.NOBLOCK | zmq.SNDMORE)
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what tells the launcher to drain and stop
 _MAP_NORESERVE = 0x4000  # Linux; Python's mmap has no name for it
 _PR_SET_NAME = 15
@@ -184,6 +188,21 @@ def connect_dealer(context: zmq.Context[zmq.Socket[bytes]], address: str, index:
     sock.setsockopt(zmq.RECONNECT_IVL, 20)
     sock.connect(address)
     return sock
+
+
+def route(router: zmq.Socket[bytes], index: int, data: bytes) -> Literal["sent", "gone", "full"]:
+    """Send to one peer of a ROUTER without waiting: "gone" when it is not connected, "full" when it lives and has read
+    nothing for long."""
+    try:
+        router.send(identity(index), _MORE_NOWAIT)  # raises when the peer is out of reach
+        router.send(data, _NOWAIT)
+    except zmq.ZMQError as error:
+        if error.errno == zmq.EHOSTUNREACH:
+            return "gone"
+        if error.errno == zmq.EAGAIN:
+            return "full"
+        raise
+    return "sent"
 
 
 def settle_in(boot: Boot) -> None:

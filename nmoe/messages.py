@@ -144,15 +144,18 @@ class Serving(Message, frozen=True, tag="serving"):
 class Ended(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The one terminal entry of a request. `cached_tokens`: how many prompt tokens came from the prefix cache.
 
-    The three times are seconds on CLOCK_MONOTONIC; 0.0 when the request never got that far.
+    `detail`, `status` and `code` are for the reason "error": what to tell the client, the HTTP status, OpenAI's code.
+    The two times are seconds on CLOCK_MONOTONIC; 0.0 when the request never got that far.
     """
 
     uid: int
     reason: Reason
     cached_tokens: int = 0
-    detail: str = ""  # for reason "error": what to tell the client
+    detail: str = ""
     scheduled_at: float = 0.0
     first_token_at: float = 0.0
+    status: int = 0
+    code: str = ""
 
 
 class Tokens(Message, frozen=True, tag="tokens"):
@@ -252,7 +255,8 @@ class StepDone(Message, frozen=True, tag="done"):
     """The results of one Step. `tokens` int32: for each row with ROW_SAMPLES, in row order, its new tokens.
 
     `counts` int32 [rows that sample]: how many tokens each returned; None when every one returned one. `blocks`: of
-    each row with ROW_RETURNS, in row order (nmoe/outputs.py); `block_sizes` int32 [those rows], in bytes.
+    each row with ROW_RETURNS, in row order (nmoe/outputs.py); `block_sizes` int32 [those rows], in bytes. `failed`
+    int32: the slots of rows whose logits were not finite; their tokens and blocks mean nothing.
     """
 
     rank: int
@@ -261,6 +265,7 @@ class StepDone(Message, frozen=True, tag="done"):
     counts: bytes | None = None
     blocks: bytes = b""
     block_sizes: bytes = b""
+    failed: bytes = b""
 
 
 WorkerToScheduler = Ready | StepDone

@@ -154,6 +154,7 @@ class Rig:
         """One step's tokens for one request: a text or ids, and their block; with `reason` they are its last."""
         ids = ids_of(output) if isinstance(output, str) else output
         uid = submit.uid + sibling
+        ended = {"status": 503, "code": "engine_restarted"} | ended if reason == "error" else ended
         last = (Ended(uid, reason, **ended),) if reason else ()
         uids = array.array("q", [uid] if ids or block else []).tobytes()
         counts = array.array("i", [len(ids)] if uids else []).tobytes()

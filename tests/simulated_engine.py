@@ -144,6 +144,11 @@ class Engine:
         self.scheduler.finish(Finish(1, uid, count))
         self.after()
 
+    def break_logits(self, uid: int) -> None:
+        """From the next step on the request's logits are not finite."""
+        for worker in self.workers:
+            worker.broken.add(self.clients[uid].seed)
+
     def release(self, most: int | None = None) -> None:
         """The frontends read cells and give them back, the last ones they got first."""
         willing = [cell for cell, (frontend, _) in self.unread.items() if frontend not in self.stubborn]

@@ -92,6 +92,7 @@ class SimulatedWorker:
         self.row_tokens = row_tokens
         self.limits_by_seed = limits_by_seed
         self.arena = {} if arena is None else arena  # cell -> the record whose logits it has
+        self.broken: set[int] = set()  # seeds of requests whose logits are not finite any more
         self.slots: dict[int, Slot] = {}
         self.cache: dict[tuple[int, int], Entry] = {}  # (page, offset)
         self.writers: dict[int, tuple[int, int]] = {}  # page -> (tenancy, step) of the last write
@@ -127,6 +128,12 @@ class SimulatedWorker:
             for row, new in zip(rows, computed, strict=True)
             if row[3] & ROW_RETURNS
         ]
+        failed = []
+        for place, (slot_id, *_, flags) in enumerate(rows):
+            slot, new = self.slots[slot_id], computed[place]
+            if slot.seed in self.broken and (new is not None or (flags & ROW_RETURNS and slot.returns.prompt)):
+                failed.append(slot_id)
+                computed[place] = None if new is None else [-1] * len(new)
         sampled = [new for new in computed if new is not None]
         tokens_of_all = np.array([token for new in sampled for token in new], np.int32).tobytes()
         counts = None
@@ -134,7 +141,8 @@ class SimulatedWorker:
             counts = np.array([len(new) for new in sampled], np.int32).tobytes()
         assert not cells, "cells that belong to no record"
         sizes = np.array([len(block) for block in blocks], np.int32).tobytes()
-        return StepDone(1, self.rank, step.step_id, tokens_of_all, counts, b"".join(blocks), sizes)
+        ids_of_failed = np.array(failed, np.int32).tobytes()
+        return StepDone(1, self.rank, step.step_id, tokens_of_all, counts, b"".join(blocks), sizes, ids_of_failed)
 
     def _block(self, slot: Slot, first: int, new: list[int] | None, cells: list[int]) -> bytes:
         """What the positions before `slot.end` return that has not come back: see `record` and `routing`.

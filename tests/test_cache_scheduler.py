@@ -28,6 +28,7 @@ def sizes(draw, **fixed):
         "max_prefill_tokens": world_size * draw(st.integers(1, 12)),
         "max_queue": draw(st.integers(8, 60)),
         "cells_per_rank": draw(st.sampled_from([1, 2, 3, 8])),
+        "routing_bytes": draw(st.sampled_from([8, 1 << 20])),
         "steps_in_flight": draw(st.sampled_from([1, 2, 2, 2])),
         "enable_prefix_cache": draw(st.sampled_from([True, True, True, False])),
     }
@@ -60,6 +61,7 @@ ACTION = st.one_of(
     st.tuples(st.just("die"), st.integers(0, 2)),
     st.tuples(st.just("abort"), st.integers(0, 50)),
     st.tuples(st.just("finish"), st.integers(0, 50)),
+    st.tuples(st.just("break"), st.integers(0, 50)),
 )
 
 
@@ -112,6 +114,8 @@ def act(engine: Engine, action) -> None:
         uid = list(engine.clients)[action[1] % len(engine.clients)]
         if action[0] == "abort":
             engine.abort(uid)
+        elif action[0] == "break":
+            engine.break_logits(uid)
         else:
             engine.finish(uid, len(engine.clients[uid].tokens))
 
@@ -132,7 +136,7 @@ def note(engine: Engine) -> None:
     event(f"prefix hits: {stats.prefix_hits > 0}")
 
 
-KINDS = {"submit": 8, "plan": 8, "answer": 4, "round": 8, "release": 4, "abort": 4, "finish": 4, "die": 1}
+KINDS = {"submit": 8, "plan": 8, "answer": 4, "round": 8, "release": 4, "abort": 4, "finish": 4, "break": 1, "die": 1}
 
 
 def long_stream(seed: int, length: int = 150) -> list:

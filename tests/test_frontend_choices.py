@@ -11,8 +11,9 @@ import pytest_asyncio
 import nmoe
 from nmoe.errors import RequestError
 from nmoe.frontend.openai import parse_call
-from nmoe.frontend.prompt import Prompt, check_returned, make_sampling, make_submit
+from nmoe.frontend.prompt import Prompt, make_sampling, make_submit
 from nmoe.frontend.schema import FIELDS
+from nmoe.frontend.sizes import check_returned
 from nmoe.messages import Abort, Ended, Finish, Rejected, Submit, Tokens
 from tests.scripted import BOS, EOS, MAX_SEQ_LEN, TEMPLATE, VOCAB_SIZE, Rig, events, ids_of, ints, run, write_model
 

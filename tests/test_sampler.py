@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmoe.worker.philox import philox4x32, uniforms
-from nmoe.worker.sampler import greedy, make_plan, sample
+from nmoe.worker.sampler import NO_TOKEN, greedy, make_plan, sample
 
 CPU = torch.device("cpu")
 VOCAB = 40
@@ -147,15 +147,29 @@ def test_a_masked_token_is_never_drawn():
     assert set(_sample(logits, top_k=30, positions=np.arange(2000)).tolist()) == {3, 17}
 
 
-@pytest.mark.parametrize("top_k", [0, 5])
+@pytest.mark.parametrize("temperature", [0.0, 0.9, [0.0, 0.9] * 32])
+@pytest.mark.parametrize("top_k", [0, 5, [0, 0, 5, 5] * 16])
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_logits_that_are_not_finite_still_give_tokens(wrong, top_k):
+def test_logits_that_are_not_finite_give_no_token_and_touch_no_neighbour(wrong, top_k, temperature):
     logits = _logits(64)
+    right = _sample(logits, temperature, top_k, seeds=np.arange(64))
     logits[:20] = wrong
-    logits[20:40, ::3] = wrong
-    logits[40:, 2] = wrong
-    tokens = _sample(logits, top_k=top_k, seeds=np.arange(64))
-    assert ((tokens >= 0) & (tokens < VOCAB)).all()
+    logits[20:24, ::3] = wrong
+    logits[24:28, 2] = wrong
+    tokens = _sample(logits, temperature, top_k, seeds=np.arange(64))
+    masked = wrong == -math.inf  # some tokens may be
+    assert (tokens[: 20 if masked else 28] == NO_TOKEN).all()
+    assert masked == bool((tokens[20:28] >= 0).all())
+    assert tokens[28:].tolist() == right[28:].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_extreme_logits_that_are_finite_give_a_token(temperature, top_k):
+    logits = torch.full((3, VOCAB), -torch.inf)
+    logits[0, 7], logits[1, 7], logits[2] = -3e38, 3e38, -3e38
+    logits[2, 7] = 3e38
+    assert _sample(logits, temperature, top_k).tolist() == [7, 7, 7]
 
 
 def test_the_ends_of_the_unit_interval_are_tokens():

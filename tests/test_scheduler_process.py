@@ -52,8 +52,11 @@ CONFIG = Config(
 )
 
 
-def _scheduler(config: Config, run_dir: pathlib.Path, control: ipc.Control, numbers: dict[str, float]) -> int:
+def _scheduler(
+    config: Config, run_dir: pathlib.Path, control: ipc.Control, numbers: dict[str, float], mark: int
+) -> int:
     """The child: what the launcher's child does, and then a look at the board."""
+    ipc.HIGH_WATER_MARK = mark
     board = Board(5)
     boot = ipc.Boot("scheduler", 0, LIFE, config, run_dir, control, board)
     ipc.settle_in(boot)
@@ -149,7 +152,8 @@ class Rig:
         self.context = zmq.Context()
         self.control, theirs = ipc.Control.pair()
         self.log = run_dir / "scheduler.log"
-        self.child = fork_call(_scheduler, config, run_dir, theirs, numbers or {}, output=self.log)
+        mark = ipc.HIGH_WATER_MARK
+        self.child = fork_call(_scheduler, config, run_dir, theirs, numbers or {}, mark, output=self.log)
         theirs.close()
         self._links: list[zmq.Socket[bytes]] = []
 
@@ -314,6 +318,61 @@ def test_a_frontend_that_dies_leaves_nothing_behind(tmp_path, told):
         if told:
             rig.control.send(ipc.Gone("frontend", 0, 1))
         assert steps_stop(workers)
+
+
+LARGE = Returns(records=True, top_k=128, scored_ids=tuple(range(128)))
+
+
+def fill_link(frontend: Frontend, workers: list[Worker], log: pathlib.Path) -> list[int]:
+    """Requests whose results nobody reads, until the scheduler cannot send them."""
+    uids = []
+    while "stopped to read" not in log.read_text():
+        assert len(uids) < 400, "the link takes everything"
+        uids += [frontend.submit(max_tokens=30, returns=LARGE) for _ in range(4)]
+        while not all(worker.quiet() for worker in workers):
+            for worker in workers:
+                worker.run(worker.receive())
+    return uids
+
+
+def check_output(frontend: Frontend, uid: int) -> None:
+    """Nothing is missing before the end, unless it is an error's."""
+    expected, found = expected_output(PROMPT, 100 + uid, 30, ()), frontend.tokens.get(uid, [])
+    assert found == expected[: len(found)], "tokens behind a gap"
+    assert (found == expected) == (frontend.ended[uid] == "length") or frontend.ended[uid] == "error"
+
+
+@pytest.mark.parametrize("served_again", [False, True])
+def test_a_frontend_that_stops_to_read_is_told_of_every_end_when_it_reads_again(tmp_path, monkeypatch, served_again):
+    monkeypatch.setattr(ipc, "HIGH_WATER_MARK", 40)
+    with Rig(tmp_path) as rig:
+        frontend, workers = rig.serving()
+        other = Frontend(rig, 1)
+        assert isinstance(other.receive(), Serving)
+        uids = fill_link(frontend, workers, rig.log)
+        bystander = other.submit(max_tokens=30)
+        run_until_ended(other, workers, bystander)
+        assert other.ended == {bystander: "length"}
+        uids.append(frontend.submit(max_tokens=30, returns=LARGE))  # nothing of it can be sent
+        frontend.submit(max_tokens=10_000)  # nor its refusal
+        assert steps_stop(workers)
+        if served_again:
+            rig.control.send(ipc.Gone("worker", 0, 1))
+            while "worker 0 died" not in rig.log.read_text():
+                time.sleep(0.01)
+            workers = rig.workers(life=2)
+        last = []
+        while not (set(uids) <= frontend.ended.keys() and any(isinstance(each, Rejected) for each in last)):
+            last.append(frontend.receive())
+        if served_again:
+            assert isinstance(last[-1], Serving) or isinstance(frontend.receive(), Serving)
+        for uid in uids:
+            check_output(frontend, uid)
+        assert "error" in frontend.ended.values() and "length" in frontend.ended.values()
+        uid = frontend.submit(max_tokens=30)
+        run_until_ended(frontend, workers, uid)
+        assert frontend.ended[uid] == "length"
+        check_output(frontend, uid)
 
 
 def test_dead_workers_end_all_requests_and_new_ones_start_clean(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from nmoe.messages import ROW_HAS_IDS, Rejected, make_uid
 from nmoe.outputs import Returns
 from nmoe.profiles import Numerics
+from nmoe.scheduler import planner
 from nmoe.scheduler.request import State, sibling_seed
 from tests.simulated_engine import Engine, limits
 from tests.simulated_worker import VOCABULARY, expected_output
@@ -357,3 +358,42 @@ def test_pages_that_do_not_add_up_are_noticed_when_a_rank_becomes_idle():
     engine.scheduler._ranks.pools[0]._free.append(engine.request(uid).pages[0])
     with pytest.raises(RuntimeError, match="do not add up"):
         engine.run()
+
+
+@pytest.mark.parametrize("returns", [Returns(), Returns(records=True, prompt=True, logits=True, routing=True)])
+@pytest.mark.parametrize("max_tokens", [0, 6])
+def test_logits_that_are_not_finite_end_that_request_alone(max_tokens, returns):
+    engine = Engine(limits())
+    broken = engine.submit([1, 2, 3], max_tokens, returns=returns)
+    other = engine.submit([1, 2, 3, 4], 6, returns=returns)
+    if max_tokens:
+        engine.plan()
+        engine.plan()
+    engine.break_logits(broken)
+    engine.run()
+    ended = engine.clients[broken].ended
+    assert engine.clients[other].ended.reason == "length"  # with the right tokens, see Engine.check_end
+    if returns or max_tokens:
+        assert (ended.reason, ended.status, ended.code) == ("error", 500, "logits_not_finite")
+        assert "logits are not finite" in ended.detail
+    assert len(engine.clients[broken].tokens) == (2 if max_tokens else 0)
+
+
+@pytest.mark.parametrize("routing", [True, False])
+def test_long_cached_prompts_that_return_their_routing_begin_one_by_one(monkeypatch, routing):
+    monkeypatch.setattr(planner, "_ROUTED_BYTES", 100)
+    engine = Engine(limits(num_pages=32, routing_bytes=8))
+    prompt = list(range(20))
+    engine.submit(prompt, 1)
+    engine.run()
+    siblings = [engine.submit(prompt, 2, returns=Returns(routing=routing)) for _ in range(4)]
+    begun = []
+    while sum(begun) < len(siblings):
+        (steps,) = engine.plan()
+        begun.append(len(steps.admits))
+        engine.answer_all()
+    assert begun == ([1, 1, 1, 1] if routing else [4])
+    engine.run()
+    short = [engine.submit([7, i], 2, returns=Returns(routing=True)) for i in range(4)]
+    assert len(engine.plan()[0].admits) == len(short)
+    engine.run()

@@ -18,10 +18,11 @@ from nmoe.frontend.health import Health
 from nmoe.frontend.http import Headers, json_response
 from nmoe.frontend.logprobs import ChoiceFormats, Formats, PromptFormats, Vocabulary
 from nmoe.frontend.openai import Call
-from nmoe.frontend.prompt import Prompt, Prompts, check_returned, end_ids, make_sampling, make_submit, output_limit
+from nmoe.frontend.prompt import Prompt, Prompts, end_ids, make_sampling, make_submit, output_limit
 from nmoe.frontend.replies import Answer, Choice
 from nmoe.frontend.requests import Requests
 from nmoe.frontend.schema import Endpoint
+from nmoe.frontend.sizes import check_answer, check_returned
 from nmoe.frontend.sse import EventStream
 from nmoe.frontend.streams import Stream, Streams
 from nmoe.ipc import Boot
@@ -102,11 +103,13 @@ class Generations:
             prompts = make_prompts()
         check_returned(call, prompts, self._config.server.max_body_mb << 20)
         max_seq_len = self._health.require_serving()  # asked again, because time has passed
+        limits = [output_limit(call, prompt, max_seq_len) for prompt in prompts]
+        check_answer(call, prompts, limits, self._routing)
         generation = Generation(call, arrived, [], [])
         ends = end_ids(call, self._eos_ids)
         sampling = make_sampling(call, ends)
-        for prompt in prompts:
-            self._add(generation, prompt, output_limit(call, prompt, max_seq_len), sampling, ends)
+        for prompt, limit in zip(prompts, limits, strict=True):
+            self._add(generation, prompt, limit, sampling, ends)
         return generation
 
     def _check_number(self, prompts: int, n: int) -> None:

@@ -5,7 +5,6 @@
 
 import array
 import random
-from collections.abc import Sequence
 
 import msgspec
 
@@ -17,8 +16,6 @@ from nmoe.frontend.tokenizer import Tokenizer
 from nmoe.messages import Sampling, Submit, bias_fields
 
 _FEW_IDS = 8192  # are checked faster than a thread is reached
-_ID_BYTES = 7  # of a token id in JSON, with its comma
-_LOGPROB_BYTES = 60  # of a token with its log-probability in vLLM's format
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may go on to the context's end
 
 
@@ -147,23 +144,6 @@ def output_limit(call: Call, prompt: Prompt, max_seq_len: int) -> int:
         )
         raise RequestError(message, param="min_tokens")
     return limit
-
-
-def check_returned(call: Call, prompts: Sequence[Prompt], max_bytes: int) -> None:
-    """Raises RequestError (400) when the prompts that every answer repeats are more than `max_bytes` altogether."""
-    per_id = _ID_BYTES if call.return_token_ids else 0
-    if call.returns.prompt and call.endpoint != "generate":  # which has each prompt once, in few bytes
-        per_id += _LOGPROB_BYTES * (1 + max(call.prompt_logprobs or 0, call.logprobs or 0))
-        per_id += _LOGPROB_BYTES // 2 * (call.top_k_logprobs + len(call.logprob_token_ids))
-    copies = 1 if call.endpoint == "chat" else call.n  # a chat has its prompt beside the choices
-    size = copies * sum(len(prompt.text) + per_id * len(prompt.ids) for prompt in prompts)
-    if size > max_bytes:
-        param = "prompt_logprobs" if call.prompt_logprobs is not None else "echo" if call.echo else "return_token_ids"
-        raise RequestError(
-            f"{param}: the prompts, returned with each of n = {call.n} answers, are {size >> 20} MiB, more than"
-            f" [server] max_body_mb = {max_bytes >> 20}; ask for fewer answers at once",
-            param=param,
-        )
 
 
 def end_ids(call: Call, eos_ids: tuple[int, ...]) -> tuple[int, ...]:

@@ -107,8 +107,7 @@ class Stream:
         self.cached_tokens = ended.cached_tokens
         self.scheduled_at = ended.scheduled_at
         if ended.reason == "error":
-            # The scheduler's one reason: the workers are gone. Whoever asks again will be served.
-            self.fail(RequestError(ended.detail or "the request failed", status=503, code="engine_restarted"))
+            self.fail(RequestError(ended.detail, status=ended.status, code=ended.code))
             return
         rest = self._detokenizer.flush() if self._detokenizer is not None and not self.stopped else ""
         if self._stops is not None:

@@ -44,6 +44,7 @@ class Draft:
         world_size = limits.world_size
         self._num_slots = limits.num_slots
         self.left = [0] * world_size  # tokens that chunks may still take, per rank
+        self.routed = 0  # bytes of routing of cached prefixes
         self.closed: set[int] = set()  # ranks that take nobody else in this step
         self.loads: list[int] | None = None  # in tokens, see nmoe/scheduler/placement.py; computed when first needed
         self.chunks: list[list[Chunk]] = [[] for _ in range(world_size)]

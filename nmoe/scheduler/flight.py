@@ -120,6 +120,15 @@ class Flight(msgspec.Struct):
         ]
         return tokens, np.concatenate(counts)
 
+    def failed(self, num_slots: int) -> list[int]:
+        """The slots, of `num_slots` per rank, whose rows brought nothing that means anything."""
+        return [
+            done.rank * num_slots + slot
+            for done in self.answers
+            if done is not None and done.failed
+            for slot in np.frombuffer(done.failed, np.int32).tolist()
+        ]
+
     def blocks(self) -> "Blocks | None":
         """All ranks' blocks; None if no row has one."""
         if self.returns is None:

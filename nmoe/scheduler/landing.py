@@ -12,19 +12,28 @@ from nmoe.scheduler.slots import Bools, Ints, Slots
 
 
 class Results(msgspec.Struct, frozen=True):
-    """What a step brought: tokens in row order (counts None: one per row), and who ended by it, as (slot, reason)."""
+    """What a step brought: tokens in row order (counts None: one per row), and who ended by it, as (slot, reason).
+
+    `failed`: the slots of live rows whose logits were not finite; none of what they brought is here.
+    """
 
     uids: npt.NDArray[np.int64]
     tokens: Ints
     counts: Ints | None
     ended: list[tuple[int, Reason]]
     blocks: Blocks | None = None
+    failed: list[int] = []
 
 
 def append_results(flight: Flight, ranks: Ranks) -> Results:
     """Append each live row's tokens to its slot. Tokens after an EOS or beyond max_tokens are dropped."""
     tokens, counts = flight.results()
     live = ranks.table.uid[flight.slots] == flight.uids
+    failed: list[int] = []
+    if slots := flight.failed(ranks.table.num_slots):
+        wrong = np.isin(flight.slots, slots)
+        failed = flight.slots[live & wrong].tolist()
+        live &= ~wrong
     if flight.samples is None and counts is None:
         results = _one_each(flight, ranks, tokens, live)
     else:
@@ -32,7 +41,7 @@ def append_results(flight: Flight, ranks: Ranks) -> Results:
     blocks = flight.blocks()
     if blocks and np.count_nonzero(live) < len(live):
         blocks = blocks.of(live)
-    return msgspec.structs.replace(results, blocks=blocks) if blocks else results
+    return msgspec.structs.replace(results, blocks=blocks, failed=failed) if blocks or failed else results
 
 
 def deliver_cells(flight: Flight, ranks: Ranks) -> None:

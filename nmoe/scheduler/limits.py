@@ -8,7 +8,7 @@ import numpy as np
 from nmoe.arena import ArenaLayout
 from nmoe.config import Config
 from nmoe.messages import Rejected, Submit
-from nmoe.outputs import MAX_SCORED, MAX_TOP_K, Returns
+from nmoe.outputs import MAX_SCORED, MAX_TOP_K, Returns, RoutingLayout
 from nmoe.profiles import PROFILES
 
 _RECORDS_BYTES = 1 << 20  # that one request may return in one step
@@ -33,9 +33,12 @@ class Limits(msgspec.Struct, frozen=True):
     steps_in_flight: int = 2
     enable_prefix_cache: bool = True
     row_tokens: int = 1  # the most tokens that one row returns
+    routing_bytes: int = 0  # of one position's routing
 
     @classmethod
-    def of(cls, config: Config, num_pages: int, max_seq_len: int, arena: ArenaLayout) -> "Limits":
+    def of(
+        cls, config: Config, num_pages: int, max_seq_len: int, arena: ArenaLayout, routing: RoutingLayout
+    ) -> "Limits":
         """The limits with `num_pages` per rank; `max_seq_len` is the model's, and capped here by the cache."""
         engine = config.engine
         return cls(
@@ -51,6 +54,7 @@ class Limits(msgspec.Struct, frozen=True):
             vocab_size=arena.vocab_size,
             steps_in_flight=config.steps_in_flight,
             enable_prefix_cache=engine.enable_prefix_cache,
+            routing_bytes=routing.position_bytes,
         )
 
     @property

@@ -29,14 +29,15 @@ from nmoe.messages import (
     Ready,
     Rejected,
     Release,
-    SchedulerToFrontend,
     Serving,
     Submit,
     WorkerToScheduler,
 )
 from nmoe.metrics import row_index
+from nmoe.outputs import RoutingLayout
 from nmoe.scheduler.cells import Cells, life_of
 from nmoe.scheduler.limits import Limits
+from nmoe.scheduler.post import UNREAD, Post
 from nmoe.scheduler.report import Report
 from nmoe.scheduler.scheduler import Scheduler
 
@@ -44,9 +45,7 @@ _log = logging.getLogger("nmoe.scheduler")
 _HEARTBEAT_S = 1.0
 _REPORT_S = 0.05  # between two looks at what the policy has counted, while it has work
 _BURST = 64  # requests taken at once, so that a flood of them does not keep results waiting
-# As plain numbers: combining zmq's enumerations takes longer than sending.
-_NOWAIT = int(zmq.NOBLOCK)
-_MORE_NOWAIT = int(zmq.NOBLOCK | zmq.SNDMORE)
+_NOWAIT = int(zmq.NOBLOCK)  # as a plain number: zmq's enumerations take longer than receiving
 
 
 def main(boot: ipc.Boot) -> None:
@@ -75,6 +74,7 @@ class Process:
         architecture = read_architecture(config.model.path)
         self._max_seq_len = config.model.max_seq_len or architecture.max_position_embeddings
         self._arena = ArenaLayout.of(architecture, config.parallel.world_size)
+        self._routing = RoutingLayout.of(architecture)
         self._cells = Cells(config.parallel.world_size, self._arena.cells_per_rank)
         self._policy: Scheduler | None = None  # only while serving
         self._report = Report(boot.board.rows[row_index("scheduler", 0, config.parallel.world_size)])
@@ -90,6 +90,7 @@ class Process:
         self._decode_worker = msgspec.msgpack.Decoder(WorkerToScheduler).decode
         self._frontend_link = ipc.bind_router(context, ipc.frontend_address(boot.run_dir))
         self._worker_link = ipc.bind_router(context, ipc.worker_address(boot.run_dir))
+        self._post = Post(self._frontend_link, self._cells, self._miss_frontend)
         self._poller = zmq.Poller()
         self._launcher = boot.control.fileno()
         for source in (self._frontend_link, self._worker_link, self._launcher):
@@ -173,11 +174,12 @@ class Process:
             self._workers = ready.generation
         self._ready[ready.rank] = ready.num_pages
         if self._policy is None and len(self._ready) == self._boot.config.parallel.world_size:
-            limits = Limits.of(self._boot.config, min(self._ready.values()), self._max_seq_len, self._arena)
+            num_pages = min(self._ready.values())
+            limits = Limits.of(self._boot.config, num_pages, self._max_seq_len, self._arena, self._routing)
             self._policy = Scheduler(limits, self._cells, self._boot.generation)
             _log.info("serving with %d pages of %d tokens per rank", limits.num_pages, limits.page_size)
             for frontend in sorted(self._greeted):
-                self._send(frontend, Serving(self._boot.generation, limits.max_seq_len, self._workers))
+                self._post.send(frontend, Serving(self._boot.generation, limits.max_seq_len, self._workers))
 
     def _lose_workers(self, why: str) -> None:
         """All workers are gone, with the cache and every step in flight: nothing to do until their next life."""
@@ -193,7 +195,7 @@ class Process:
     def _plan(self) -> None:
         while self._policy and (steps := self._policy.plan(time.monotonic())):
             for rank, step in enumerate(steps):
-                if not _send(self._worker_link, rank, self._encode(step)):
+                if ipc.route(self._worker_link, rank, self._encode(step)) != "sent":
                     self._lose_workers(f"worker {rank} is out of reach")
                     break
         self._report.set_deadline(self._policy)
@@ -212,6 +214,7 @@ class Process:
                 continue
             if message.generation > newest:
                 self._frontends[frontend] = message.generation
+                self._post.forget(frontend)
                 if self._policy:
                     self._policy.forget(frontend, message.generation)
                 self._cells.forget(frontend, message.generation)
@@ -222,16 +225,18 @@ class Process:
         match message:
             case Hello():
                 self._greeted.add(frontend)
+                self._post.forget(frontend)
                 if policy:
                     policy.forget(frontend, None)  # what it asked for before, it has given up
-                    self._send(frontend, Serving(self._boot.generation, policy.limits.max_seq_len, self._workers))
+                    serving = Serving(self._boot.generation, policy.limits.max_seq_len, self._workers)
+                    self._post.send(frontend, serving)
             case Submit():
                 rejected = self._submit(message)
                 if rejected and rejected.status == 429:
                     self._plan()  # those that came just before it may have been waiting for no more than that
                     rejected = self._submit(message)
                 if rejected:
-                    self._send(frontend, rejected)
+                    self._post.send(frontend, rejected)
             case Finish():
                 if policy:
                     policy.finish(message)
@@ -250,18 +255,32 @@ class Process:
     def _lose_frontend(self, frontend: int) -> None:
         """Nobody is there to read what its requests bring."""
         self._greeted.discard(frontend)
+        self._post.forget(frontend)
         if self._policy:
             self._policy.forget(frontend, None)
+
+    def _miss_frontend(self, frontend: int) -> None:
+        _log.info("frontend %d is out of reach: its requests end", frontend)
+        self._lose_frontend(frontend)
 
     def _deliver(self) -> None:
         if self._policy:
             for frontend, message in self._policy.drain():
-                self._send(frontend, message)
+                self._post.send(frontend, message)
+            if self._post.cut:
+                self._end_unread(self._policy)
+        self._post.pay()
+        if unread := self._post.take_unread():
+            self._report.add_unread(unread)
 
-    def _send(self, frontend: int, message: SchedulerToFrontend) -> None:
-        if not _send(self._frontend_link, frontend, self._encode(message)):
-            _log.info("frontend %d is out of reach: its requests end", frontend)
-            self._lose_frontend(frontend)
+    def _end_unread(self, policy: Scheduler) -> None:
+        """Frontends that live have stopped to read, and something was lost: none of their requests may go on."""
+        for frontend in sorted(self._post.cut):
+            count = policy.fail(frontend, UNREAD)
+            _log.error("frontend %d has long stopped to read: its %d requests end with an error", frontend, count)
+        for frontend, message in policy.drain():
+            self._post.send(frontend, message)
+        self._post.settle()
 
 
 def _receive(link: "zmq.Socket[bytes]") -> tuple[bytes, bytes] | None:
@@ -270,15 +289,3 @@ def _receive(link: "zmq.Socket[bytes]") -> tuple[bytes, bytes] | None:
         return link.recv(_NOWAIT), link.recv(_NOWAIT)
     except zmq.Again:  # of the first: the parts of a message arrive together
         return None
-
-
-def _send(link: "zmq.Socket[bytes]", index: int, data: bytes) -> bool:
-    """Send to one peer; False if it is not connected, or has long stopped to read."""
-    try:
-        link.send(ipc.identity(index), _MORE_NOWAIT)  # raises when the peer is out of reach
-        link.send(data, _NOWAIT)
-    except zmq.ZMQError as error:
-        if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-            return False
-        raise
-    return True

@@ -37,6 +37,10 @@ class Report:
             self._deadline = deadline
             self._row.set("nmoe:step_deadline_seconds", deadline)
 
+    def add_unread(self, count: int) -> None:
+        """So many messages found a frontend's link full."""
+        self._row.add("nmoe:unread_messages", count)
+
     def update(self, policy: Scheduler) -> None:
         """Everything else."""
         row, stats = self._row, policy.take_stats()

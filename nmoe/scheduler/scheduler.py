@@ -21,6 +21,7 @@ from collections import deque
 
 import msgspec
 
+from nmoe.errors import RequestError
 from nmoe.messages import Abort, Ended, Finish, Reason, Rejected, Step, StepDone, Submit, Tokens, uid_frontend
 from nmoe.profiles import PROFILES, Lane
 from nmoe.scheduler.batch import Batch
@@ -38,6 +39,12 @@ from nmoe.scheduler.request import Request, State, siblings
 from nmoe.scheduler.stats import Stats
 from nmoe.scheduler.turns import Turns
 from nmoe.scheduler.waiting import Waiting
+
+_NOT_FINITE = RequestError(
+    "the model's logits are not finite here; check the checkpoint and [model] dtype",
+    status=500,
+    code="logits_not_finite",
+)
 
 
 class Scheduler:
@@ -121,13 +128,20 @@ class Scheduler:
             if uid_frontend(request.uid) == frontend and request.uid // LIFE != living:
                 self._end(request, "abort", tell=False)
 
+    def fail(self, frontend: int, error: RequestError) -> int:
+        """End the requests of a frontend with an error; how many there were."""
+        failed = [request for request in self._requests.values() if uid_frontend(request.uid) == frontend]
+        for request in failed:
+            self._end(request, "error", error=error)
+        return len(failed)
+
     def reset(self, detail: str) -> None:
         """The workers have lost everything: end every request with an error, and begin anew with empty caches.
 
         What frontends have of the arena is still theirs.
         """
         for request in list(self._requests.values()):
-            self._end(request, "error", detail=detail)
+            self._end(request, "error", error=RequestError(detail, status=503, code="engine_restarted"))
         self._cells.reset()
         self._clear()
 
@@ -201,8 +215,10 @@ class Scheduler:
             self._land(self._flights.popleft(), now)
 
     def _land(self, flight: Flight, now: float) -> None:
-        deliver_cells(flight, self._ranks)
         results = append_results(flight, self._ranks)
+        for slot in results.failed:  # first: what their rows brought goes to nobody
+            self._end(self._ranks.table.request(slot), "error", error=_NOT_FINITE)
+        deliver_cells(flight, self._ranks)
         for request in flight.prefilled:
             if request.state is not State.ENDED:
                 self._begin_output(request, now)
@@ -228,12 +244,13 @@ class Scheduler:
         reason: Reason,
         *,
         keep: int | None = None,
-        detail: str = "",
+        error: RequestError | None = None,
         tell: bool = True,
     ) -> None:
         """The only end of a request: everything it has is free, its terminal entry is on its way.
 
-        `keep` is how many of its output tokens are wanted; `tell` is false if there is nobody to be told.
+        `keep` is how many of its output tokens are wanted; `error` is what to tell for the reason of that name; `tell`
+        is false if there is nobody to be told.
         """
         ranks = self._ranks
         if request.state is State.WAITING:
@@ -249,8 +266,9 @@ class Scheduler:
         del self._requests[request.uid]
         self.stats.ended[reason] += 1
         if tell:
+            told = (str(error), error.status, error.code or "") if error is not None else ("", 0, "")
             times = request.scheduled_at, request.first_token_at
-            self._outbox.end(Ended(request.uid, reason, request.cached_tokens, detail, *times))
+            self._outbox.end(Ended(request.uid, reason, request.cached_tokens, told[0], *times, *told[1:]))
         if orphans := [sibling for sibling in request.siblings if sibling.state is State.SIBLING]:
             self._waiting_siblings[request.lane] -= 1
             self._lead(orphans)

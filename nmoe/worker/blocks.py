@@ -42,6 +42,7 @@ class Shapes:
     top_k: Array  # int64
     scored: Array  # int64: ids
     cells_C: Array  # int32: of all rows
+    slots: Array  # int64: whose they are
 
     def table(self) -> Array:
         """What tells a block's shape, [N, 6]."""
@@ -58,6 +59,14 @@ class Blocks:
         self._prompts_PW: list[torch.Tensor] = []
         self._logits_CV: list[tuple[Array, torch.Tensor]] = []
         self._told_cells_C, self._sampled_cells_C = _split_cells(shapes)
+
+    def failed(self) -> Array:
+        """The slots of rows with a prompt token that has no log-probability; once everything is on the host."""
+        if not self._prompts_PW:
+            return self._shapes.slots[:0]
+        (wrong,) = np.isnan(_joined(self._prompts_PW)[:, 0].view(np.float32)).nonzero()
+        rows_P = np.repeat(np.arange(len(self._shapes.told)), self._shapes.told)
+        return self._shapes.slots[np.unique(rows_P[wrong])]
 
     def add_sampled(self, words_MW: torch.Tensor) -> None:
         """The records of the sampled tokens."""

@@ -192,7 +192,9 @@ class Outputs:
         tokens = [self._prompts[slots[row]][begins[row] + 1 :][: told[row]] for row in np.flatnonzero(told)]
         return Selection(
             returning=returning,
-            shapes=Shapes(told, returning.has_sampled, num_cells, routed, returning.top_k, returning.scored, cells_C),
+            shapes=Shapes(
+                told, returning.has_sampled, num_cells, routed, returning.top_k, returning.scored, cells_C, slots
+            ),
             prompt_rows_P=prompt_rows_P,
             prompt_places_P=(returning.starts - firsts)[prompt_rows_P] + prompt_positions_P,
             prompt_tokens_P=np.concatenate(tokens) if tokens else np.empty(0, np.int32),

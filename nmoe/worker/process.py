@@ -84,6 +84,7 @@ class Worker:
         self._scheduler = 0  # the newest generation of the scheduler seen
         self._scheduler_gone = False
         self._launcher_gone = False
+        self._has_failed = False  # a request, for want of finite logits
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(SchedulerToWorker)
         self._connect()
@@ -136,6 +137,10 @@ class Worker:
         tokens = launched.tokens()
         if self._runner.exchange.check():
             blocks, sizes = launched.blocks()
+            failed = launched.failed()
+            if failed and not self._has_failed:
+                self._has_failed = True  # one line: a broken model fails in every step
+                _log.error("worker %d: the model's logits are not finite: its requests fail", self._boot.index)
             self._send(
                 StepDone(
                     self._boot.generation,
@@ -144,6 +149,7 @@ class Worker:
                     tokens,
                     blocks=blocks,
                     block_sizes=sizes,
+                    failed=failed,
                 )
             )
 

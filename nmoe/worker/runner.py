@@ -36,8 +36,10 @@ _Sampled = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 class Launched:
     """A step on its way. On the CPU it is done when it is made."""
 
-    def __init__(self, step_id: int, stage: Stage, stages: Stages, blocks: Blocks | None) -> None:
+    def __init__(self, step_id: int, slots_S: Array, stage: Stage, stages: Stages, blocks: Blocks | None) -> None:
+        """`slots_S`: of the rows that sample."""
         self.step_id = step_id
+        self._slots_S, self._failed = slots_S, slots_S[:0]
         self._blocks = blocks
         self._stage, self._stages = stage, stages
 
@@ -49,11 +51,19 @@ class Launched:
         """The sampled tokens, int32 [S], as `StepDone.tokens`; waits for the device. To be asked once."""
         tokens = self._stage.tokens()
         self._stages.put_back(self._stage)
+        self._failed = self._slots_S[np.frombuffer(tokens, np.int32) < 0]
         return tokens
 
     def blocks(self) -> tuple[bytes, bytes]:
         """`StepDone.blocks` and `block_sizes`, after `tokens`; logits are in their cells."""
         return self._blocks.finish() if self._blocks is not None else (b"", b"")
+
+    def failed(self) -> bytes:
+        """`StepDone.failed`, after `tokens`."""
+        failed = self._failed
+        if self._blocks is not None:
+            failed = np.union1d(failed, self._blocks.failed())
+        return failed.astype(np.int32).tobytes()
 
 
 class Runner:
@@ -134,7 +144,7 @@ class Runner:
         if selection is not None:
             blocks = self._outputs.compute(selection, hidden_TD, *sampled, step.numerics)
         stage.download(sampled[1])
-        return Launched(step.step_id, stage, self._stages, blocks)
+        return Launched(step.step_id, rows.sampling_slots, stage, self._stages, blocks)
 
     def _take_sampled(self, graph: StepGraph, selection: Selection | None) -> _Sampled:
         """The tokens of a captured step."""

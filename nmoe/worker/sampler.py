@@ -8,6 +8,9 @@ per row picks a token by the inverse of their running sum. Integer sums are exac
 device, in every batch and with every block size. What the rounding down takes from a token is below 2**-40 of the
 likeliest one's probability; the logits' own float32 rounding is coarser.
 
+A row whose largest logit is not finite (one of them is no number, or all of them are minus infinity) has no such
+distribution: its token is NO_TOKEN.
+
 Filters come in vLLM's order: temperature, min-p, then top-k, then top-p over what they left. min-p keeps the tokens
 with at least that share of the likeliest one's probability. top-k keeps exactly k tokens; among equals the lower ids.
 top-p keeps the shortest list of likeliest tokens whose probability reaches p, hence always at least one.
@@ -22,6 +25,7 @@ import torch
 
 ONE = 2.0**40  # the weight of a row's likeliest token
 _ID_BITS = 20  # a sort key is a weight above a token id; 41 + 20 bits fit in an int64
+NO_TOKEN = -1
 COLDEST = 1e-6  # below this a draw is greedy in all but name; keeps 1 / temperature finite in float32
 
 Array = npt.NDArray[Any]
@@ -75,8 +79,11 @@ def make_plan(
 
 def greedy(logits_SV: torch.Tensor) -> torch.Tensor:
     """The first of each row's largest logits, int64 [S]."""
-    # torch's argmax is scalar code on the CPU, ten times slower than numpy's
-    return torch.from_numpy(logits_SV.numpy().argmax(-1))
+    # torch's argmax is scalar code on the CPU, ten times slower than numpy's; to both a NaN is the largest
+    logits = logits_SV.numpy()
+    tokens = logits.argmax(-1)
+    tokens[~np.isfinite(logits[np.arange(len(tokens)), tokens])] = NO_TOKEN
+    return torch.from_numpy(tokens)
 
 
 def sample(
@@ -102,7 +109,15 @@ def _draw(
     logits_DV: torch.Tensor, plan: Plan, uniforms_D: torch.Tensor, logprobs_D: torch.Tensor | None
 ) -> torch.Tensor:
     """The drawn tokens, int64 [D], and their log-probabilities where these are wanted."""
-    weights_DV = _weights(logits_DV, plan.temperature_D1)
+    peaks_D1 = logits_DV.amax(-1, keepdim=True)
+    tokens_D = _draw_weighted(_weights(logits_DV, peaks_D1, plan.temperature_D1), plan, uniforms_D, logprobs_D)
+    return tokens_D.masked_fill_(~peaks_D1[:, 0].isfinite(), NO_TOKEN)
+
+
+def _draw_weighted(
+    weights_DV: torch.Tensor, plan: Plan, uniforms_D: torch.Tensor, logprobs_D: torch.Tensor | None
+) -> torch.Tensor:
+    """The same by their weights, before any filter; of weights that make no sense any token."""
     if plan.least_D1 is not None:
         weights_DV.masked_fill_(weights_DV < plan.least_D1, 0)
     uniforms_D1 = uniforms_D[:, None]
@@ -126,10 +141,9 @@ def _draw_unfiltered(
     return _pick(weights_UV, uniforms_U1, logprobs_U)[:, 0]
 
 
-def _weights(logits_DV: torch.Tensor, temperature_D1: torch.Tensor) -> torch.Tensor:
+def _weights(logits_DV: torch.Tensor, peaks_D1: torch.Tensor, temperature_D1: torch.Tensor) -> torch.Tensor:
     """Integer weights in [0, 2**40], int64 [D, V]; the likeliest token of each row has exactly 2**40."""
-    scaled_DV = logits_DV - logits_DV.amax(-1, keepdim=True)
-    return scaled_DV.div_(temperature_D1).exp_().mul_(ONE).to(torch.int64)
+    return (logits_DV - peaks_D1).div_(temperature_D1).exp_().mul_(ONE).to(torch.int64)
 
 
 def _draw_filtered(
@@ -163,8 +177,8 @@ def _pick(weights_NV: torch.Tensor, uniforms_N1: torch.Tensor, logprobs_N: torch
     """Where `uniform` falls on each row's weights laid end to end, int64 [N, 1]; a zero weight is never hit.
     `logprobs_N` becomes the logarithm of what share of its row's weights each was.
 
-    A row whose weights make no sense, because its logits were not finite, gets some place of its own: one outside would
-    be no token, and take the whole worker down in the next step. The weights are overwritten.
+    A row whose weights make no sense, because its logits were not finite, gets some place of its own. The weights are
+    overwritten.
     """
     sums_NV = weights_NV.cumsum_(-1)
     total_N1 = sums_NV[:, -1:]

@@ -18,8 +18,8 @@ from nmoe.worker.slots import DeviceSlots, SlotTable
 from nmoe.worker.stages import put
 
 Array = npt.NDArray[Any]
-# Tokens [S], and their log-probabilities under what they were drawn from, float32 [S], 0 of greedy ones; None when all
-# are.
+# Tokens [S], NO_TOKEN where the logits are not finite, and their log-probabilities under what they were drawn from,
+# float32 [S], 0 of greedy ones; None when all are.
 Sampled = tuple[torch.Tensor, torch.Tensor | None]
 
 

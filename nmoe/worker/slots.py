@@ -46,8 +46,9 @@ class DeviceSlots:
         self.pages_SP.view(-1).index_put_((assigned_2N[0],), assigned_2N[1])
 
     def remember(self, slots_N: torch.Tensor, tokens_N: torch.Tensor) -> None:
-        """These are the slots' last tokens now. `slots_N` int32."""
-        self.last_S.index_put_((slots_N,), tokens_N.int())
+        """These are the slots' last tokens now; NO_TOKEN becomes one that exists, because the next step may be on its
+        way with it. `slots_N` int32."""
+        self.last_S.index_put_((slots_N,), tokens_N.int().clamp_(min=0))
 
 
 class SlotTable:

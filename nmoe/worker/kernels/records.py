@@ -42,7 +42,8 @@ def records(
     """The words of a record of each token, int32 [N, W]: the head, the first K ids, the log-probabilities of all ids.
 
     Record n is of token `tokens_N[n]` under the logits of row `rows_N[n]`. `drawn_N` float32, or one
-    number for all, is passed through.
+    number for all, is passed through. Logits that are not finite (nmoe/worker/sampler.py) have no log-probabilities,
+    only NaN, and there the token may be NO_TOKEN.
     """
     words_NW = torch.empty(len(rows_N), HEAD + top_k + ids_NC.shape[1], dtype=torch.int32)
     floats_NW = words_NW.view(torch.float32)
@@ -51,7 +52,8 @@ def records(
     logits, tokens, ids = logits_SV.float().numpy(), tokens_N.numpy(), ids_NC.numpy()
     words, floats = words_NW.numpy(), floats_NW.numpy()
     for n, row in enumerate(rows_N.tolist()):
-        shifted_V = logits[row] - logits[row].max()
+        peak = logits[row].max()
+        shifted_V = logits[row] - (peak if np.isfinite(peak) else np.nan)
         log_sum = np.log(np.exp(shifted_V).sum(dtype=np.float64))
         floats[n, 0] = shifted_V[tokens[n]] - log_sum
         words[n, 2] = np.count_nonzero(logits[row] > logits[row, tokens[n]]) + 1  # unequal ones may be equal if shifted

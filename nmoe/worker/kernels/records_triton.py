@@ -38,15 +38,16 @@ def _records_kernel(
 ):
     n = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + tl.load(rows_ptr + n) * V
-    token = tl.load(row_ptr + tl.load(tokens_ptr + n)).to(tl.float32)
+    token = tl.load(row_ptr + tl.maximum(tl.load(tokens_ptr + n), 0)).to(tl.float32)  # not NO_TOKEN
     lane = tl.arange(0, BLOCK)
     peaks = tl.full([BLOCK], float("-inf"), tl.float32)
     greater = tl.zeros([BLOCK], tl.int32)
     for start in range(0, V, BLOCK):
         x = tl.load(row_ptr + start + lane, mask=start + lane < V, other=float("-inf")).to(tl.float32)
-        peaks = tl.maximum(peaks, x)
+        peaks = tl.maximum(peaks, tl.where(x == x, x, float("inf")))  # a maximum would not show a NaN
         greater += (x > token).to(tl.int32)
     peak = tl.max(peaks, 0)
+    peak = tl.where(tl.abs(peak) < float("inf"), peak, float("nan"))
     sums = tl.zeros([BLOCK], tl.int64)
     for start in range(0, V, BLOCK):
         x = tl.load(row_ptr + start + lane, mask=start + lane < V, other=float("-inf")).to(tl.float32)

@@ -5,6 +5,9 @@ row's uniform number falls, and there the token. Rows with top-k or top-p have t
 bisection over the order of the logits: nothing is sorted. Integer sums are the same in any order, so a row's token does
 not depend on other rows. The parameters of the draws lie in a table by slot, so a captured step serves any rows.
 
+A logit that is no number counts as infinity in a row's peak, as a maximum would not show it; a row whose peak is not
+finite has NO_TOKEN. What else is computed of such a row means nothing and stays within bounds.
+
 Shape suffixes: S rows that sample, V vocabulary, B blocks, N slots.
 """
 
@@ -13,11 +16,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
+from nmoe.worker.sampler import NO_TOKEN
+
 BLOCK = 4096  # logits of a program
 _ONE = tl.constexpr(2.0**40)  # the weight of a row's likeliest token
 PARAMETERS = 5  # int64 of a slot: temperature and top_p as float64, then these
 _LEAST, _TOP_K, _TOP_P, _SEED = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
 _WIDTH = tl.constexpr(PARAMETERS)
+_NO_TOKEN = tl.constexpr(NO_TOKEN)
 
 
 @triton.jit
@@ -41,6 +47,7 @@ def _peaks_kernel(logits_ptr, peaks_ptr, places_ptr, vocab, row_stride, BLOCKS: 
     row, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
     token = block * BLOCK + tl.arange(0, BLOCK)
     logits = tl.load(logits_ptr + row * row_stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+    logits = tl.where(logits == logits, logits, float("inf"))
     peak = tl.max(logits, 0)
     tl.store(peaks_ptr + row * BLOCKS + block, peak)
     tl.store(places_ptr + row * BLOCKS + block, tl.min(tl.where(logits == peak, token, vocab - 1), 0))
@@ -276,9 +283,9 @@ def _pick_kernel(
         token = tl.minimum(block * BLOCK + hit, vocab - 1)
         weight = tl.sum(tl.where(lane == hit, weights, 0), 0)
         logprob = libdevice.log(weight.to(tl.float64) / total.to(tl.float64)).to(tl.float32)
-    tl.store(tokens_ptr + row, token)
+    tl.store(tokens_ptr + row, tl.where(tl.abs(peak) < float("inf"), token, _NO_TOKEN))
     tl.store(logprobs_ptr + row, logprob)
-    tl.store(last_ptr + slot, token)
+    tl.store(last_ptr + slot, token)  # one that exists: the next step may be on its way with it
 
 
 def sample_rows(
@@ -291,7 +298,8 @@ def sample_rows(
     filtered: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens, int32 [S], which become their slots' last ones, and their log-probabilities under the distributions that
-    they were drawn from, float32 [S], 0 of greedy ones.
+    they were drawn from, float32 [S], 0 of greedy ones. NO_TOKEN where the logits are not finite; the slot's last is
+    any token there.
 
     `slots_S` and `ends_S` int32: the rows' slots and the positions of their tokens. `table_NP` int64: see PARAMETERS.
     `filtered`: whether any row has top-k or top-p.

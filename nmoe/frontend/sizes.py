@@ -1,0 +1,79 @@
+"""How large an answer may become: one that memory might not hold is refused before anything of it is computed.
+
+What a request may generate at most counts, since nobody knows what it will. Numbers in JSON have their usual length.
+"""
+
+from collections.abc import Sequence
+
+from nmoe.errors import RequestError
+from nmoe.frontend.openai import Call
+from nmoe.frontend.prompt import Prompt
+from nmoe.outputs import RoutingLayout
+from nmoe.profiles import PROFILES
+
+MAX_ANSWER_BYTES = 1 << 30  # of what comes back besides text; a frontend holds it about three times
+_ID_BYTES = 7  # of a token id in JSON, with its comma
+_NUMBER_BYTES = 22  # of a log-probability
+_COMPLETION_BYTES = 30  # of a token with its log-probability in OpenAI's format of completions
+_CHAT_BYTES = 90  # and of chats
+_LOGPROB_BYTES = 60  # and in vLLM's format
+
+
+def check_returned(call: Call, prompts: Sequence[Prompt], max_bytes: int) -> None:
+    """Raises RequestError (400) when the prompts that every answer repeats are more than `max_bytes` altogether."""
+    per_id = _ID_BYTES if call.return_token_ids else 0
+    if call.returns.prompt and call.endpoint != "generate":  # which has each prompt once, in few bytes
+        per_id += _LOGPROB_BYTES * (1 + max(call.prompt_logprobs or 0, call.logprobs or 0))
+        per_id += _LOGPROB_BYTES // 2 * (call.top_k_logprobs + len(call.logprob_token_ids))
+    copies = 1 if call.endpoint == "chat" else call.n  # a chat has its prompt beside the choices
+    size = copies * sum(len(prompt.text) + per_id * len(prompt.ids) for prompt in prompts)
+    if size > max_bytes:
+        param = "prompt_logprobs" if call.prompt_logprobs is not None else "echo" if call.echo else "return_token_ids"
+        raise RequestError(
+            f"{param}: the prompts, returned with each of n = {call.n} answers, are {size >> 20} MiB, more than"
+            f" [server] max_body_mb = {max_bytes >> 20}; ask for fewer answers at once",
+            param=param,
+        )
+
+
+def check_answer(call: Call, prompts: Sequence[Prompt], max_tokens: Sequence[int], routing: RoutingLayout) -> None:
+    """Raises RequestError (400) when the answer to these prompts, of so many tokens each at most, may be too large.
+
+    Of a stream only routing counts, which is kept until the choice ends.
+    """
+    tokens, prompt_tokens = call.n * sum(max_tokens), sum(len(prompt.ids) for prompt in prompts)
+    sizes = {} if call.stream else {field: size * tokens for field, size in _token_bytes(call).items()}
+    if call.endpoint == "generate" and call.returns.prompt:
+        sizes["prompt_logprobs"] = call.returns.record_bytes * prompt_tokens
+    if call.return_routed_experts:
+        raw = routing.position_bytes * (tokens + call.n * prompt_tokens)
+        sizes["return_routed_experts"] = raw if call.endpoint == "generate" else raw * 4 // 3  # base64
+    if (total := sum(sizes.values())) <= MAX_ANSWER_BYTES:
+        return
+    fields = sorted((field for field, size in sizes.items() if size), key=lambda field: -sizes[field])
+    streaming = not call.stream and not call.return_routed_experts and PROFILES[call.profile].streams
+    can_stream = ", stream the answer" if streaming and call.endpoint != "generate" else ""
+    raise RequestError(
+        f"{', '.join(fields)}: for {len(prompts)} prompts with n = {call.n} and max_tokens = {max(max_tokens)} up to"
+        f" {total / 2**30:.1f} GiB may come back, more than the {MAX_ANSWER_BYTES >> 30} GiB of an answer; lower"
+        f" max_tokens or n, ask for less of each token{can_stream}, or send several requests (nmoe batch takes any"
+        " number)",
+        param=fields[0],
+    )
+
+
+def _token_bytes(call: Call) -> dict[str, int]:
+    """How much comes back of each token of an output, by the field that asks for it."""
+    scored = len(call.logprob_token_ids)
+    if call.endpoint == "generate":  # records as they are: nmoe/outputs.py
+        widest = "top_k_logprobs" if call.top_k_logprobs == call.returns.top_k else "logprobs"
+        return {widest: 12 + 8 * call.returns.top_k, "logprob_token_ids": 4 * scored} if call.returns.records else {}
+    sizes = {
+        "top_k_logprobs": (_ID_BYTES + _NUMBER_BYTES) * call.top_k_logprobs,
+        "logprob_token_ids": _NUMBER_BYTES * scored,
+    }
+    if call.logprobs is not None and call.endpoint == "chat":
+        sizes["logprobs"] = _CHAT_BYTES * (call.logprobs + 1) + 2 * _NUMBER_BYTES
+    elif call.logprobs is not None:
+        sizes["logprobs"] = _COMPLETION_BYTES * (call.logprobs + 2) + 2 * (_NUMBER_BYTES + _ID_BYTES)
+    return sizes
