@@ -43,7 +43,7 @@ class Bench:
         checkpoint = open_checkpoint(self.config)
         self.a = checkpoint.architecture
         self.model: Any = load_model(checkpoint, self.config, 0, GPU, lambda *_: None)
-        self.layers = [layer for layer in self.model._layers if hasattr(layer.mlp, "_gate_ED")]
+        self.layers = [layer for layer in self.model._layers if hasattr(layer.mlp, "_gate")]
         self.ops = ops_for(GPU, Numerics.FAST)
         self.fp8 = self.a.quant_block is not None
 
@@ -96,8 +96,8 @@ class Bench:
             yield "expand and attend", lambda i: plan.attend(q, cached, attention(i)._up), moved, macs, False
         values = self.random(total, heads * a.v_head_dim)
         yield self.product("out-projection", values, lambda i: attention(i)._w_o)
-        gate = 4.0 * a.num_experts * a.hidden_size
-        route = lambda i: ops.route(x, layers[i].mlp._gate_ED, layers[i].mlp._bias_E, a)  # noqa: E731
+        gate = float(layers[0].mlp._gate.nbytes)  # random weights take all three terms of bfloat16
+        route = lambda i: ops.route(x, layers[i].mlp._gate, layers[i].mlp._bias_E, a)  # noqa: E731
         yield "router", route, gate + row, total * a.num_experts * a.hidden_size, False
         width = 1 if self.fp8 else 2
         shared = 3.0 * a.num_shared_experts * a.moe_intermediate_size * a.hidden_size

@@ -1,8 +1,10 @@
 """The exact class on the GPU: a row's bits are the same in any company, any chunks, on any prefix, captured or not."""
 
+import functools
 import itertools
 import math
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -87,15 +89,48 @@ def test_experts(num_experts, skew, fp8):
     same_rows(lambda rows: grouped_mlp(x[rows], ids[rows].contiguous(), weights[rows].contiguous(), gate_up, down))
 
 
+def logits(x, gate):
+    """The router's, added as its kernels say."""
+    parts, span = router_triton.logits_in_parts(x, gate)
+    return functools.reduce(torch.add, [functools.reduce(torch.add, group) for group in parts.split(span)])
+
+
+@pytest.mark.parametrize("terms", [1, 3])
+@pytest.mark.parametrize(
+    ("architecture", "change"),
+    [
+        (MOONLIGHT, {}),
+        (V3, {}),
+        (V3, {"num_experts": 32, "n_group": 1, "topk_group": 1}),
+        (MOONLIGHT, {"num_experts": 48, "hidden_size": 640}),  # masked columns, and a last span that is short
+    ],
+    ids=["moonlight", "v3", "v3shard", "uneven"],
+)
+def test_router(architecture, change, terms):
+    """Few tokens by the piece, many by the span, and every tile: the same logits and the same choice to the bit."""
+    a, total = msgspec.structs.replace(architecture, **change), 16_384
+    x, weight = random(total, a.hidden_size), random(a.num_experts, a.hidden_size, std=0.02, dtype=torch.float32)
+    weight = weight.bfloat16().float() if terms == 1 else weight
+    gate, bias = router_triton.split_gate(weight), random(a.num_experts, std=0.05, dtype=torch.float32)
+    assert len(gate) == terms
+    everything = logits(x, gate)
+    close(everything, x.double() @ weight.double().t(), 2e-6)  # 16 truncated sums of a piece lose half as much
+    ids, weights = router_triton.route(x, gate, bias, a)
+    for count in (*COUNTS, 512, 513, 7424, 7425):
+        for first in {0, 1, total - count}:
+            rows = slice(first, first + count)
+            assert torch.equal(logits(x[rows], gate), everything[rows]), f"{count} rows from {first}"
+            some_ids, some_weights = router_triton.route(x[rows], gate, bias, a)
+            assert torch.equal(some_ids, ids[rows]) and torch.equal(some_weights, weights[rows])
+
+
 @pytest.mark.parametrize("architecture", [MOONLIGHT, V3], ids=["moonlight", "v3"])
 def test_what_is_per_row(architecture):
-    """Router, norms and activations have one shape for any number of rows."""
+    """Norms and activations have one shape for any number of rows."""
     a = architecture
-    x, weight = random(1100, a.hidden_size), random(a.num_experts, a.hidden_size, std=0.02, dtype=torch.float32)
-    bias, norm = random(a.num_experts, std=0.05, dtype=torch.float32), random(a.hidden_size)
+    x, norm = random(1100, a.hidden_size), random(a.hidden_size)
     parts, shared = random(1100, 8, a.hidden_size), random(1100, a.hidden_size)
     for index in (0, 1):
-        same_rows(lambda rows, index=index: router_triton.route(x[rows], weight, bias, a)[index])
         same_rows(
             lambda rows, index=index: norm_triton.add_rms_norm(
                 x[rows], experts_triton.Terms(parts[rows], shared[rows]), norm, 1e-6

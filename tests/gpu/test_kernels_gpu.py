@@ -80,11 +80,38 @@ def test_router(architecture, tokens):
     a = architecture
     x, weight = random(tokens, a.hidden_size), random(a.num_experts, a.hidden_size, std=0.02, dtype=torch.float32)
     bias = random(a.num_experts, std=0.05, dtype=torch.float32)
-    ids, weights = router_triton.route(x, weight, bias, a)
+    ids, weights = router_triton.route(x, router_triton.split_gate(weight), bias, a)
     expected_ids, expected = router.route(x, weight, bias, a)
     same = (ids == expected_ids).all(1)
     assert same.double().mean() > 0.99  # float32 cannot order what differs in the eighth digit
     close(weights[same], expected[same], 1e-5)
+
+
+def test_a_gate_is_the_sum_of_its_terms():
+    """Any bits of a float32, but infinity, NaN and the last half step of bfloat16 below it."""
+    bits = torch.randint(-(2**31), 2**31, (1000, 1024), device=GPU)
+    weight = bits.to(torch.int32).view(torch.float32)
+    weight = torch.where(weight.abs() < 3.38e38, weight, 0.0).contiguous()
+    error = (router_triton.split_gate(weight).double().sum(0) - weight.double()).abs()
+    assert not error[weight.abs() >= 2.0**-110].any() and float(error.max()) <= 2.0**-134
+
+
+@pytest.mark.parametrize("tokens", [1, 600])
+@pytest.mark.parametrize(("num_experts", "hidden"), [(8, 128), (48, 640), (160, 1280), (384, 7168)])
+def test_router_of_uneven_shapes(num_experts, hidden, tokens):
+    """Experts that fill no tile, spans of unlike lengths; weights of one, two and three terms."""
+    a = msgspec.structs.replace(MOONLIGHT, num_experts=num_experts, num_experts_per_tok=4, hidden_size=hidden)
+    x, bias = random(tokens, hidden), random(num_experts, std=0.05, dtype=torch.float32)
+    exact = random(num_experts, hidden, std=0.02, dtype=torch.float32)
+    one = exact.bfloat16().float()
+    for terms, weight in ((1, one), (2, one + (exact - one).bfloat16().float()), (3, exact)):
+        gate = router_triton.split_gate(weight)
+        assert len(gate) == terms and torch.equal(gate.double().sum(0), weight.double())
+        ids, weights = router_triton.route(x, gate, bias, a)
+        expected_ids, expected = router.route(x, weight, bias, a)
+        same = (ids == expected_ids).all(1)
+        assert same.double().mean() > 0.99
+        close(weights[same], expected[same], 1e-5)
 
 
 def routing(tokens, num_experts, slots, skew=0.0):
@@ -310,9 +337,8 @@ def test_a_rank_with_no_tokens():
     nothing = random(0, 512)
     assert norm_triton.add_rms_norm(nothing, nothing, random(512), 1e-6)[1].shape == (0, 512)
     a = msgspec.structs.replace(MOONLIGHT, hidden_size=512)
-    ids, weights = router_triton.route(
-        nothing, random(64, 512, dtype=torch.float32), random(64, dtype=torch.float32), a
-    )
+    gate = router_triton.split_gate(random(64, 512, dtype=torch.float32))
+    ids, weights = router_triton.route(nothing, gate, random(64, dtype=torch.float32), a)
     parts = experts_triton.grouped_mlp(nothing, ids, weights, random(64, 256, 512), random(64, 512, 128))
     assert added(parts, nothing).shape == (0, 512)
     assert experts_triton.silu_mul(nothing).shape == (0, 256)

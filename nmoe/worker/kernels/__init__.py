@@ -1,7 +1,8 @@
 """The operations of the model. Each has a plain-torch reference with documented shapes, which is what the CPU runs; on
 the GPU it is a Triton kernel in the file beside it, `*_triton.py`, which is tested against the reference.
 
-`ops_for` is the one place where a device and a numerics class get their operations.
+`ops_for` is the one place where a device and a numerics class get their operations, `gate_for` where a router's weight
+takes the form that they read.
 """
 
 import dataclasses
@@ -39,6 +40,15 @@ def ops_for(device: torch.device, numerics: Numerics) -> Ops:
     if device.type == "cuda":
         return _exact_triton() if numerics is Numerics.EXACT else _triton()
     return _exact_reference() if numerics is Numerics.EXACT else _reference()
+
+
+def gate_for(weight_ED: _Tensor) -> _Tensor:
+    """A router's float32 weight as its device's `route` takes it, in either class: made once, at load."""
+    if weight_ED.device.type == "cuda":
+        from nmoe.worker.kernels import router_triton
+
+        return router_triton.split_gate(weight_ED)
+    return weight_ED
 
 
 def _reference() -> Ops:

@@ -1,10 +1,15 @@
 """The router on the GPU; `router.py` is the reference.
 
-The logits are float32 products (three tf32 passes) over fixed pieces of the hidden size, which the second kernel adds
-in their order: the same bits in any batch.
+The float32 weight is held as bfloat16 terms that add up to it, so every product with a bfloat16 input is exact and only
+sums round, in float32. There is one order of addition, so a token's bits are the same in any batch (docs/exact.md): the
+matrix unit adds up a piece of the hidden size, 64 inputs at a time and of these the smallest term first; then a span's
+pieces are added one after the other; then the spans. For few tokens a program takes a piece, and the choosing kernel
+adds them; for many it takes a span, so that weights are read seldom and little is written in between.
 
-Shape suffixes: T tokens, D hidden, E routed experts, K experts per token.
+Shape suffixes: T tokens, D hidden, E routed experts, N terms of a weight, P parts of a logit, K experts per token.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,38 +18,75 @@ import triton.language as tl
 from nmoe.architecture import Architecture
 from nmoe.worker.kernels.early import early
 
-_PIECE = 128  # of the hidden size, per program
-_BLOCK_T = 16
+# The order of addition. To change any of these changes bits.
+_DEPTH = 64  # inputs of which the matrix unit takes all terms in turn
+_PIECE = 128  # inputs that it adds up; it truncates sums, so these are few
+_SPANS = 4  # at most; of 8,000 tokens in tiles of 256 they make 128 programs
+
+_FEW = 512  # tokens of which a program takes one piece
+
+
+class _Tile(NamedTuple):
+    """How the logits are shared out; no bits depend on it."""
+
+    rows: int  # tokens
+    columns: int  # experts, at most
+    warps: int
+    stages: int
+    span: bool  # a program takes a span, not a piece
+
+
+def _tile(tokens: int, experts: int) -> _Tile:
+    """By what is to be filled: few tokens need many programs, many tokens large tiles, within 255 registers a thread
+    for the piece and the total before it, and within 227 KB for the stages."""
+    if tokens <= 16 or (tokens <= 64 and experts <= 64):
+        return _Tile(16, 32, 4, 3, span=False)
+    if tokens <= _FEW:
+        return _Tile(64, 64 if experts > 64 else 32, 4, 3, span=False)
+    if experts > 64:
+        return _Tile(128, 128, 8, 3, span=True)
+    if tokens <= 7424:  # tiles of 256 would leave multiprocessors idle; of these, two share one
+        return _Tile(128, 64, 8, 2, span=True)
+    return _Tile(256, 64, 16, 3, span=True)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _logits_kernel(
     x_ptr,
-    weight_ptr,
+    gate_ptr,
     out_ptr,
     num_tokens,
     D: tl.constexpr,
     E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    TERMS: tl.constexpr,
+    WIDTH: tl.constexpr,
     PIECE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    piece = tl.program_id(1)
-    expert = tl.arange(0, BLOCK_E)
-    exists = (token < num_tokens)[:, None]
-    acc = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-    for k in tl.static_range(0, PIECE, BLOCK_K):
-        lane = piece * PIECE + k + tl.arange(0, BLOCK_K)
-        inside = (lane < D)[None, :]
-        x = tl.load(x_ptr + token.to(tl.int64)[:, None] * D + lane[None, :], mask=exists & inside, other=0.0)
-        w = tl.load(weight_ptr + expert[:, None] * D + lane[None, :], mask=(expert < E)[:, None] & inside, other=0.0)
-        acc = tl.dot(x.to(tl.float32), tl.trans(w), acc, input_precision="tf32x3")
-    out = out_ptr + (piece * num_tokens + token).to(tl.int64)[:, None] * E + expert[None, :]
-    tl.store(out, acc, mask=exists & (expert < E)[None, :])
+    expert = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    part = tl.program_id(1)
+    token = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    exists, routed = (token < num_tokens)[:, None], (expert < E)[None, :]
+    lane = tl.arange(0, DEPTH)
+    x_at = x_ptr + token.to(tl.int64)[:, None] * D + lane[None, :]
+    gate_at = gate_ptr + expert[None, :] * D + lane[:, None]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    piece = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in tl.range(part * WIDTH, tl.minimum(D, (part + 1) * WIDTH), DEPTH, num_stages=STAGES):
+        x = tl.load(x_at + k, mask=exists, other=0.0)
+        piece = tl.where(k % PIECE == 0, 0.0, piece)  # not under `if`, or ptxas runs the matrix unit step by step
+        for term in tl.static_range(TERMS):
+            weight = tl.load(gate_at + (term * E * D + k), mask=routed, other=0.0)
+            piece = tl.dot(x, weight, piece)
+        if (k + DEPTH) % PIECE == 0:
+            total += piece
+    out = out_ptr + (part * num_tokens + token).to(tl.int64)[:, None] * E + expert[None, :]
+    tl.store(out, total, mask=exists & routed)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -57,79 +99,130 @@ def _choose_kernel(
     factor,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    PIECES: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPAN: tl.constexpr,
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NORM: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
-    token = tl.program_id(0).to(tl.int64)
-    expert = tl.arange(0, BLOCK_E)
-    exists = expert < E
-    logits = tl.zeros([BLOCK_E], tl.float32)
-    for piece in tl.static_range(PIECES):
-        logits += tl.load(logits_ptr + (piece * num_tokens + token) * E + expert, mask=exists, other=0.0)
+    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    expert = tl.arange(0, BLOCK_E)[None, :]
+    routed = expert < E
+    exists = (token < num_tokens) & routed
+    logits = tl.zeros([ROWS, BLOCK_E], tl.float32)
+    for first in tl.static_range(0, PARTS, SPAN):
+        span = tl.zeros([ROWS, BLOCK_E], tl.float32)
+        for part in tl.static_range(first, first + SPAN):
+            if part < PARTS:
+                span += tl.load(logits_ptr + (part * num_tokens + token) * E + expert, mask=exists, other=0.0)
+        logits += span
     score = 1.0 / (1.0 + tl.exp(-logits))
-    biased = tl.where(exists, score + tl.load(bias_ptr + expert, mask=exists, other=0.0), float("-inf"))
+    bias = tl.load(bias_ptr + tl.broadcast_to(expert, [ROWS, BLOCK_E]), mask=exists, other=0.0)  # laid out as scores
+    biased = tl.where(routed, score + bias, float("-inf"))
     if TOP_GROUPS < GROUPS:
-        in_group = tl.arange(0, BLOCK_E // GROUPS)
-        grouped = tl.reshape(biased, [GROUPS, BLOCK_E // GROUPS])
-        best = tl.argmax(grouped, 1)
-        others = tl.where(in_group[None, :] == best[:, None], float("-inf"), grouped)
-        rank = tl.max(grouped, 1) + tl.max(others, 1)
-        group = tl.arange(0, GROUPS)
-        kept = tl.zeros([GROUPS], tl.int32)
+        in_group = tl.arange(0, BLOCK_E // GROUPS)[None, None, :]
+        grouped = tl.reshape(biased, [ROWS, GROUPS, BLOCK_E // GROUPS])
+        best = tl.argmax(grouped, 2)
+        others = tl.where(in_group == best[:, :, None], float("-inf"), grouped)
+        rank = tl.max(grouped, 2) + tl.max(others, 2)
+        group = tl.arange(0, GROUPS)[None, :]
+        kept = tl.zeros([ROWS, GROUPS], tl.int32)
         for _ in tl.static_range(TOP_GROUPS):
-            chosen_group = tl.argmax(rank, 0)
+            chosen_group = tl.argmax(rank, 1)[:, None]
             kept = tl.where(group == chosen_group, 1, kept)
             rank = tl.where(group == chosen_group, float("-inf"), rank)
-        biased = tl.reshape(tl.where(kept[:, None] != 0, grouped, float("-inf")), [BLOCK_E])
-    slot = tl.arange(0, BLOCK_K)
-    ids = tl.zeros([BLOCK_K], tl.int32)
-    weights = tl.zeros([BLOCK_K], tl.float32)
+        biased = tl.reshape(tl.where(kept[:, :, None] != 0, grouped, float("-inf")), [ROWS, BLOCK_E])
+    slot = tl.arange(0, BLOCK_K)[None, :]
+    ids = tl.zeros([ROWS, BLOCK_K], tl.int32)
+    weights = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    total = tl.zeros([ROWS, 1], tl.float32)  # slot by slot: how a reduction adds follows the number of rows
     for k in tl.static_range(K):
-        chosen = tl.argmax(biased, 0)
+        chosen = tl.argmax(biased, 1)[:, None]
+        weight = tl.sum(tl.where(expert == chosen, score, 0.0), 1)[:, None]  # one of them and zeros: exact
         ids = tl.where(slot == k, chosen, ids)
-        weights = tl.where(slot == k, tl.sum(tl.where(expert == chosen, score, 0.0), 0), weights)
+        weights = tl.where(slot == k, weight, weights)
+        total += weight
         biased = tl.where(expert == chosen, float("-inf"), biased)
     if NORM:
-        weights = weights / (tl.sum(weights, 0) + 1e-20)
-    tl.store(ids_ptr + token * K + slot, ids, mask=slot < K)
-    tl.store(weights_ptr + token * K + slot, weights * factor, mask=slot < K)
+        weights = weights / (total + 1e-20)
+    stored = (token < num_tokens) & (slot < K)
+    tl.store(ids_ptr + token * K + slot, ids, mask=stored)
+    tl.store(weights_ptr + token * K + slot, weights * factor, mask=stored)
+
+
+def split_gate(weight_ED: torch.Tensor) -> torch.Tensor:
+    """A float32 weight as `route` takes it: bfloat16 terms [N, E, D] whose sum it is, smallest first, N from 1 to 3.
+
+    Three terms hold every normal number of 2^-110 or more exactly. It has 24 significant bits; a term takes the upper 8
+    of what is left, rounded, so what is left then has 16 or fewer, and after the second term 8 or fewer, which are the
+    third; each difference is exact, as both sides are multiples of the number's last bit. bfloat16 has float32's
+    exponents, so nothing overflows but the last half step below infinity, 3.39e38, which becomes NaN. Below 2^-110 bits
+    under bfloat16's smallest number, 2^-133, are lost: at most 2^-134.
+
+    Terms that are zero throughout are left out, which changes no sum. A checkpoint whose weights are bfloat16, as
+    DeepSeek's are, needs one term: half of the float32 weight's memory; others need one and a half times it.
+    """
+    terms, rest_ED = [], weight_ED
+    for _ in range(3):
+        terms.append(rest_ED.bfloat16())
+        rest_ED = rest_ED - terms[-1].float()
+    while len(terms) > 1 and not terms[-1].any():
+        terms.pop()
+    return torch.stack(terms[::-1])
+
+
+def logits_in_parts(x_TD: torch.Tensor, gate_NED: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The logits' parts, float32 [P, T, E], and how many of them in a row make a span; T is not 0.
+
+    The logits are the sum of the spans, which are the sums of their parts: each from zero, one after the other.
+    """
+    (tokens, hidden), (terms, experts, _) = x_TD.shape, gate_NED.shape
+    tile = _tile(tokens, experts)
+    columns = min(tile.columns, max(16, triton.next_power_of_2(experts)))
+    span = triton.cdiv(triton.cdiv(hidden, _PIECE), _SPANS)  # in pieces
+    width = _PIECE * (span if tile.span else 1)
+    parts = triton.cdiv(hidden, width)
+    logits_PTE = torch.empty(parts, tokens, experts, dtype=torch.float32, device=x_TD.device)
+    _logits_kernel[(triton.cdiv(experts, columns), parts, triton.cdiv(tokens, tile.rows))](
+        x_TD,
+        gate_NED,
+        logits_PTE,
+        tokens,
+        D=hidden,
+        E=experts,
+        TERMS=terms,
+        WIDTH=width,
+        PIECE=_PIECE,
+        DEPTH=_DEPTH,
+        ROWS=tile.rows,
+        COLUMNS=columns,
+        STAGES=tile.stages,
+        num_warps=tile.warps,
+        launch_pdl=early(tokens),
+    )
+    return logits_PTE, 1 if tile.span else span
 
 
 def route(
-    x_TD: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor, architecture: Architecture
+    x_TD: torch.Tensor, gate_NED: torch.Tensor, bias_E: torch.Tensor, architecture: Architecture
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See router.py; the ids are int32. With several groups, experts and groups are powers of two."""
-    a = architecture
-    tokens, hidden = x_TD.shape
+    """See router.py; the weight is `split_gate`'s, the ids are int32. D is a multiple of 128; with several groups,
+    experts and groups are powers of two."""
+    a, tokens = architecture, len(x_TD)
     ids_TK = torch.empty(tokens, a.num_experts_per_tok, dtype=torch.int32, device=x_TD.device)
     weights_TK = torch.empty(tokens, a.num_experts_per_tok, dtype=torch.float32, device=x_TD.device)
     if not tokens:
         return ids_TK, weights_TK
-    pieces = triton.cdiv(hidden, _PIECE)
-    logits = torch.empty(pieces, tokens, a.num_experts, dtype=torch.float32, device=x_TD.device)
+    logits_PTE, span = logits_in_parts(x_TD, gate_NED)
     block_e = triton.next_power_of_2(a.num_experts)
-    _logits_kernel[(triton.cdiv(tokens, _BLOCK_T), pieces)](
-        x_TD,
-        weight_ED,
-        logits,
-        tokens,
-        D=hidden,
-        E=a.num_experts,
-        BLOCK_E=max(16, block_e),
-        PIECE=_PIECE,
-        BLOCK_K=64,
-        BLOCK_T=_BLOCK_T,
-        num_warps=4 if block_e <= 64 else 8,
-        launch_pdl=early(tokens),
-    )
-    _choose_kernel[(tokens,)](
-        logits,
+    rows = max(1, 256 // block_e) if tokens > _FEW else 1  # eight scores a thread
+    _choose_kernel[(triton.cdiv(tokens, rows),)](
+        logits_PTE,
         bias_E,
         ids_TK,
         weights_TK,
@@ -137,13 +230,16 @@ def route(
         a.routed_scaling_factor,
         E=a.num_experts,
         BLOCK_E=block_e,
-        PIECES=pieces,
+        PARTS=len(logits_PTE),
+        SPAN=span,
         GROUPS=a.n_group,
         TOP_GROUPS=a.topk_group,
         K=a.num_experts_per_tok,
         BLOCK_K=triton.next_power_of_2(a.num_experts_per_tok),
         NORM=a.norm_topk_prob,
+        ROWS=rows,
         num_warps=1,
+        enable_fp_fusion=False,  # whether a sum takes in a product would be each form's own choice
         launch_pdl=early(tokens),
     )
     return ids_TK, weights_TK

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nmoe.architecture import Architecture
-from nmoe.worker.kernels import Ops
+from nmoe.worker.kernels import Ops, gate_for
 from nmoe.worker.kernels.experts import Arrived
 from nmoe.worker.kernels.fp8 import Weight, empty_weight, of_expert, rows_of, split_rows
 from nmoe.worker.rdep import Exchange
@@ -49,10 +49,11 @@ class MoE:
         a = self._architecture = architecture
         self._exchange = exchange
         # The router is exact in float32 whatever the model computes in.
-        self._gate_ED = like.new_empty(a.num_experts, a.hidden_size, dtype=torch.float32)
+        gate_ED = like.new_empty(a.num_experts, a.hidden_size, dtype=torch.float32)
         self._bias_E = like.new_empty(a.num_experts, dtype=torch.float32)
-        source.fill(self._gate_ED, f"{prefix}.gate.weight")
+        source.fill(gate_ED, f"{prefix}.gate.weight")
         source.fill(self._bias_E, f"{prefix}.gate.e_score_correction_bias")
+        self._gate = gate_for(gate_ED)
         w_gate_up_EGD = empty_weight(like, len(experts), 2 * a.moe_intermediate_size, a.hidden_size, fp8=fp8)
         w_down_EDF = empty_weight(like, len(experts), a.hidden_size, a.moe_intermediate_size, fp8=fp8)
         for slot, expert in enumerate(experts):
@@ -64,7 +65,7 @@ class MoE:
     def forward(self, x_TD: torch.Tensor, ops: Ops) -> tuple[Any, torch.Tensor]:
         """[T, D], or its terms where `add_rms_norm` takes them; routed and shared experts are added in float32. And the
         experts that the tokens chose, [T, K]."""
-        ids_TK, weights_TK = ops.route(x_TD, self._gate_ED, self._bias_E, self._architecture)
+        ids_TK, weights_TK = ops.route(x_TD, self._gate, self._bias_E, self._architecture)
 
         def experts(x: torch.Tensor | Arrived, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
             return ops.grouped_mlp(x, ids_TK, weights_TK, self._w_gate_up_EGD, self._w_down_EDF)
