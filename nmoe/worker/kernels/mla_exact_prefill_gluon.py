@@ -40,8 +40,6 @@ from nmoe.worker.kernels.mla_exact_triton import MOST_SPANS, ROWS, SPAN, TILE, f
 
 _SPAN, _MOST_SPANS = gl.constexpr(SPAN), gl.constexpr(MOST_SPANS)
 _M = gl.constexpr(ROWS)
-_TILE = gl.constexpr(TILE)
-_PAIR = gl.constexpr(2 * TILE)  # positions that are read, and scored, at a time: two tiles
 _SHARED_BYTES = 227 << 10  # of a multiprocessor of Hopper
 _OTHER_BYTES = 10944  # of these, what is neither queries nor ring
 
@@ -51,9 +49,9 @@ class _Shared(NamedTuple):
 
     q_latent: gl.shared_memory_descriptor  # [4, M, L / 4]
     q_rope: gl.shared_memory_descriptor  # [M, P]
-    k_latent: gl.shared_memory_descriptor  # [stages * 4, pair of tiles, L / 4]
-    k_rope: gl.shared_memory_descriptor  # [stages, pair of tiles, P]
-    weights: gl.shared_memory_descriptor  # [2, M, tile]: of the positions of a pair
+    k_latent: gl.shared_memory_descriptor  # [stages * 4, tile, L / 4]
+    k_rope: gl.shared_memory_descriptor  # [stages, tile, P]
+    weights: gl.shared_memory_descriptor  # [2, M, tile]: of the positions of a tile
     ones: gl.shared_memory_descriptor  # [tile, 16]
     factors: gl.shared_memory_descriptor  # [2, M]: what the values so far are multiplied by before a tile's are added
     merging: gl.shared_memory_descriptor  # [3, M]: factors of the values before a span and of its own, weight of all
@@ -117,6 +115,7 @@ def _produce(
     STAGES: gl.constexpr,
 ):
     QUERIES: gl.constexpr = _M // BLOCK_H
+    TILE: gl.constexpr = shared.k_latent.shape[1]
     QUARTER: gl.constexpr = shared.k_latent.shape[2]
     ROPE: gl.constexpr = shared.k_rope.shape[2]
     starts_ptr, firsts_ptr, tile_row_ptr, tile_start_ptr, num_tiles_ptr = cut
@@ -133,31 +132,28 @@ def _produce(
                 to = shared.q_latent.index(i)
                 tma.async_copy_global_to_shared(q_desc, [q_row, i * QUARTER], shared.q_bars.index(0), to)
             groups += 1
-        row_pages_ptr = pages_ptr + group.row.to(gl.int64) * max_pages
-        for position in range(0, group.context, _PAIR):
+        for position in range(0, group.context, TILE):
             stage = at % STAGES
+            page = gl.load(pages_ptr + group.row.to(gl.int64) * max_pages + position // PAGE)
+            k_row = page.to(gl.int32) * PAGE + position % PAGE
             mbarrier.wait(shared.free.index(stage), (at // STAGES & 1) ^ 1)
             filled = shared.filled.index(stage)
-            mbarrier.expect(filled, _PAIR * (4 * QUARTER + ROPE) * 2)
-            for half in gl.static_range(2):
-                # Past the context there may be no page: any finite rows will do, since their weights are zero.
-                place = gl.minimum(position + half * _TILE, (group.context - 1) // _TILE * _TILE)
-                k_row = gl.load(row_pages_ptr + place // PAGE).to(gl.int32) * PAGE + place % PAGE
-                for i in gl.static_range(4):
-                    to = shared.k_latent.index(stage * 4 + i).slice(half * _TILE, _TILE)
-                    tma.async_copy_global_to_shared(latent_desc, [k_row, i * QUARTER], filled, to)
-                to_rope = shared.k_rope.index(stage).slice(half * _TILE, _TILE)
-                tma.async_copy_global_to_shared(rope_desc, [k_row, 4 * QUARTER], filled, to_rope)
+            mbarrier.expect(filled, TILE * (4 * QUARTER + ROPE) * 2)
+            for i in gl.static_range(4):
+                to = shared.k_latent.index(stage * 4 + i)
+                tma.async_copy_global_to_shared(latent_desc, [k_row, i * QUARTER], filled, to)
+            tma.async_copy_global_to_shared(rope_desc, [k_row, 4 * QUARTER], filled, shared.k_rope.index(stage))
             at += 1
 
 
 @gluon.jit
 def _scores(shared, at, STAGES: gl.constexpr):
-    """The queries times the keys of the ring's pair number `at`, [M, pair], begun."""
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _PAIR, 16])
+    """The queries times the keys of the ring's tile number `at`, [M, tile], begun."""
+    TILE: gl.constexpr = shared.k_latent.shape[1]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     stage = at % STAGES
     mbarrier.wait(shared.filled.index(stage), at // STAGES & 1)
-    s = warpgroup_mma_init(gl.zeros([_M, _PAIR], gl.float32, S))
+    s = warpgroup_mma_init(gl.zeros([_M, TILE], gl.float32, S))
     for i in gl.static_range(4):
         keys = shared.k_latent.index(stage * 4 + i).permute((1, 0))
         s = warpgroup_mma(shared.q_latent.index(i), keys, s, use_acc=i > 0, is_async=True)
@@ -165,44 +161,33 @@ def _scores(shared, at, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _tiles(scores, LAYOUT: gl.constexpr):
-    """The scores of a pair's two tiles, [M, tile] each."""
-    first, second = scores.reshape([_M, 2, _TILE]).permute(0, 2, 1).split()
-    return gl.convert_layout(first, LAYOUT), gl.convert_layout(second, LAYOUT)
-
-
-@gluon.jit
-def _weigh(s, position, last, peak, scale_log2):
-    """The weights of a tile's positions from its scores, the new peak, and the factor of what was added before."""
-    key = position + gl.arange(0, _TILE, gl.SliceLayout(0, s.type.layout))
+def _weigh(shared, at, s, position, last, peak, scale_log2):
+    """The weights of a tile's positions from its scores, into shared memory; the new peak, and the factor of what was
+    added before."""
+    TILE: gl.constexpr = shared.k_latent.shape[1]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    key = position + gl.arange(0, TILE, gl.SliceLayout(0, S))
     s = gl.where(key[None, :] <= last[:, None], s * scale_log2, float("-inf"))
     new_peak = gl.maximum(peak, gl.max(s, 1))
-    return gl.exp2(s - new_peak[:, None]).to(gl.bfloat16), new_peak, gl.exp2(peak - new_peak)
-
-
-@gluon.jit
-def _publish(shared, at, half: gl.constexpr, p, factor):
-    """Weights and factor of a tile of pair `at`, where both warpgroups find them."""
-    mbarrier.wait(shared.weights_free.index(half), (at & 1) ^ 1)
-    shared.weights.index(half).store(p)
-    shared.factors.index(half).store(factor)
+    factor = gl.exp2(peak - new_peak)
+    p = gl.exp2(s - new_peak[:, None]).to(gl.bfloat16)
+    slot = at % 2
+    mbarrier.wait(shared.weights_free.index(slot), (at // 2 & 1) ^ 1)
+    shared.weights.index(slot).store(p)
+    shared.factors.index(slot).store(factor)
     fence_async_shared()
-    mbarrier.arrive(shared.weighed.index(half), count=1)
+    mbarrier.arrive(shared.weighed.index(slot), count=1)
+    return new_peak, factor
 
 
 @gluon.jit
-def _add(shared, at, half: gl.constexpr, weight_sum, acc_0, acc_1, factor, STAGES: gl.constexpr):
-    """A tile's weights, and its values times these in the first half of their columns, added to what was there, which
-    the tile's factor shrinks: begun."""
-    factor_O = gl.convert_layout(factor, gl.SliceLayout(1, acc_0.type.layout))[:, None]
-    factor_W = gl.convert_layout(factor, gl.SliceLayout(1, weight_sum.type.layout))[:, None]
-    p = shared.weights.index(half)
+def _add(shared, at, weight_sum, acc_0, acc_1, STAGES: gl.constexpr):
+    """A tile's weights, and its values times these in the first half of their columns, added: begun."""
+    p = shared.weights.index(at % 2)
     first = at % STAGES * 4
-    values_0 = shared.k_latent.index(first).slice(half * _TILE, _TILE)
-    values_1 = shared.k_latent.index(first + 1).slice(half * _TILE, _TILE)
-    weight_sum = warpgroup_mma(p, shared.ones, weight_sum * factor_W, is_async=True)
-    acc_0 = warpgroup_mma(p, values_0, acc_0 * factor_O, is_async=True)
-    acc_1 = warpgroup_mma(p, values_1, acc_1 * factor_O, is_async=True)
+    weight_sum = warpgroup_mma(p, shared.ones, weight_sum, is_async=True)
+    acc_0 = warpgroup_mma(p, shared.k_latent.index(first), acc_0, is_async=True)
+    acc_1 = warpgroup_mma(p, shared.k_latent.index(first + 1), acc_1, is_async=True)
     return weight_sum, acc_0, acc_1
 
 
@@ -262,9 +247,10 @@ def _attend_first(
 ):
     """The first warpgroup: scores, weights, and the first half of the values."""
     QUERIES: gl.constexpr = _M // BLOCK_H
+    TILE: gl.constexpr = shared.k_latent.shape[1]
     QUARTER: gl.constexpr = shared.k_latent.shape[2]
     ROPE: gl.constexpr = shared.k_rope.shape[2]
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16])
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUARTER, 16])  # noqa: E741
     W: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16])
     LOADS: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // ROPE, ROPE // 8], [4, 1], [1, 0])
@@ -303,30 +289,21 @@ def _attend_first(
             span_sum = gl.zeros([_M, 16], gl.float32, W)
             acc_0 = gl.zeros([_M, QUARTER], gl.float32, O)
             acc_1 = gl.zeros([_M, QUARTER], gl.float32, O)
-            scores = warpgroup_mma_wait(0, deps=[_scores(shared, at, STAGES)])
-            s_0, s_1 = _tiles(scores, S)
-            p_0, span_peak, factor_0 = _weigh(s_0, begin, last, span_peak, scale_log2)
-            _publish(shared, at, 0, p_0, factor_0)
-            p_1, span_peak, factor_1 = _weigh(s_1, begin + _TILE, last, span_peak, scale_log2)
-            _publish(shared, at, 1, p_1, factor_1)
-            for position in range(begin + _PAIR, stop, _PAIR):
-                # Nothing but products may touch their sums while any is under way: so the first tile's are begun
-                # after its factor was applied and before the scores, and all are waited for.
-                adding_sum, adding_0, adding_1 = _add(shared, at, 0, span_sum, acc_0, acc_1, factor_0, STAGES)
+            s = warpgroup_mma_wait(0, deps=[_scores(shared, at, STAGES)])
+            span_peak, _ = _weigh(shared, at, s, begin, last, span_peak, scale_log2)
+            for position in range(begin + TILE, stop, TILE):
                 scoring = _scores(shared, at + 1, STAGES)
-                scores, span_sum, acc_0, acc_1 = warpgroup_mma_wait(0, deps=[scoring, adding_sum, adding_0, adding_1])
-                adding = _add(shared, at, 1, span_sum, acc_0, acc_1, factor_1, STAGES)
-                s_0, s_1 = _tiles(scores, S)
-                p_0, span_peak, factor_0 = _weigh(s_0, position, last, span_peak, scale_log2)
-                _publish(shared, at + 1, 0, p_0, factor_0)
-                p_1, span_peak, factor_1 = _weigh(s_1, position + _TILE, last, span_peak, scale_log2)
+                adding = _add(shared, at, span_sum, acc_0, acc_1, STAGES)
+                s = warpgroup_mma_wait(3, deps=[scoring])  # the three products just begun go on
+                span_peak, factor = _weigh(shared, at + 1, s, position, last, span_peak, scale_log2)
                 span_sum, acc_0, acc_1 = warpgroup_mma_wait(0, deps=adding)
                 mbarrier.arrive(shared.free.index(at % STAGES), count=1)
+                span_sum *= gl.convert_layout(factor, gl.SliceLayout(1, W))[:, None]
+                factor_O = gl.convert_layout(factor, gl.SliceLayout(1, O))[:, None]
+                acc_0 *= factor_O
+                acc_1 *= factor_O
                 at += 1
-                _publish(shared, at, 1, p_1, factor_1)
-            adding = _add(shared, at, 0, span_sum, acc_0, acc_1, factor_0, STAGES)
-            span_sum, acc_0, acc_1 = warpgroup_mma_wait(0, deps=adding)
-            adding = _add(shared, at, 1, span_sum, acc_0, acc_1, factor_1, STAGES)
+            adding = _add(shared, at, span_sum, acc_0, acc_1, STAGES)
             span_sum, acc_0, acc_1 = warpgroup_mma_wait(0, deps=adding)
             mbarrier.arrive(shared.free.index(at % STAGES), count=1)
             mbarrier.arrive(shared.q_bars.index(1), count=1, pred=begin + group.span >= group.context)
@@ -394,6 +371,7 @@ def _attend_second(
 ):
     """The second warpgroup: the second half of the values."""
     QUERIES: gl.constexpr = _M // BLOCK_H
+    TILE: gl.constexpr = shared.k_latent.shape[1]
     QUARTER: gl.constexpr = shared.k_latent.shape[2]
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUARTER, 16])  # noqa: E741
     starts_ptr, firsts_ptr, tile_row_ptr, tile_start_ptr, num_tiles_ptr = cut
@@ -410,25 +388,22 @@ def _attend_second(
             stop = gl.minimum(begin + group.span, group.context)
             acc_0 = warpgroup_mma_init(gl.zeros([_M, QUARTER], gl.float32, O))
             acc_1 = warpgroup_mma_init(gl.zeros([_M, QUARTER], gl.float32, O))
-            for position in range(begin, stop, _PAIR):
+            for position in range(begin, stop, TILE):
                 stage = at % STAGES
+                slot = at % 2
                 mbarrier.wait(shared.filled.index(stage), at // STAGES & 1)
-                for half in gl.static_range(2):
-                    mbarrier.wait(shared.weighed.index(half), at & 1)
-                    factor = shared.factors.index(half).load(gl.SliceLayout(1, O))[:, None]
-                    so_far_0, so_far_1 = warpgroup_mma_wait(0, deps=[acc_0, acc_1])
-                    if half == 0:
-                        mbarrier.arrive(shared.free.index((at + STAGES - 1) % STAGES), count=1, pred=position > begin)
-                    mbarrier.arrive(shared.weights_free.index(1 - half), count=1, pred=position + half > begin)
-                    p = shared.weights.index(half)
-                    values_0 = shared.k_latent.index(stage * 4 + 2).slice(half * _TILE, _TILE)
-                    values_1 = shared.k_latent.index(stage * 4 + 3).slice(half * _TILE, _TILE)
-                    acc_0 = warpgroup_mma(p, values_0, so_far_0 * factor, is_async=True)
-                    acc_1 = warpgroup_mma(p, values_1, so_far_1 * factor, is_async=True)
+                mbarrier.wait(shared.weighed.index(slot), at // 2 & 1)
+                factor = shared.factors.index(slot).load(gl.SliceLayout(1, O))[:, None]
+                so_far_0, so_far_1 = warpgroup_mma_wait(0, deps=[acc_0, acc_1])
+                mbarrier.arrive(shared.free.index((at + STAGES - 1) % STAGES), count=1, pred=position > begin)
+                mbarrier.arrive(shared.weights_free.index((at + 1) % 2), count=1, pred=position > begin)
+                p = shared.weights.index(slot)
+                acc_0 = warpgroup_mma(p, shared.k_latent.index(stage * 4 + 2), so_far_0 * factor, is_async=True)
+                acc_1 = warpgroup_mma(p, shared.k_latent.index(stage * 4 + 3), so_far_1 * factor, is_async=True)
                 at += 1
             span_0, span_1 = warpgroup_mma_wait(0, deps=[acc_0, acc_1])
             mbarrier.arrive(shared.free.index((at + STAGES - 1) % STAGES), count=1)
-            mbarrier.arrive(shared.weights_free.index(1), count=1)
+            mbarrier.arrive(shared.weights_free.index((at + 1) % 2), count=1)
             mbarrier.wait(shared.merge_bars.index(0), spans & 1)
             before = shared.merging.index(0).load(gl.SliceLayout(1, O))
             here = shared.merging.index(1).load(gl.SliceLayout(1, O))
@@ -493,21 +468,22 @@ def _prefill_kernel(
     PAGE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    TILE: gl.constexpr = latent_desc.block_type.shape[0]
     QUARTER: gl.constexpr = latent_desc.block_type.shape[1]
     ROPE: gl.constexpr = rope_desc.block_type.shape[1]
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    WEIGHTS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_M, _TILE], gl.bfloat16)
-    ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_TILE, 16], gl.bfloat16)
+    WEIGHTS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_M, TILE], gl.bfloat16)
+    ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, 16], gl.bfloat16)
     Q_ROPE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_M, ROPE], gl.bfloat16)
     REGISTERS: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
     shared = _Shared(
         q_latent=gl.allocate_shared_memory(gl.bfloat16, [4, _M, QUARTER], q_desc.layout),
         q_rope=gl.allocate_shared_memory(gl.bfloat16, [_M, ROPE], Q_ROPE),
-        k_latent=gl.allocate_shared_memory(gl.bfloat16, [STAGES * 4, _PAIR, QUARTER], latent_desc.layout),
-        k_rope=gl.allocate_shared_memory(gl.bfloat16, [STAGES, _PAIR, ROPE], rope_desc.layout),
-        weights=gl.allocate_shared_memory(gl.bfloat16, [2, _M, _TILE], WEIGHTS),
-        ones=gl.allocate_shared_memory(gl.bfloat16, [_TILE, 16], ONES),
+        k_latent=gl.allocate_shared_memory(gl.bfloat16, [STAGES * 4, TILE, QUARTER], latent_desc.layout),
+        k_rope=gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE, ROPE], rope_desc.layout),
+        weights=gl.allocate_shared_memory(gl.bfloat16, [2, _M, TILE], WEIGHTS),
+        ones=gl.allocate_shared_memory(gl.bfloat16, [TILE, 16], ONES),
         factors=gl.allocate_shared_memory(gl.float32, [2, _M], ROWS),
         merging=gl.allocate_shared_memory(gl.float32, [3, _M], ROWS),
         q_bars=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
@@ -525,7 +501,7 @@ def _prefill_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(shared.filled.index(i), count=1)
         mbarrier.init(shared.free.index(i), count=2)  # by both warpgroups
-    shared.ones.store(gl.full([_TILE, 16], 1.0, gl.bfloat16, REGISTERS))
+    shared.ones.store(gl.full([TILE, 16], 1.0, gl.bfloat16, REGISTERS))
     fence_async_shared()
     program = gl.program_id(0) * gl.num_programs(1) + gl.program_id(1)
     merged_ptr = scratch_ptr + program.to(gl.int64) * (_M * 4 * QUARTER)
@@ -604,8 +580,8 @@ def exact_prefill(
 
 
 def stages_of(width: int) -> int:
-    """How many pairs of tiles of cache rows of such a width the ring holds."""
-    return min(4, (_SHARED_BYTES - _OTHER_BYTES - ROWS * width * 2) // (2 * TILE * width * 2))
+    """How many tiles of cache rows of such a width the ring holds."""
+    return min(8, (_SHARED_BYTES - _OTHER_BYTES - ROWS * width * 2) // (TILE * width * 2))
 
 
 def _descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:

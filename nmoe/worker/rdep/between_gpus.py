@@ -1,8 +1,8 @@
 """RDEP between GPUs: one-sided writes into the owners' memory, by kernels that are replayed in a CUDA graph.
 
-The protocol is docs/rdep.md; the kernels are in `rows_triton.py` and `signals_triton.py`. They follow one another on the
-caller's stream, where each is made ready while the one before it runs (early.py); the caller's shared experts run on a
-second one from the moment the rows are pushed.
+The protocol is docs/rdep.md; the kernels are in `rows_triton.py` and `signals_triton.py`. They follow one another on
+the caller's stream, where each is made ready while the one before it runs (early.py); the caller's shared experts run
+on a second one from the moment the rows are pushed.
 
 Shape suffixes: N ranks, T tokens of this rank, C slots per rank, K experts per token, D hidden, S rows of a tile.
 """
@@ -23,6 +23,7 @@ from nmoe.worker.kernels.experts import Arrived
 from nmoe.worker.rdep import Combine, LocalExperts
 from nmoe.worker.rdep import rows_triton as rows
 from nmoe.worker.rdep.control import Control
+from nmoe.worker.rdep.one_gpu import SharedExpertsStream
 from nmoe.worker.rdep.signals_triton import BOUND_NS, EPOCHS, STATE_WORDS
 
 _BOUND_S = 4.0
@@ -61,7 +62,7 @@ class BetweenGPUs:
         self._layout, self._slab, self._control, self._rank, self._dtype = layout, slab, control, rank, dtype
         self._hidden = layout.row_bytes // dtype.itemsize
         self._expected_rows, self._bound_s = expected_rows, bound_s
-        self._beside = torch.cuda.Stream(slab.device, priority=-1)  # type: ignore[no-untyped-call]
+        self._second = SharedExpertsStream(slab.device)
         self._bases = torch.tensor(list(bases), dtype=torch.int64, device=slab.device)
         self._state = torch.zeros(STATE_WORDS, dtype=torch.int64, device=slab.device)
         slots = layout.world_size * max(channel.max_tokens for channel in layout.channels)
@@ -128,21 +129,20 @@ class BetweenGPUs:
         if len(x_TD) > self._most:
             raise ValueError(f"{len(x_TD)} tokens in a step that was begun with {self._most} for the largest rank")
         self._push(x_TD, ids_TK, weights_TK)
-        # What the second stream frees it reuses for itself, after this wait.
-        self._beside.wait_stream(torch.cuda.current_stream())
+        self._second.fork(len(x_TD))
         self._arrive()
         self._serve(experts)
 
         def combine() -> torch.Tensor:
             sums_T1D = self._sum(ids_TK)
-            torch.cuda.current_stream().wait_stream(self._beside)
+            self._second.join()
             return sums_T1D
 
         return combine
 
     def beside(self) -> contextlib.AbstractContextManager[Any]:
         """See Exchange."""
-        return torch.cuda.stream(self._beside)
+        return self._second.use()
 
     def _push(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
         layout, at = self._layout, self._layout.channels[self._channel]

@@ -11,29 +11,53 @@ from typing import Any
 
 import torch
 
+from nmoe.worker.kernels.early import early
 from nmoe.worker.rdep import Combine, LocalExperts, OneRank
+
+
+class SharedExpertsStream:
+    """The second stream. In steps of few tokens its kernels go first: behind those of the routed experts, which want
+    every multiprocessor, they would end after them. The long ones of a prefill take turns as they come."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._first = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._in_turn = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._current = self._in_turn
+
+    def fork(self, tokens: int) -> None:
+        """What is put there from now on follows what the caller's stream has been given. What the second stream frees
+        it reuses for itself, after this."""
+        self._current = self._first if early(tokens) else self._in_turn
+        self._current.wait_stream(torch.cuda.current_stream())
+
+    def join(self) -> None:
+        """What the caller's stream is given from now on follows what was put there."""
+        torch.cuda.current_stream().wait_stream(self._current)
+
+    def use(self) -> contextlib.AbstractContextManager[Any]:
+        """Put there what runs in this context."""
+        return torch.cuda.stream(self._current)
 
 
 class OneGPU(OneRank):
     """The exchange of the only rank."""
 
     def __init__(self, device: torch.device) -> None:
-        self._beside = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._second = SharedExpertsStream(device)
 
     def dispatch(
         self, experts: LocalExperts, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> Combine:
         """See Exchange; the returned function gives the experts' terms, [T, K, D] in the model's dtype."""
-        # What the second stream frees it reuses for itself, after this wait.
-        self._beside.wait_stream(torch.cuda.current_stream())
+        self._second.fork(len(x_TD))
         parts_TKD = experts(x_TD, ids_TK, weights_TK)
 
         def combine() -> torch.Tensor:
-            torch.cuda.current_stream().wait_stream(self._beside)
+            self._second.join()
             return parts_TKD
 
         return combine
 
     def beside(self) -> contextlib.AbstractContextManager[Any]:
         """See Exchange."""
-        return torch.cuda.stream(self._beside)
+        return self._second.use()
