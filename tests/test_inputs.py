@@ -1,5 +1,6 @@
 """The words of a step, with and without padding, say the same of its tokens; and the tables on the device are right."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -9,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmoe.messages import ROW_HAS_IDS, ROW_SAMPLES, Admit, Sampling
+from nmoe.worker import stages
 from nmoe.worker.chunks import BLOCK, TILE
 from nmoe.worker.graphs import chunk_ladder, ladder
-from nmoe.worker.inputs import Layout, locate, write_chunks, write_rows
+from nmoe.worker.inputs import Inputs, Layout, locate, write_chunks, write_rows
 from nmoe.worker.rows import Rows
 from nmoe.worker.slots import DeviceSlots, MalformedStep, SlotTable
-from nmoe.worker.stages import Stages
+from nmoe.worker.stages import Stage, Stages
 
 CPU = torch.device("cpu")
 SLOTS, PER_SLOT, PAGE, PAGES = 8, 12, 4, 500
@@ -85,6 +87,36 @@ def test_every_token_is_where_its_row_says(seed, more_rows, more_tokens):
     assert parts.decodes.tolist()[: rows.num_decodes] == firsts[: rows.num_decodes].tolist()
 
 
+def _meaning(layout, words, rows):
+    """The parts, without the places that nothing reads: ids of tokens that are continued, pieces that are none."""
+    parts = {name: part.tolist() for name, part in dataclasses.asdict(layout.parts(words)).items()}
+    parts["ids"] = parts["ids"][rows.num_continued :]
+    if layout.tiles:
+        parts["offsets"] = parts["offsets"][rows.num_decodes : len(rows.slots)]
+        for name, count in (("tile", parts["num_tiles"][0]), ("block", parts["num_blocks"][0])):
+            parts |= {part: parts[part][:count] for part in (f"{name}_row", f"{name}_start")}
+    return parts
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.integers(0, 2**32))
+def test_words_of_rows_that_go_on_are_those_written_anew(seed):
+    rng = np.random.default_rng(seed)
+    table, _, _ = _tables(rng)
+    layouts = [Layout(SLOTS, 200), Layout(SLOTS, 300), Layout(SLOTS, 200, tiles=200 // TILE + SLOTS + 1, blocks=20)]
+    inputs, layout = Inputs(SLOTS), layouts[0]
+    rows, firsts, ids = _step(rng, table)
+    for _ in range(25):
+        if rng.random() < 0.2:
+            rows, firsts, ids = _step(rng, table)
+        if rng.random() < 0.2:
+            layout = layouts[rng.integers(len(layouts))]
+        written = inputs.write(layout, rows, firsts, ids)
+        anew = Inputs(SLOTS).write(Layout(**dataclasses.asdict(layout)), rows, firsts, ids)
+        assert _meaning(layout, written, rows) == _meaning(layout, anew, rows)
+        firsts = firsts + rows.counts
+
+
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(st.integers(0, 2**32), st.integers(0, 300))
 def test_tiles_cover_every_query_of_a_chunk_and_the_padding_once(seed, padding):
@@ -122,16 +154,52 @@ def test_more_pages_than_a_slot_can_have():
     assert table.append_pages(np.array([(0, 4)])).tolist() == [[0], [4]]
 
 
+def test_a_reset_table_checks_rows_again():
+    table, slots, ones = SlotTable(2, 3, PAGE, 9), np.array([1, 0]), np.ones(2, np.int64)
+    table.append_pages(np.array([(0, 1), (1, 2)]))
+    ends = table.advance(slots, np.zeros(2, np.int64), ones)
+    ends = table.advance(slots, ends, ones)
+    table.reset()
+    with pytest.raises(MalformedStep, match=r"row 0 \(slot 1\) starts at position 2, its slot goes on at 0"):
+        table.advance(slots, ends, ones)
+
+
 def test_a_stage_is_used_again_once_its_tokens_were_read():
-    stages = Stages(CPU)
-    first, second = stages.take(), stages.take()
+    free = Stages(CPU)
+    first, second = free.take(), free.take()
     assert first is not second
     for stage, token in ((first, 3), (second, 4)):
-        stage.words(5)[:] = token
-        stage.download(stage.upload()[:2])
+        stage.download(stage.upload(np.full(5, token, np.int32))[:2])
     assert [np.frombuffer(stage.tokens(), np.int32).tolist() for stage in (first, second)] == [[3, 3], [4, 4]]
-    stages.put_back(first)
-    assert stages.take() is first and stages.take() not in (first, second)
+    free.put_back(first)
+    assert free.take() is first and free.take() not in (first, second)
+
+
+def test_a_stage_keeps_its_memory_and_takes_any_size(monkeypatch):
+    """As on the GPU, where it is pinned."""
+    empty, made = torch.empty, []
+
+    def pinned(*size, pin_memory=False, **fields):
+        made.extend(size if pin_memory else ())
+        return empty(*size, **fields)
+
+    stage, (there, elsewhere) = Stage(CPU), torch.zeros(2, 20, dtype=torch.int32)
+    monkeypatch.setattr(stages.torch, "empty", pinned)
+    stage._up, stage._down = stages._Room(True), stages._Room(True)
+    for nth, (size, into) in enumerate([(5, there), (5, there), (3, there), (5, there), (5, elsewhere), (9, there)]):
+        before = into.clone()
+        uploaded = stage.upload(np.arange(nth, nth + size, dtype=np.int32), into)
+        assert uploaded.tolist() == into[:size].tolist() == [*range(nth, nth + size)]
+        assert torch.equal(into[size:], before[size:])
+        stage.download(uploaded[1:])
+        assert np.frombuffer(stage.tokens(), np.int32).tolist() == [*range(nth + 1, nth + size)]
+    assert made == [5, 4, 9, 8]
+
+
+def test_words_that_are_not_pinned_are_not_shared_between_steps():
+    stage = Stage(CPU)
+    first, second = stage.upload(np.array([1], np.int32)), stage.upload(np.array([2], np.int32))
+    assert (first.item(), second.item()) == (1, 2)
 
 
 def test_the_ladder_pads_little():

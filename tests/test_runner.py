@@ -91,13 +91,14 @@ def _runner(num_pages=PAGES):
     return Runner(toy, cache, num_slots=SLOTS, max_seq_len=MAX_SEQ_LEN), toy
 
 
-def _step(step_id, rows, ids=(), pages=(), admits=(), num_tokens=1000):
-    prefills = rows is None or any(row[3] & ROW_HAS_IDS for row in rows)
+def _step(step_id, rows, ids=(), pages=(), admits=(), num_tokens=1000, channel=None):
+    if channel is None:
+        channel = CHANNEL_PREFILL if rows is None or any(row[3] & ROW_HAS_IDS for row in rows) else CHANNEL_DECODE
     return Step(
         generation=1,
         step_id=step_id,
         numerics=Numerics.FAST,
-        channel=CHANNEL_PREFILL if prefills else CHANNEL_DECODE,
+        channel=channel,
         num_tokens=num_tokens,
         rows=None if rows is None else np.array(rows, np.int32).reshape(-1, 4).tobytes(),
         ids=np.array(ids, np.int32).tobytes(),
@@ -160,9 +161,11 @@ class Driver:
             ids += request.ids[first:end] if flags else []
             rows.append((request.slot, first, count, flags | (ROW_SAMPLES if end >= request.prompt_len else 0)))
         pages = [assigned for _, *assigned in sorted(pages)]  # the slots' pages mixed, each slot's in order
-        self.deltas += self.going_on == rows
-        step = _step(self.step_id, None if self.going_on == rows else rows, ids, pages, admits)
+        channel, num_tokens = (CHANNEL_PREFILL, 1000) if ids else (CHANNEL_DECODE, max(1, len(rows)))
+        going_on = self.going_on == rows
+        step = _step(self.step_id, None if going_on else rows, ids, pages, admits, num_tokens, channel)
         self.step_id += 1
+        self.deltas += going_on
         self.going_on = [(slot, first + count, count, flags) for slot, first, count, flags in rows]
         tokens = iter(_tokens(self.runner.launch(step)))
         for request, count in work:
@@ -378,6 +381,30 @@ def test_a_decode_step_brings_no_ids():
     step = _step(0, [(0, 0, 3, 3)], [5, 6, 7], [(0, 0)], [Admit(0, 0, GREEDY)])
     with pytest.raises(MalformedStep, match="step 0: 3 ids on the channel of decode steps"):
         runner.launch(msgspec.structs.replace(step, channel=CHANNEL_DECODE))
+
+
+def test_rows_that_go_on_are_refused_once_their_pages_are_full():
+    runner, _ = _runner()
+    admits = [Admit(0, 0, GREEDY), Admit(1, 0, GREEDY)]
+    pages = [(0, 0), (0, 1), (0, 2), (1, 3), (1, 4)]
+    runner.launch(_step(0, [(0, 0, 3, 3), (1, 0, 2, 3)], [5, 6, 7, 8, 9], pages, admits))
+    runner.launch(_step(1, [(0, 3, 1, ROW_SAMPLES), (1, 2, 1, ROW_SAMPLES)]))
+    for step_id in range(2, 7):
+        runner.launch(_step(step_id, None))
+    runner.launch(_step(7, None, pages=[(1, 5)]))
+    for step_id in range(8, 10):
+        runner.launch(_step(step_id, None))
+    with pytest.raises(MalformedStep, match=r"step 10: row 0 \(slot 0\) ends at position 13, its slot's pages hold 12"):
+        runner.launch(_step(10, None))
+
+
+def test_rows_do_not_go_on_in_a_slot_that_was_given_away():
+    runner, _ = _runner()
+    pages = [(0, page) for page in range(6)]
+    runner.launch(_step(0, [(0, 0, 3, 3)], [5, 6, 7], pages, [Admit(0, 0, GREEDY)]))
+    runner.launch(_step(1, [(0, 3, 1, ROW_SAMPLES)]))
+    with pytest.raises(MalformedStep, match=r"step 2: row 0 \(slot 0\) starts at position 4, its slot goes on at 0"):
+        runner.launch(_step(2, None, admits=[Admit(0, 0, GREEDY)]))
 
 
 def test_reset_forgets_every_request():

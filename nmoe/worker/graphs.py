@@ -19,7 +19,7 @@ from nmoe.messages import CHANNEL_DECODE, CHANNEL_PREFILL, Step
 from nmoe.profiles import Numerics
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.chunks import BLOCK, TILE
-from nmoe.worker.inputs import Layout, Parts, locate, write_chunks, write_rows
+from nmoe.worker.inputs import Inputs, Layout, locate
 from nmoe.worker.model import Model
 from nmoe.worker.rows import Rows
 from nmoe.worker.samplers import GPUSampler
@@ -58,15 +58,19 @@ class StepGraph:
         # Of a decode step, as if no row had top-k or top-p or changed its logits; see GPUSampler.sample_any.
         self.tokens_R: torch.Tensor
         self.logprobs_R: torch.Tensor
+        self._count = -1  # rows of the results that are kept
 
     def replay(self) -> None:
         """Run it, on what was uploaded to `inputs`."""
         self.graph.replay()
 
-    def write_chunks(self, parts: Parts[Array], rows: Rows, ends: Array) -> None:
-        """What it needs to know of the chunks, if it is for steps that have some."""
-        if self.channel == CHANNEL_PREFILL:
-            write_chunks(parts, rows, ends)
+    def results(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A decode step's logits, tokens and log-probabilities of its first `rows`."""
+        if rows != self._count:
+            assert self.logits_RV is not None
+            self._count = rows
+            self._results = self.logits_RV[:rows], self.tokens_R[:rows], self.logprobs_R[:rows]
+        return self._results
 
 
 class StepGraphs:
@@ -133,14 +137,12 @@ class StepGraphs:
             graph = self._graphs[numerics, channel, size] = self._capture(numerics, channel, size)
         return graph
 
+    @torch.inference_mode()
     def _capture(self, numerics: Numerics, channel: int, size: int) -> StepGraph:
         layout = self._layout(channel, size)
         graph = StepGraph(numerics, channel, layout, self._inputs)
-        words = np.zeros(layout.size, np.int32)
-        parts = layout.parts(words)
         nobody = Rows.of(np.empty((0, 4), np.int32), SlotTable(0, 0, 1, 0))
-        write_rows(parts, nobody, nobody.slots, nobody.slots, nobody=self._slots.nobody)
-        graph.write_chunks(parts, nobody, nobody.slots)
+        words = Inputs(self._slots.nobody).write(layout, nobody, nobody.slots, nobody.slots)
         torch.cuda.synchronize()
         self._inputs[: layout.size].copy_(torch.from_numpy(words))
         with torch.cuda.stream(self._stream):

@@ -97,6 +97,42 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
+class Inputs:
+    """The words of one step after the other, on the host.
+
+    Rows that go on and bring no ids are one position further in each step, and nothing else of theirs changes: in one
+    layout, their words move on by the same in each step. What that is, their first two steps tell.
+    """
+
+    def __init__(self, nobody: int) -> None:
+        """`nobody` is the slot of the padding."""
+        self._nobody = nobody
+        self._take(Layout(0, 0))
+        self._rows: Rows | None = None
+        self._moves: Array | None = None
+
+    def write(self, layout: Layout, rows: Rows, firsts: Array, ids: Array) -> Array:
+        """Those of the next step, int32 [layout.size], good until the one after it; the arguments are `write_rows`'.
+        Rows that go on are the same object."""
+        goes_on = rows is self._rows and layout == self._layout and not rows.num_ids
+        if goes_on and self._moves is not None:
+            self._words += self._moves
+            return self._words
+        if layout != self._layout:
+            self._take(layout)
+        before = self._words.copy() if goes_on else None
+        write_rows(self._parts, rows, firsts, ids, nobody=self._nobody)
+        if layout.tiles:
+            write_chunks(self._parts, rows, firsts + rows.counts)
+        self._rows, self._moves = rows, None if before is None else self._words - before
+        return self._words
+
+    def _take(self, layout: Layout) -> None:
+        self._layout = layout
+        self._words: Array = np.zeros(layout.size, np.int32)
+        self._parts = layout.parts(self._words)
+
+
 def write_rows(parts: Parts[Array], given: Rows, firsts: Array, ids: Array, *, nobody: int) -> None:
     """A step's rows from their first positions [R] and the ids that came; `nobody` is the slot of the padding."""
     rows, tokens, continued, decodes = len(given.slots), given.num_tokens, given.num_continued, given.num_decodes

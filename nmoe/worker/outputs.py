@@ -210,6 +210,7 @@ class Outputs:
             if cells_C.min() < mine.start or cells_C.max() >= mine.stop or len(np.unique(cells_C)) != needed:
                 raise MalformedStep(f"cells {cells_C.tolist()}: not of {mine.start} to {mine.stop - 1}, each once")
 
+    @torch.inference_mode()
     def compute(
         self,
         selection: Selection,

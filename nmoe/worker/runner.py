@@ -6,6 +6,10 @@ Shape suffixes: T tokens of the step, R its rows, S rows that sample, V the voca
 stays on the device, and positions, pages and random numbers follow from the Step and the slot table alone. So a step
 can be launched while the one before it runs. What only changes with the rows (their order, which of them sample, how)
 is made once and kept while the Steps say that the rows go on.
+
+After a step of many milliseconds the host's caches are cold, and each call into torch or numpy costs several times what
+it costs in a loop. So a captured step whose rows go on makes as few as can be: it enters no inference mode, cuts no
+views and writes no words anew.
 """
 
 from typing import Any
@@ -20,7 +24,7 @@ from nmoe.worker.adjustments import Adjustment, Adjustments
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.blocks import Arena, Blocks
 from nmoe.worker.graphs import StepGraph, StepGraphs
-from nmoe.worker.inputs import Layout, Parts, locate, write_rows
+from nmoe.worker.inputs import Inputs, Layout, Parts, locate
 from nmoe.worker.model import Model
 from nmoe.worker.outputs import Outputs, Returning, Selection
 from nmoe.worker.rows import Rows
@@ -29,6 +33,7 @@ from nmoe.worker.slots import DeviceSlots, MalformedStep, SlotTable
 from nmoe.worker.stages import Stage, Stages
 
 Array = npt.NDArray[Any]
+_NO_IDS, _NO_PAGES = np.empty(0, np.int32), np.empty((2, 0), np.int32)
 # Raw logits [S, V], tokens [S], and the log-probabilities of the draws, float32 [S], where some row draws.
 _Sampled = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -84,11 +89,11 @@ class Runner:
         self._sampler = sampler(self._table, self._slots, model.architecture.vocab_size)
         self._adjustments = Adjustments(num_slots, model.architecture.vocab_size, model.device)
         self._outputs = Outputs(model, cache, self._slots.pages_SP, arena)
+        self._inputs = Inputs(self._slots.nobody)
         self._stages = Stages(model.device)
         self._graphs: StepGraphs | None = None
         self.reset()
 
-    @torch.inference_mode()
     def capture(self, max_batch_size: int, max_chunk: int) -> None:
         """From here on, replay steps from CUDA graphs: those of up to `max_batch_size` rows, of which all decode or the
         others have up to `max_chunk` tokens altogether."""
@@ -110,7 +115,6 @@ class Runner:
         """Tokens of the step launched last."""
         return self._rows.num_tokens
 
-    @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
         """Start `step`; returns without waiting for the device. Raises MalformedStep, which nothing can follow."""
         try:
@@ -121,41 +125,44 @@ class Runner:
         rows, stage = self._rows, self._stages.take()
         graph = self._graphs.find(step, rows, self._ends) if self._graphs else None
         layout = graph.layout if graph else Layout(len(rows.slots), rows.num_tokens)
-        words = stage.words(layout.size + pages_2N.size)
-        words[layout.size :] = pages_2N.ravel()
-        given = layout.parts(words)
-        write_rows(given, rows, firsts, ids, nobody=self._slots.nobody)
-        if graph:
-            graph.write_chunks(given, rows, self._ends)
-        inputs = stage.upload(graph.inputs if graph else None)
+        words = self._inputs.write(layout, rows, firsts, ids)
         if pages_2N.size:
-            self._slots.append(inputs[layout.size :].view(2, -1))
+            words = np.concatenate((words, pages_2N.ravel()))
+        inputs = stage.upload(words, graph.inputs if graph else None)
+        if pages_2N.size:
+            self._slots.append(inputs[-pages_2N.size :].view(2, -1))
         if graph:
             graph.replay()
             hidden_TD = graph.hidden_TD
             sampled = self._take_sampled(graph, selection)
         else:
-            self.exchange.begin(step.channel, step.num_tokens)
-            # An idle rank goes through the layers too: there its experts serve the other ranks' tokens.
-            parts = layout.parts(inputs)
-            hidden_TD = self._model.forward(self._batch(parts), self._cache, step.numerics)
-            sampled = self._sample_last(hidden_TD, parts, step.numerics, selection)
+            hidden_TD, sampled = self._compute(step, layout.parts(inputs), selection)
         blocks = None
         if selection is not None:
             blocks = self._outputs.compute(selection, hidden_TD, *sampled, step.numerics)
         stage.download(sampled[1])
         return Launched(step.step_id, rows.sampling_slots, stage, self._stages, blocks)
 
+    @torch.inference_mode()
+    def _compute(
+        self, step: Step, parts: Parts[torch.Tensor], selection: Selection | None
+    ) -> tuple[torch.Tensor, _Sampled]:
+        """The hidden states and the tokens of a step that is launched kernel by kernel."""
+        self.exchange.begin(step.channel, step.num_tokens)
+        # An idle rank goes through the layers too: there its experts serve the other ranks' tokens.
+        hidden_TD = self._model.forward(self._batch(parts), self._cache, step.numerics)
+        return hidden_TD, self._sample_last(hidden_TD, parts, step.numerics, selection)
+
     def _take_sampled(self, graph: StepGraph, selection: Selection | None) -> _Sampled:
         """The tokens of a captured step."""
         if graph.logits_RV is None:
             return self._sample_last(graph.hidden_TD, graph.parts, graph.numerics, selection)
-        rows = len(self._rows.slots)
-        logits_SV = graph.logits_RV[:rows]
+        logits_SV, tokens_S, logprobs_S = graph.results(len(self._rows.slots))
         if self._sampler.simple and self._adjustment is None:
-            return logits_SV, graph.tokens_R[:rows], graph.logprobs_R[:rows] if self._sampler.draws else None
+            return logits_SV, tokens_S, logprobs_S if self._sampler.draws else None
         return logits_SV, *self._sample(logits_SV, graph.parts, selection)
 
+    @torch.inference_mode()
     def _sample_last(
         self, hidden_TD: torch.Tensor, parts: Parts[torch.Tensor], numerics: Numerics, selection: Selection | None
     ) -> _Sampled:
@@ -165,6 +172,7 @@ class Runner:
         logits_SV = self._model.logits(hidden_TD[parts.last_tokens[:count]], numerics)
         return logits_SV, *self._sample(logits_SV, parts, selection)
 
+    @torch.inference_mode()
     def _sample(self, logits_SV: torch.Tensor, parts: Parts[torch.Tensor], selection: Selection | None) -> Sampled:
         """The step's tokens. With something to return, the logits stay as they are."""
         if self._adjustment is None:
@@ -185,7 +193,7 @@ class Runner:
             self._sampler.admit(step.admits)
             self._adjustments.admit(step.admits)
             self._outputs.admit(step.admits)
-        pages_2N = np.empty((2, 0), np.int32)
+        pages_2N = _NO_PAGES
         if step.pages:
             pages_2N = self._table.append_pages(np.frombuffer(step.pages, np.int32).reshape(-1, 2))
         if step.rows is None:
@@ -203,7 +211,7 @@ class Runner:
         if rows.num_ids and step.channel == CHANNEL_DECODE:
             raise MalformedStep(f"{rows.num_ids} ids on the channel of decode steps, whose tokens the device has")
         self._ends = self._table.advance(rows.slots, firsts, rows.counts)
-        return firsts, np.frombuffer(step.ids, np.int32), pages_2N
+        return firsts, np.frombuffer(step.ids, np.int32) if step.ids else _NO_IDS, pages_2N
 
     def _take_rows(self, given: Array) -> None:
         """What follows from the rows [R, 4] of a Step until it brings new ones."""

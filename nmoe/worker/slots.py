@@ -5,13 +5,15 @@ tokens. The host never holds a page table of its own: what a Step adds goes up w
 
 Shape suffixes: S slots, P pages of a slot, R rows of a step.
 
-Invariants, checked on every step with one vectorised pass each:
+Invariants, checked with one vectorised pass each:
 - `pages_SP[s, : lengths[s]]` are the slot's pages in the order of its positions; what lies behind them means nothing.
 - Positions below `ends[s]` have their cache rows, written by this slot or shared; a row starts at `ends[s]`. Only
   before a slot has computed anything may a row start lower, to recompute the last of the shared positions.
 - Positions below `floors[s]` lie in shared pages and are never written.
 - `last_S[s]` is the slot's last sampled token. A step may read it before the host has seen it. `sampled[s]` says that
   there is one.
+- Rows that were checked and go on start where their slots end, and have room for `_ahead` more steps: nothing but a new
+  request in a slot, which sets it to 0, moves a slot's end or takes its pages. So these steps pass without a look.
 
 A Step that breaks an invariant is a defect of the scheduler and raises MalformedStep.
 """
@@ -26,6 +28,7 @@ import torch
 from nmoe.messages import Admit
 
 Array = npt.NDArray[Any]
+_MOST = np.iinfo(np.int64).max
 
 
 class MalformedStep(AssertionError):
@@ -39,11 +42,13 @@ class DeviceSlots:
     def __init__(self, num_slots: int, pages_per_slot: int, num_pages: int, device: torch.device) -> None:
         self.nobody = num_slots
         self.pages_SP = torch.full((num_slots + 1, pages_per_slot), num_pages, dtype=torch.int32, device=device)
+        self._table = self.pages_SP.view(-1)
         self.last_S = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
 
     def append(self, assigned_2N: torch.Tensor) -> None:
         """`SlotTable.append_pages`' result: where in the flattened table, and which pages. int32, on the device."""
-        self.pages_SP.view(-1).index_put_((assigned_2N[0],), assigned_2N[1])
+        places_N, pages_N = assigned_2N.unbind()
+        self._table.index_put_((places_N,), pages_N)
 
     def remember(self, slots_N: torch.Tensor, tokens_N: torch.Tensor) -> None:
         """These are the slots' last tokens now; NO_TOKEN becomes one that exists, because the next step may be on its
@@ -68,14 +73,19 @@ class SlotTable:
         self.top_p = np.ones(num_slots, np.float64)
         self.min_p = np.zeros(num_slots, np.float64)
         self.seeds = np.zeros(num_slots, np.int64)
+        # The rows that advanced last, where they are now, and how many more steps of theirs need no check.
+        self._advanced = self._reached = np.empty(0, np.int64)
+        self._ahead = 0
 
     def reset(self) -> None:
         """Forget every request."""
+        self._ahead = 0
         for array in (self.lengths, self.ends, self.floors, self.sampled):
             array.fill(0)
 
     def admit(self, admits: Sequence[Admit]) -> None:
         """Start new requests in their slots."""
+        self._ahead = 0
         for admit in admits:
             slot = admit.slot
             if not 0 <= slot < self.num_slots:
@@ -110,16 +120,28 @@ class SlotTable:
         return np.stack((slots.astype(np.int64) * self.pages_per_slot + places, pages)).astype(np.int32)
 
     def advance(self, slots: Array, firsts: Array, counts: Array) -> Array:
-        """Move the rows' slots on by `counts` positions from `firsts`; gives their new ends. All int64 [R]."""
-        ends, known = firsts + counts, self.ends[slots]
+        """Move the rows' slots on by `counts` positions from `firsts`; gives their new ends. All int64 [R]. Rows that
+        go on come as the same arrays: `slots`, and as `firsts` the ends that were given last."""
+        ends = firsts + counts
+        if self._ahead and slots is self._advanced and firsts is self._reached:
+            self._ahead -= 1
+        else:
+            self._ahead = self._check(slots, firsts, counts, ends)
+        self.ends[slots] = ends
+        self._advanced, self._reached = slots, ends
+        return ends
+
+    def _check(self, slots: Array, firsts: Array, counts: Array, ends: Array) -> int:
+        """How many more steps like this one the slots' pages have room for, at least."""
+        known = self.ends[slots]
         if (firsts != known).any():
             wrong = (firsts > known) | (firsts < known) & (known != self.floors[slots])
             self._refuse(wrong, slots, "starts at position {}, its slot goes on at {}", firsts, known)
         room = self.lengths[slots] * self.page_size
-        if (ends > room).any():
+        least = int((room - ends).min(initial=_MOST))
+        if least < 0:
             self._refuse(ends > room, slots, "ends at position {}, its slot's pages hold {}", ends, room)
-        self.ends[slots] = ends
-        return ends
+        return least // int(counts.max(initial=1))
 
     @staticmethod
     def _refuse(wrong: Array, slots: Array, text: str, *numbers: Array) -> None:
