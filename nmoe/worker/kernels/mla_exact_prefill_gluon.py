@@ -1,8 +1,10 @@
 """Absorbed latent attention of the exact class for prefills: warps with roles of their own, in Gluon.
 
 The arithmetic of a query is mla_exact_triton.py's. A program takes the queries of a few neighbouring positions (64
-rows: heads times queries), which begin at a multiple of their number, so that all see the same tiles and spans; what
-its warps do is in mla_exact_warps_gluon.py. Groups of queries go to the programs in turn, the last of a row first.
+rows: heads times queries), which begin at a multiple of their number, so that all see the same tiles and spans; how
+its warps share the work is in mla_warps_gluon.py. Groups of queries go to the programs in turn, the last of a row
+first. After a span each warpgroup merges its half of the values with those before it, which wait in the program's
+scratch: both at once would not fit the registers.
 
 What there is is read on the device, as in mla_prefill_triton.py: a launch for the most that a step can have serves
 every smaller one. A row with queries and no context is padding: its output is zero.
@@ -12,22 +14,205 @@ the cache, B pages of a row (padded).
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from nmoe.worker.chunks import TILE as QUERY_TILE
 from nmoe.worker.chunks import Chunks
 from nmoe.worker.kernels.mla_decode_triton import multiprocessors
-from nmoe.worker.kernels.mla_exact_triton import ROWS, TILE, form_of
-from nmoe.worker.kernels.mla_exact_warps_gluon import Shared, attend, produce
+from nmoe.worker.kernels.mla_exact_triton import MOST_SPANS, ROWS, SPAN, TILE, form_of
+from nmoe.worker.kernels.mla_warps_gluon import (
+    attend_span,
+    descriptor,
+    load_queries,
+    load_ropes,
+    load_tiles,
+    make_shared,
+    stages_of,
+)
 
 _M, _TILE = gl.constexpr(ROWS), gl.constexpr(TILE)
-_SHARED_BYTES = 227 << 10  # of a multiprocessor of Hopper
-_OTHER_BYTES = 10_992  # of these, what is neither queries nor ring
+_SPAN, _MOST_SPANS = gl.constexpr(SPAN), gl.constexpr(MOST_SPANS)
+
+
+class _Group(NamedTuple):
+    """A program's piece of work: the queries of a few neighbouring positions."""
+
+    row: gl.tensor
+    token: gl.tensor  # of the group's first position, which may lie before the row's
+    first: gl.tensor  # position
+    low: gl.tensor  # positions asked for are in [low, high)
+    high: gl.tensor
+    context: gl.tensor  # 0: nothing to attend to
+    span: gl.tensor
+    is_padding: gl.tensor
+
+
+@gluon.jit
+def _group(item, cut, num_tiles, QUERIES: gl.constexpr, PER_TILE: gl.constexpr):
+    starts_ptr, firsts_ptr, tile_row_ptr, tile_start_ptr, _ = cut
+    # A tile of queries that begins between two groups' bounds has parts of one group more.
+    GROUPS: gl.constexpr = PER_TILE // QUERIES + 1
+    tile = num_tiles - 1 - item // GROUPS
+    row = gl.load(tile_row_ptr + tile)
+    token = gl.load(starts_ptr + row)
+    length = gl.load(starts_ptr + row + 1) - token
+    is_padding = gl.load(firsts_ptr + row) + length == 0
+    position = gl.maximum(gl.load(firsts_ptr + row), 0)
+    low = position + gl.load(tile_start_ptr + tile)
+    high = gl.minimum(low + PER_TILE, position + length)
+    first = (low // QUERIES + GROUPS - 1 - item % GROUPS) * QUERIES
+    context = gl.where((first < high) & (is_padding == 0), gl.minimum(first + QUERIES, high), 0)
+    span = _SPAN + first * 0
+    for _ in gl.static_range(16):
+        span = gl.where(span * _MOST_SPANS < first + 1, span * 2, span)
+    return _Group(row, token + first - position, first, low, high, context, span, is_padding)
+
+
+@gluon.jit
+def _produce(
+    shared,
+    cut,
+    latent_desc,
+    rope_desc,
+    q_desc,
+    pages_ptr,
+    max_pages,
+    HEADS: gl.constexpr,
+    BLOCK_H: gl.constexpr,
+    PER_TILE: gl.constexpr,
+    PAGE: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    QUERIES: gl.constexpr = _M // BLOCK_H
+    num_tiles = gl.load(cut[4])
+    groups = 0
+    at = 0
+    for item in range(gl.program_id(0), num_tiles * (PER_TILE // QUERIES + 1), gl.num_programs(0)):
+        group = _group(item, cut, num_tiles, QUERIES, PER_TILE)
+        if group.context > 0:
+            load_queries(shared, q_desc, group.token * HEADS + gl.program_id(1) * BLOCK_H, 0, groups)
+            groups += 1
+        row_pages_ptr = pages_ptr + group.row.to(gl.int64) * max_pages
+        at = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, 0, group.context, at, PAGE, STAGES)
+
+
+@gluon.jit
+def _merge(acc, column, factors, begin, group, lane, position, rows, merged_ptr, out_ptr, L: gl.constexpr):
+    """A span's accumulated values of some columns, added to those before; those of the last span are the result.
+    `factors`: of those before, of the span's, and the weight of all."""
+    before, here, weight = factors
+    columns = column + gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))[None, :]
+    place = lane[:, None] * L + columns
+    old = gl.load(merged_ptr + place, mask=(place >= 0) & (begin > 0), other=0.0)
+    acc = old * before[:, None] + acc * here[:, None]
+    if begin + group.span < group.context:
+        gl.store(merged_ptr + place, acc)
+    else:
+        exists = (position >= group.low) & (position < group.high)
+        value = (acc * (1.0 / weight)[:, None]).to(out_ptr.dtype.element_ty)
+        gl.store(out_ptr + rows[:, None] * L + columns, value, mask=exists[:, None] & (columns >= 0))
+
+
+@gluon.jit
+def _zero(out_ptr, out_rows, position_of_lane, group, column, COLUMNS: gl.constexpr, L: gl.constexpr, O: gl.constexpr):  # noqa: E741
+    """The result of a group's queries in some columns, if they are padding."""
+    columns = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, O))[None, :]
+    exists = (position_of_lane >= group.low) & (position_of_lane < group.high)
+    zeros = gl.zeros([_M, COLUMNS], out_ptr.dtype.element_ty, O)
+    gl.store(out_ptr + out_rows[:, None] * L + columns, zeros, mask=exists[:, None] & (columns >= 0))
+
+
+@gluon.jit
+def _merge_factors(shared, spans, merged, span_peak, span_weight, mine: gl.constexpr, O: gl.constexpr):  # noqa: E741
+    """What `_merge` multiplies by after span number `spans`, which the first warpgroup finds for both; and the peak and
+    weight of all that is merged then, which it keeps."""
+    peak, weight = merged
+    if mine == 0:
+        new_peak = gl.maximum(peak, span_peak)
+        before = gl.exp2(peak - new_peak)
+        here = gl.exp2(span_peak - new_peak)
+        weight = weight * before + gl.convert_layout(gl.max(span_weight, 1), peak.type.layout) * here
+        peak = new_peak
+        mbarrier.wait(shared.merge_bars.index(1), (spans & 1) ^ 1)
+        shared.merging.index(0).store(before)
+        shared.merging.index(1).store(here)
+        shared.merging.index(2).store(weight)
+        mbarrier.arrive(shared.merge_bars.index(0), count=1)
+    mbarrier.wait(shared.merge_bars.index(0), spans & 1)
+    factors = (
+        shared.merging.index(0).load(gl.SliceLayout(1, O)),
+        shared.merging.index(1).load(gl.SliceLayout(1, O)),
+        shared.merging.index(2).load(gl.SliceLayout(1, O)),
+    )
+    mbarrier.arrive(shared.merge_bars.index(1), count=1)
+    return factors, (peak, weight)
+
+
+@gluon.jit
+def _attend(
+    shared,
+    cut,
+    q_ptr,
+    merged_ptr,
+    out_ptr,
+    scale_log2,
+    Q_STRIDE: gl.constexpr,
+    NOPE: gl.constexpr,
+    HEADS: gl.constexpr,
+    BLOCK_H: gl.constexpr,
+    PER_TILE: gl.constexpr,
+    STAGES: gl.constexpr,
+    mine: gl.constexpr,
+):
+    """Warpgroup `mine`, 0 or 1: weighs every other tile of a span, and adds up half of the columns of all values."""
+    QUERIES: gl.constexpr = _M // BLOCK_H
+    QUARTER: gl.constexpr = shared.k_latent.shape[2]
+    L: gl.constexpr = 4 * QUARTER
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUARTER, 16])  # noqa: E741
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16])
+    lane_S = gl.arange(0, _M, gl.SliceLayout(1, S))
+    lane_O = gl.arange(0, _M, gl.SliceLayout(1, O))
+    head = gl.program_id(1) * BLOCK_H
+    num_tiles = gl.load(cut[4])
+    groups = 0
+    spans = 0
+    at = 0
+    turns = (groups, spans)
+    for item in range(gl.program_id(0), num_tiles * (PER_TILE // QUERIES + 1), gl.num_programs(0)):
+        group = _group(item, cut, num_tiles, QUERIES, PER_TILE)
+        position_O = group.first + lane_O // BLOCK_H
+        rows_O = (group.token + lane_O // BLOCK_H).to(gl.int64) * HEADS + head + lane_O % BLOCK_H
+        if group.context > 0:
+            if mine == 0:
+                mbarrier.wait(shared.q_bars.index(1), (groups & 1) ^ 1)
+                low, high = group.token + group.low - group.first, group.token + group.high - group.first
+                load_ropes(shared, q_ptr, group.token, head, low, high, Q_STRIDE, NOPE, BLOCK_H)
+            mbarrier.wait(shared.q_bars.index(0), groups & 1)
+            mbarrier.wait(shared.q_bars.index(2), groups & 1)
+        last = group.first + lane_S // BLOCK_H
+        nothing = gl.zeros([_M], gl.float32, gl.SliceLayout(1, S))
+        merged = (nothing + float("-inf"), nothing)
+        for begin in range(0, group.context, group.span):
+            tiles = (gl.minimum(group.span, group.context - begin) + _TILE - 1) // _TILE
+            span_peak, span_weight, acc_0, acc_1, turns = attend_span(
+                shared, at, begin, tiles, last, turns, scale_log2, mine, STAGES
+            )
+            at += tiles
+            mbarrier.arrive(shared.q_bars.index(1), count=1, pred=begin + group.span >= group.context)
+            factors, merged = _merge_factors(shared, spans, merged, span_peak, span_weight, mine, O)
+            spans += 1
+            column = 2 * mine * QUARTER
+            _merge(acc_0, column, factors, begin, group, lane_O, position_O, rows_O, merged_ptr, out_ptr, L)
+            column += QUARTER
+            _merge(acc_1, column, factors, begin, group, lane_O, position_O, rows_O, merged_ptr, out_ptr, L)
+        groups += (group.context > 0).to(gl.int32)
+        if group.is_padding:
+            _zero(out_ptr, rows_O, position_O, group, 2 * mine * QUARTER, 2 * QUARTER, L, O)
 
 
 @gluon.jit(do_not_specialize_on_alignment=["pages_ptr", "starts_ptr", "firsts_ptr", "tile_row_ptr", "tile_start_ptr"])
@@ -54,50 +239,15 @@ def _prefill_kernel(
     PAGE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    shared = make_shared(q_desc, latent_desc, rope_desc, STAGES)
     QUARTER: gl.constexpr = latent_desc.block_type.shape[1]
-    ROPE: gl.constexpr = rope_desc.block_type.shape[1]
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    WEIGHTS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_M, _TILE], gl.bfloat16)
-    ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_TILE, 8], gl.bfloat16)
-    Q_ROPE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_M, ROPE], gl.bfloat16)
-    REGISTERS: gl.constexpr = gl.BlockedLayout([1, 2], [8, 4], [4, 1], [1, 0])
-    shared = Shared(
-        q_latent=gl.allocate_shared_memory(gl.bfloat16, [4, _M, QUARTER], q_desc.layout),
-        q_rope=gl.allocate_shared_memory(gl.bfloat16, [_M, ROPE], Q_ROPE),
-        k_latent=gl.allocate_shared_memory(gl.bfloat16, [STAGES * 4, _TILE, QUARTER], latent_desc.layout),
-        k_rope=gl.allocate_shared_memory(gl.bfloat16, [STAGES, _TILE, ROPE], rope_desc.layout),
-        weights=gl.allocate_shared_memory(gl.bfloat16, [2, _M, _TILE], WEIGHTS),
-        ones=gl.allocate_shared_memory(gl.bfloat16, [_TILE, 8], ONES),
-        factors=gl.allocate_shared_memory(gl.float32, [2, _M], ROWS),
-        peaks=gl.allocate_shared_memory(gl.float32, [2, _M], ROWS),
-        merging=gl.allocate_shared_memory(gl.float32, [3, _M], ROWS),
-        q_bars=gl.allocate_shared_memory(gl.int64, [3, 1], BARRIER),
-        filled=gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
-        free=gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
-        weighed=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
-        weights_free=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
-        merge_bars=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
-    )
-    # What both warpgroups use is free when both say so.
-    for i in gl.static_range(2):
-        mbarrier.init(shared.q_bars.index(i), count=1 + i)
-        mbarrier.init(shared.merge_bars.index(i), count=1 + i)
-        mbarrier.init(shared.weighed.index(i), count=1)
-        mbarrier.init(shared.weights_free.index(i), count=1)
-    mbarrier.init(shared.q_bars.index(2), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(shared.filled.index(i), count=1)
-        mbarrier.init(shared.free.index(i), count=2)
-    shared.ones.store(gl.full([_TILE, 8], 1.0, gl.bfloat16, REGISTERS))
-    fence_async_shared()
     program = gl.program_id(0) * gl.num_programs(1) + gl.program_id(1)
     merged_ptr = scratch_ptr + program.to(gl.int64) * (_M * 4 * QUARTER)
     cut = (starts_ptr, firsts_ptr, tile_row_ptr, tile_start_ptr, num_tiles_ptr)
     gl.warp_specialize(
         [
             (
-                attend,
+                _attend,
                 (
                     shared,
                     cut,
@@ -115,7 +265,7 @@ def _prefill_kernel(
                 ),
             ),
             (
-                attend,
+                _attend,
                 (
                     shared,
                     cut,
@@ -133,7 +283,7 @@ def _prefill_kernel(
                 ),
             ),
             (
-                produce,
+                _produce,
                 (
                     shared,
                     cut,
@@ -172,9 +322,9 @@ def exact_prefill(
     programs = max(1, multiprocessors(rows_KC.device) // blocks)
     scratch = torch.empty(programs * blocks * ROWS, latent, dtype=torch.float32, device=rows_KC.device)
     _prefill_kernel[(programs, blocks)](
-        _descriptor(rows_KC, TILE, quarter),
-        _descriptor(rows_KC, TILE, rope),
-        _descriptor(q_latent_THL.flatten(0, 1), ROWS, quarter),
+        descriptor(rows_KC, TILE, quarter),
+        descriptor(rows_KC, TILE, rope),
+        descriptor(q_latent_THL.flatten(0, 1), ROWS, quarter),
         q_THQ,
         pages_RB,
         scratch,
@@ -196,13 +346,3 @@ def exact_prefill(
         num_warps=4,
         enable_fp_fusion=False,
     )
-
-
-def stages_of(width: int) -> int:
-    """How many tiles of cache rows of such a width the ring holds."""
-    return min(8, (_SHARED_BYTES - _OTHER_BYTES - ROWS * width * 2) // (TILE * width * 2))
-
-
-def _descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
-    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)

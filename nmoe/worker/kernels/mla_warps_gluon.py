@@ -1,0 +1,276 @@
+"""Absorbed latent attention by warps with roles of their own, in Gluon: what mla_decode_gluon.py and
+mla_exact_prefill_gluon.py are made of. A program has 64 rows, heads times queries.
+
+    producer, one warp   queries, and tiles of positions from the pages into a ring
+    two warpgroups       the tiles of a span in turns: while one finds a tile's weights from its scores, the other has
+                         the matrix unit; each adds up half of the columns of the values of all tiles
+
+Tile by tile in the order of the positions: its weights follow from the largest score so far, which comes from the
+warpgroup that had the tile before, with that tile's weights, through shared memory. A tile stays in the ring until both
+halves of its values are added. The arithmetic is mla_exact_triton.py's, operation by operation.
+
+Shape suffixes: layouts S of scores, O of values (rows over the lanes alike), W of the sums of weights.
+"""
+
+from typing import NamedTuple
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from nmoe.worker.kernels.mla_exact_triton import ROWS, TILE
+
+_M, _TILE = gl.constexpr(ROWS), gl.constexpr(TILE)
+_SHARED_BYTES = 227 << 10  # of a multiprocessor of Hopper
+_OTHER_BYTES = 10_992  # of these, what is neither queries nor ring
+
+
+class Shared(NamedTuple):
+    """Shared memory. Latents lie in quarters of their columns."""
+
+    q_latent: gl.shared_memory_descriptor  # [4, M, L / 4]
+    q_rope: gl.shared_memory_descriptor  # [M, P]
+    k_latent: gl.shared_memory_descriptor  # [stages * 4, tile, L / 4]
+    k_rope: gl.shared_memory_descriptor  # [stages, tile, P]
+    weights: gl.shared_memory_descriptor  # [2, M, tile]: of the positions of a tile
+    ones: gl.shared_memory_descriptor  # [tile, 8]
+    factors: gl.shared_memory_descriptor  # [2, M]: what the values so far are multiplied by before a tile's are added
+    peaks: gl.shared_memory_descriptor  # [2, M]: the largest scaled score of a span up to a tile
+    merging: gl.shared_memory_descriptor  # [3, M]: factors of the values before a span and of its own, weight of all
+    # Barriers
+    q_bars: gl.shared_memory_descriptor  # [3]: latents are there; both are free; ropes are there
+    filled: gl.shared_memory_descriptor  # [stages]
+    free: gl.shared_memory_descriptor  # [stages]
+    weighed: gl.shared_memory_descriptor  # [2]
+    weights_free: gl.shared_memory_descriptor  # [2]
+    merge_bars: gl.shared_memory_descriptor  # [2]: there, free
+
+
+@gluon.jit
+def make_shared(q_desc, latent_desc, rope_desc, STAGES: gl.constexpr):
+    """The shared memory of a program, with a ring of so many stages, ready for its warps."""
+    QUARTER: gl.constexpr = latent_desc.block_type.shape[1]
+    ROPE: gl.constexpr = rope_desc.block_type.shape[1]
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    WEIGHTS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_M, _TILE], gl.bfloat16)
+    ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_TILE, 8], gl.bfloat16)
+    Q_ROPE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_M, ROPE], gl.bfloat16)
+    REGISTERS: gl.constexpr = gl.BlockedLayout([1, 2], [8, 4], [4, 1], [1, 0])
+    shared = Shared(
+        q_latent=gl.allocate_shared_memory(gl.bfloat16, [4, _M, QUARTER], q_desc.layout),
+        q_rope=gl.allocate_shared_memory(gl.bfloat16, [_M, ROPE], Q_ROPE),
+        k_latent=gl.allocate_shared_memory(gl.bfloat16, [STAGES * 4, _TILE, QUARTER], latent_desc.layout),
+        k_rope=gl.allocate_shared_memory(gl.bfloat16, [STAGES, _TILE, ROPE], rope_desc.layout),
+        weights=gl.allocate_shared_memory(gl.bfloat16, [2, _M, _TILE], WEIGHTS),
+        ones=gl.allocate_shared_memory(gl.bfloat16, [_TILE, 8], ONES),
+        factors=gl.allocate_shared_memory(gl.float32, [2, _M], ROWS),
+        peaks=gl.allocate_shared_memory(gl.float32, [2, _M], ROWS),
+        merging=gl.allocate_shared_memory(gl.float32, [3, _M], ROWS),
+        q_bars=gl.allocate_shared_memory(gl.int64, [3, 1], BARRIER),
+        filled=gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
+        free=gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
+        weighed=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
+        weights_free=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
+        merge_bars=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
+    )
+    # What both warpgroups use is free when both say so.
+    for i in gl.static_range(2):
+        mbarrier.init(shared.q_bars.index(i), count=1 + i)
+        mbarrier.init(shared.merge_bars.index(i), count=1 + i)
+        mbarrier.init(shared.weighed.index(i), count=1)
+        mbarrier.init(shared.weights_free.index(i), count=1)
+    mbarrier.init(shared.q_bars.index(2), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(shared.filled.index(i), count=1)
+        mbarrier.init(shared.free.index(i), count=2)
+    shared.ones.store(gl.full([_TILE, 8], 1.0, gl.bfloat16, REGISTERS))
+    fence_async_shared()
+    return shared
+
+
+@gluon.jit
+def load_queries(shared, q_desc, q_row, q_column, nth):
+    """Producer: the latents of a program's piece of work, its `nth`; row and column of the descriptor's matrix."""
+    QUARTER: gl.constexpr = shared.k_latent.shape[2]
+    mbarrier.wait(shared.q_bars.index(1), (nth & 1) ^ 1)
+    mbarrier.expect(shared.q_bars.index(0), _M * 4 * QUARTER * 2)
+    for i in gl.static_range(4):
+        to = shared.q_latent.index(i)
+        tma.async_copy_global_to_shared(q_desc, [q_row, q_column + i * QUARTER], shared.q_bars.index(0), to)
+
+
+@gluon.jit
+def load_tiles(
+    shared, latent_desc, rope_desc, row_pages_ptr, begin, stop, at, PAGE: gl.constexpr, STAGES: gl.constexpr
+):
+    """Producer: the tiles from position `begin` to `stop` of the row with these pages; how many there were so far, of
+    which `at` are older."""
+    QUARTER: gl.constexpr = shared.k_latent.shape[2]
+    ROPE: gl.constexpr = shared.k_rope.shape[2]
+    for position in range(begin, stop, _TILE):
+        stage = at % STAGES
+        k_row = gl.load(row_pages_ptr + position // PAGE).to(gl.int32) * PAGE + position % PAGE
+        mbarrier.wait(shared.free.index(stage), (at // STAGES & 1) ^ 1)
+        filled = shared.filled.index(stage)
+        mbarrier.expect(filled, _TILE * (4 * QUARTER + ROPE) * 2)
+        for i in gl.static_range(4):
+            to = shared.k_latent.index(stage * 4 + i)
+            tma.async_copy_global_to_shared(latent_desc, [k_row, i * QUARTER], filled, to)
+        tma.async_copy_global_to_shared(rope_desc, [k_row, 4 * QUARTER], filled, shared.k_rope.index(stage))
+        at += 1
+    return at
+
+
+@gluon.jit
+def load_ropes(
+    shared, q_ptr, token, head, low, high, Q_STRIDE: gl.constexpr, NOPE: gl.constexpr, BLOCK_H: gl.constexpr
+):
+    """First warpgroup: the roped part of the queries of tokens from `token` on, those in [low, high); zeros for the
+    others."""
+    ROPE: gl.constexpr = shared.k_rope.shape[2]
+    LOADS: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // ROPE, ROPE // 8], [4, 1], [1, 0])
+    lane = gl.arange(0, _M, gl.SliceLayout(1, LOADS))
+    rope = gl.arange(0, ROPE, gl.SliceLayout(0, LOADS))
+    of_lane = token + lane // BLOCK_H
+    place = of_lane.to(gl.int64) * Q_STRIDE + (head + lane % BLOCK_H) * (NOPE + ROPE) + NOPE
+    exists = (of_lane >= low) & (of_lane < high)
+    q_rope = gl.load(q_ptr + place[:, None] + rope[None, :], mask=exists[:, None] & (rope >= 0)[None, :], other=0.0)
+    shared.q_rope.store(q_rope)
+    fence_async_shared()
+    mbarrier.arrive(shared.q_bars.index(2), count=1)
+
+
+@gluon.jit
+def _scores(shared, at, STAGES: gl.constexpr):
+    """The queries times the keys of the ring's tile number `at`, [M, tile], begun."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16])
+    stage = at % STAGES
+    mbarrier.wait(shared.filled.index(stage), at // STAGES & 1)
+    s = warpgroup_mma_init(gl.zeros([_M, _TILE], gl.float32, S))
+    for i in gl.static_range(4):
+        keys = shared.k_latent.index(stage * 4 + i).permute((1, 0))
+        s = warpgroup_mma(shared.q_latent.index(i), keys, s, use_acc=i > 0, is_async=True)
+    return warpgroup_mma(shared.q_rope, shared.k_rope.index(stage).permute((1, 0)), s, is_async=True)
+
+
+@gluon.jit
+def _weigh(shared, turn, s, position, last, peak, scale_log2, mine: gl.constexpr):
+    """The weights of a tile's positions from its scores, with the new peak and the factor of what was added before,
+    where both warpgroups find them. `turn`: how many tiles this warpgroup has weighed."""
+    key = position + gl.arange(0, _TILE, gl.SliceLayout(0, s.type.layout))
+    s = gl.where(key[None, :] <= last[:, None], s * scale_log2, float("-inf"))
+    new_peak = gl.maximum(peak, gl.max(s, 1))
+    factor = gl.exp2(peak - new_peak)
+    p = gl.exp2(s - new_peak[:, None]).to(gl.bfloat16)
+    mbarrier.wait(shared.weights_free.index(mine), (turn & 1) ^ 1)
+    shared.weights.index(mine).store(p)
+    shared.factors.index(mine).store(factor)
+    shared.peaks.index(mine).store(new_peak)
+    fence_async_shared()
+    mbarrier.arrive(shared.weighed.index(mine), count=1)
+    return new_peak, factor
+
+
+@gluon.jit
+def _add(shared, at, whose: gl.constexpr, mine: gl.constexpr, span_sum, acc_0, acc_1, factor, STAGES: gl.constexpr):
+    """The values of the ring's tile number `at` times the weights that warpgroup `whose` has found, in this one's half
+    of the columns, added to what was there times the tile's factor: begun. The first warpgroup adds the weights too."""
+    factor_O = gl.convert_layout(factor, gl.SliceLayout(1, acc_0.type.layout))[:, None]
+    p = shared.weights.index(whose)
+    if mine == 0:
+        factor_W = gl.convert_layout(factor, gl.SliceLayout(1, span_sum.type.layout))[:, None]
+        adding = warpgroup_mma(p, shared.ones, span_sum * factor_W, is_async=True)
+    else:
+        adding = warpgroup_mma_init(span_sum)
+    columns = at % STAGES * 4 + 2 * mine
+    adding_0 = warpgroup_mma(p, shared.k_latent.index(columns), acc_0 * factor_O, is_async=True)
+    adding_1 = warpgroup_mma(p, shared.k_latent.index(columns + 1), acc_1 * factor_O, is_async=True)
+    return adding, adding_0, adding_1
+
+
+@gluon.jit
+def _add_theirs(shared, at, factor, mine: gl.constexpr, span_sum, acc_0, acc_1, STAGES: gl.constexpr):
+    """A tile that the other warpgroup has weighed, added; then both its weights and its place are free for this one."""
+    adding = _add(shared, at, 1 - mine, mine, span_sum, acc_0, acc_1, factor, STAGES)
+    span_sum, acc_0, acc_1 = warpgroup_mma_wait(0, deps=adding)
+    mbarrier.arrive(shared.weights_free.index(1 - mine), count=1)
+    mbarrier.arrive(shared.free.index(at % STAGES), count=1)
+    return span_sum, acc_0, acc_1
+
+
+@gluon.jit
+def _add_own(shared, at, has_next, s, factor, mine: gl.constexpr, span_sum, acc_0, acc_1, STAGES: gl.constexpr):
+    """A tile that this warpgroup has weighed, added, and the scores of its next one, if the span has one."""
+    # Nothing but products may touch their sums while any is under way: so each branch waits for its own.
+    if has_next:
+        adding, adding_0, adding_1 = _add(shared, at, mine, mine, span_sum, acc_0, acc_1, factor, STAGES)
+        scoring = _scores(shared, at + 2, STAGES)
+        s, span_sum, acc_0, acc_1 = warpgroup_mma_wait(0, deps=[scoring, adding, adding_0, adding_1])
+    else:
+        adding, adding_0, adding_1 = _add(shared, at, mine, mine, span_sum, acc_0, acc_1, factor, STAGES)
+        span_sum, acc_0, acc_1 = warpgroup_mma_wait(0, deps=[adding, adding_0, adding_1])
+    mbarrier.arrive(shared.free.index(at % STAGES), count=1)
+    return s, span_sum, acc_0, acc_1
+
+
+@gluon.jit
+def attend_span(shared, at, begin, tiles, last, turns, scale_log2, mine: gl.constexpr, STAGES: gl.constexpr):
+    """The peak of a span of `tiles` tiles, of which the ring's number `at` is the first; the sum of its weights (of the
+    first warpgroup), and this one's half of its values, in two parts. `turns`: how many tiles this warpgroup has
+    weighed, and of those that the other one has weighed, added; given and returned."""
+    QUARTER: gl.constexpr = shared.k_latent.shape[2]
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUARTER, 16])  # noqa: E741
+    W: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16])
+    turn, their_turn = turns
+    peak = gl.full([_M], float("-inf"), gl.float32, gl.SliceLayout(1, S))
+    weight = gl.zeros([_M, 8], gl.float32, W)
+    acc_0 = gl.zeros([_M, QUARTER], gl.float32, O)
+    acc_1 = gl.zeros([_M, QUARTER], gl.float32, O)
+    s = gl.zeros([_M, _TILE], gl.float32, S)
+    if mine < tiles:
+        s = warpgroup_mma_wait(0, deps=[_scores(shared, at + mine, STAGES)])
+    if mine == 0:
+        peak, factor = _weigh(shared, turn, s, begin, last, peak, scale_log2, mine)
+        turn += 1
+        s, weight, acc_0, acc_1 = _add_own(shared, at, tiles > 2, s, factor, mine, weight, acc_0, acc_1, STAGES)
+    for tile in range(2 - mine, tiles, 2):
+        mbarrier.wait(shared.weighed.index(1 - mine), their_turn & 1)
+        their_peak = shared.peaks.index(1 - mine).load(gl.SliceLayout(1, S))
+        their_factor = shared.factors.index(1 - mine).load(gl.SliceLayout(1, O))
+        # First what the other warpgroup waits for.
+        peak, factor = _weigh(shared, turn, s, begin + tile * _TILE, last, their_peak, scale_log2, mine)
+        weight, acc_0, acc_1 = _add_theirs(shared, at + tile - 1, their_factor, mine, weight, acc_0, acc_1, STAGES)
+        s, weight, acc_0, acc_1 = _add_own(
+            shared, at + tile, tile + 2 < tiles, s, factor, mine, weight, acc_0, acc_1, STAGES
+        )
+        turn += 1
+        their_turn += 1
+    if (tiles - 1 - mine) % 2 != 0:
+        mbarrier.wait(shared.weighed.index(1 - mine), their_turn & 1)
+        peak = shared.peaks.index(1 - mine).load(gl.SliceLayout(1, S))
+        their_factor = shared.factors.index(1 - mine).load(gl.SliceLayout(1, O))
+        weight, acc_0, acc_1 = _add_theirs(shared, at + tiles - 1, their_factor, mine, weight, acc_0, acc_1, STAGES)
+        their_turn += 1
+    return peak, weight, acc_0, acc_1, (turn, their_turn)
+
+
+def stages_of(width: int) -> int:
+    """How many tiles of cache rows of such a width the ring holds."""
+    return min(8, (_SHARED_BYTES - _OTHER_BYTES - ROWS * width * 2) // (TILE * width * 2))
+
+
+def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """For copies of so many rows and columns of a bfloat16 matrix into shared memory."""
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
+    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
