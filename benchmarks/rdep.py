@@ -236,6 +236,7 @@ def in_processes(rank: int, world_size: int, shapes: list[str], counts: list[int
     store = dist.FileStore(str(pathlib.Path(folder, "nccl")), world_size)  # type: ignore[attr-defined]
     dist.init_process_group("nccl", store=store, rank=rank, world_size=world_size, device_id=device)
     mlps = {shape: make_mlp(a, a.num_experts // world_size, device) for shape, _, a in cases}
+    sizes = []
     for life, ((shape, tokens, a), layout) in enumerate(zip(cases, layouts, strict=True), 1):
         slab = peers.slab[: layout.slab_bytes]
         mine = make_rank(a, layout, slab, peers.bases, control, rank, tokens, mlps[shape])
@@ -244,14 +245,16 @@ def in_processes(rank: int, world_size: int, shapes: list[str], counts: list[int
         with torch.cuda.stream(mine.stream):
             for what in ("dispatch", "both", "with experts"):
                 run(mine, what)
-        sent = pushed_bytes(a, layout, mine, own=False)
-        row = {"shape": shape, "tokens": tokens, **figures([mine], dist.barrier, sent, gb_s)}
-        row["nccl_us"] = nccl_us(mine, sent, world_size)
-        results.append(row)
+        sizes.append(pushed_bytes(a, layout, mine, own=False))
+        results.append({"shape": shape, "tokens": tokens, **figures([mine], dist.barrier, sizes[-1], gb_s)})
         if rank == 0:
-            show(row)
+            show(results[-1])
         assert mine.link.check()
         dist.barrier()
+    for row, sent in zip(results, sizes, strict=True):
+        row["nccl_us"] = nccl_us(mine, sent, world_size)
+        if rank == 0:
+            show(row)
     dist.destroy_process_group()
     return results
 
@@ -317,6 +320,7 @@ def main() -> None:
     gpus = torch.cuda.device_count()  # through NVML: no CUDA context before the fork
     world_size = args.world_size or (gpus if gpus > 1 else 2)
     envs.set_for_children(Config(parallel=Parallel(world_size=world_size, device="cuda")))
+    os.environ["NCCL_GRAPH_REGISTER"] = "0"  # of torch's expandable segments it hangs
     if apart := gpus >= world_size > 1:
         results = fork_ranks(world_size, args.shapes, args.tokens)
     else:

@@ -146,14 +146,14 @@ def check_gpu(architecture: Architecture, dtype: torch.dtype, page_size: int, de
         problems.append(f"{dtype}: computes in bfloat16; set [model] dtype = 'bfloat16'")
     if page_size % 32 or page_size & (page_size - 1):
         problems.append(f"pages of {page_size} tokens: set [engine] page_size to 32, 64, 128 or 256")
-    for name, power in (
-        ("kv_lora_rank", a.kv_lora_rank),
-        ("qk_rope_head_dim", a.qk_rope_head_dim),
-        ("qk_nope_head_dim", a.qk_nope_head_dim),
-        ("v_head_dim", a.v_head_dim),
+    for name, power, least, most in (
+        ("kv_lora_rank", a.kv_lora_rank, 64, 512),
+        ("qk_rope_head_dim", a.qk_rope_head_dim, 32, 128),
+        ("qk_nope_head_dim", a.qk_nope_head_dim, 32, 1024),
+        ("v_head_dim", a.v_head_dim, 32, 1024),
     ):
-        if power < 32 or power & (power - 1):
-            problems.append(f"{name} = {power}: must be a power of two of at least 32")
+        if not least <= power <= most or power & (power - 1):
+            problems.append(f"{name} = {power}: must be a power of two from {least} to {most}")
     for name, value, multiple in (
         ("hidden_size", a.hidden_size, 128),
         ("moe_intermediate_size", a.moe_intermediate_size, 64),

@@ -1,4 +1,5 @@
 """Absorbed latent attention of one query per row over pages, on the GPU; `mla.py`'s `absorbed_decode` is the reference.
+The kernel here takes 16 heads, which memory bounds; mla_decode_gluon.py's takes multiples of 64.
 
 The rows' contexts, laid end to end in pages, are cut into as many equal parts as there are programs, wherever a row
 ends (so every program reads the same number of pages, whatever the lengths), and a second kernel puts each row's parts
@@ -17,9 +18,12 @@ import triton
 import triton.language as tl
 
 from nmoe.worker.kernels.early import early
+from nmoe.worker.kernels.mla_decode_gluon import attend_parts
+from nmoe.worker.kernels.mla_warps_gluon import ROWS
 
 _TILE = 32  # positions that a program holds at a time; two programs share a multiprocessor
 _STAGES = 5
+_FEW_HEADS = 16
 _PLAN_ROWS = 256  # the smallest block for per-row vectors: one compiled kernel for all usual batches
 
 
@@ -52,7 +56,6 @@ def _decode_kernel(
     Q_STRIDE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HEADS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
     NOPE: tl.constexpr,
     ROPE: tl.constexpr,
     LATENT: tl.constexpr,
@@ -62,7 +65,7 @@ def _decode_kernel(
 ):
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    head = tl.arange(0, HEADS)
     latent = tl.arange(0, LATENT)
     rope = tl.arange(0, ROPE)
     token = tl.arange(0, TILE)
@@ -81,9 +84,9 @@ def _decode_kernel(
         end = tl.minimum((last - first) * PAGE, tl.load(contexts_ptr + row))
         q_latent = tl.load(q_latent_ptr + (head[:, None] * num_rows + row).to(tl.int64) * LATENT + latent[None, :])
         q_rope = tl.load(q_ptr + row.to(tl.int64) * Q_STRIDE + head[:, None] * (NOPE + ROPE) + NOPE + rope[None, :])
-        peak = tl.full([BLOCK_H], float("-inf"), tl.float32)
-        weight = tl.zeros([BLOCK_H], tl.float32)
-        acc = tl.zeros([BLOCK_H, LATENT], tl.float32)
+        peak = tl.full([HEADS], float("-inf"), tl.float32)
+        weight = tl.zeros([HEADS], tl.float32)
+        acc = tl.zeros([HEADS, LATENT], tl.float32)
         for position in tl.range(begin, end, TILE, num_stages=STAGES):
             page = tl.load(pages_ptr + row * max_pages + position // PAGE).to(tl.int64)
             base = rows_ptr + (page * PAGE + position % PAGE) * (LATENT + ROPE)
@@ -165,14 +168,39 @@ def absorbed_decode(
     `contexts_R` and `prefix` are `page_prefix`'s.
     """
     heads, rows, latent = q_latent_HRL.shape
-    rope = rows_KC.shape[1] - latent
-    few = heads <= 16
-    block_h = 16 if few else 64
-    blocks = triton.cdiv(heads, block_h)
-    parts = max(1, (2 if few else 1) * multiprocessors(rows_KC.device) // blocks)
+    few = heads == _FEW_HEADS
+    programs = multiprocessors(rows_KC.device)
+    parts = 2 * programs if few else max(1, programs * ROWS // heads)
     partial = torch.empty(rows + parts, heads, latent, dtype=torch.float32, device=rows_KC.device)
     lse = torch.empty(rows + parts, heads, dtype=torch.float32, device=rows_KC.device)
-    _decode_kernel[(parts, blocks)](
+    attend = _attend_parts if few else attend_parts
+    block_r = max(_PLAN_ROWS, triton.next_power_of_2(rows))
+    attend(q_latent_HRL, q_RHQ, rows_KC, pages_RB, contexts_R, prefix, page_size, scale, parts, block_r, partial, lse)
+    out_HRL = torch.empty_like(q_latent_HRL)
+    _combine_kernel[(rows, heads)](
+        partial, lse, prefix, out_HRL, rows, parts, HEADS=heads, LATENT=latent, launch_pdl=early(rows)
+    )
+    return out_HRL
+
+
+def _attend_parts(
+    q_latent_HRL: torch.Tensor,
+    q_RHQ: torch.Tensor,
+    rows_KC: torch.Tensor,
+    pages_RB: torch.Tensor,
+    contexts_R: torch.Tensor,
+    prefix: torch.Tensor,
+    page_size: int,
+    scale: float,
+    parts: int,
+    block_r: int,
+    partial: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """See mla_decode_gluon.py; for 16 heads."""
+    heads, rows, latent = q_latent_HRL.shape
+    rope = rows_KC.shape[1] - latent
+    _decode_kernel[(parts,)](
         q_latent_HRL,
         q_RHQ,
         rows_KC,
@@ -185,20 +213,14 @@ def absorbed_decode(
         pages_RB.stride(0),
         scale * math.log2(math.e),
         Q_STRIDE=q_RHQ.stride(0),
-        BLOCK_R=max(_PLAN_ROWS, triton.next_power_of_2(rows)),
+        BLOCK_R=block_r,
         HEADS=heads,
-        BLOCK_H=block_h,
         NOPE=q_RHQ.shape[2] - rope,
         ROPE=rope,
         LATENT=latent,
         PAGE=page_size,
-        TILE=_TILE if few else min(64, page_size),
-        STAGES=_STAGES if few else 4,
-        num_warps=4 if few else 8,
+        TILE=_TILE,
+        STAGES=_STAGES,
+        num_warps=4,
         launch_pdl=early(rows),
     )
-    out_HRL = torch.empty_like(q_latent_HRL)
-    _combine_kernel[(rows, heads)](
-        partial, lse, prefix, out_HRL, rows, parts, HEADS=heads, LATENT=latent, launch_pdl=early(rows)
-    )
-    return out_HRL

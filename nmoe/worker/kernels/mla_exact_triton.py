@@ -20,11 +20,10 @@ import triton.language as tl
 
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.mla_decode_triton import multiprocessors
+from nmoe.worker.kernels.mla_warps_gluon import ROWS, TILE
 
 SPAN, MOST_SPANS = 512, 16  # spans are twice as long, and twice again, where a context would have more of them
 _SPAN, _MOST_SPANS = tl.constexpr(SPAN), tl.constexpr(MOST_SPANS)
-TILE = 32  # positions that are weighed at a time
-ROWS = 64  # of a prefill's programs: heads times queries
 _PLAN_ROWS = 256  # the smallest block for per-row vectors
 
 

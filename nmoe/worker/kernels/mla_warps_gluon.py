@@ -27,8 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nmoe.worker.kernels.mla_exact_triton import ROWS, TILE
-
+ROWS = 64  # of a program: heads times queries
+TILE = 32  # positions that are weighed at a time
 _M, _TILE = gl.constexpr(ROWS), gl.constexpr(TILE)
 _SHARED_BYTES = 227 << 10  # of a multiprocessor of Hopper
 _OTHER_BYTES = 10_992  # of these, what is neither queries nor ring
