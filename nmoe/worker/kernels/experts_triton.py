@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.experts import Arrived
 
-_SORT_BLOCK, _SORT_BLOCK_OF_MANY = 1024, 8192  # pairs that a program of the sort looks at together
+_SORT_BLOCK = 1024
 
 
 class Terms(NamedTuple):
@@ -232,7 +232,6 @@ def sort_pairs(
     most = (pairs + min(num_experts, pairs) * (rows - 1)) // rows
     order, tile_expert, num_tiles = (ids_TK.new_empty(size) for size in (most * rows, most, 1))
     bins = triton.next_power_of_2(num_experts)
-    many = pairs > _SORT_BLOCK_OF_MANY
     _sort_kernel[(num_experts,)](
         ids_TK,
         None if arrived is None else arrived.num_rows,
@@ -244,9 +243,8 @@ def sort_pairs(
         K=ids_TK.shape[1],
         EXPERTS=num_experts,
         BINS=bins,
-        BLOCK=_SORT_BLOCK_OF_MANY if many else _SORT_BLOCK,
+        BLOCK=_SORT_BLOCK,
         ROWS=rows,
-        num_warps=16 if many else 4,
         launch_pdl=early(len(ids_TK)),
     )
     return order, tile_expert, num_tiles
