@@ -31,9 +31,9 @@ def median_ms(function: Callable[[], object], repeats: int = 20) -> float:
     return statistics.median(times[3:])
 
 
-def step_bytes(architecture: Architecture, dtype: str, batch: int, context: int) -> float:
-    """Bytes one rank must read for a decode step: every weight but the embedding, of the routed experts those that a
-    batch of random tokens is expected to choose, and the rows' KV."""
+def step_bytes(architecture: Architecture, dtype: str, batch: int, context: int, world_size: int) -> float:
+    """Bytes each rank must read for a decode step of `batch` rows per rank: every weight but the embedding, of its
+    routed experts those that all ranks' random tokens are expected to choose, and its rows' KV."""
     a = architecture
     weights = 0.0  # quantised ones are a byte each; their scales are 1/4096 of them
     for name, shape in expected_tensors(a):
@@ -42,6 +42,6 @@ def step_bytes(architecture: Architecture, dtype: str, batch: int, context: int)
         if name == "model.embed_tokens.weight":
             size *= a.tie_word_embeddings
         elif ".experts." in name:
-            size *= 1 - (1 - a.num_experts_per_tok / a.num_experts) ** batch
+            size *= (1 - (1 - a.num_experts_per_tok / a.num_experts) ** (batch * world_size)) / world_size
         weights += size
     return weights + batch * context * a.kv_bytes_per_token(dtype)

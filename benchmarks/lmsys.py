@@ -29,15 +29,15 @@ from nmoe.config_json import read_architecture
 
 
 def decode(engine: Engine, config: Config, batch: int, vocab_size: int) -> dict[str, Any]:
-    """One batch from its prompts to its last token."""
-    benchmark = config.benchmark
+    """One batch of so many requests per GPU, from its prompts to its last token."""
+    benchmark, requests = config.benchmark, batch * config.parallel.world_size
     rng = np.random.default_rng(benchmark.seed + batch)
-    for _ in range(batch):
+    for _ in range(requests):
         engine.submit(rng.integers(0, vocab_size, benchmark.decode_ctx_len), benchmark.output_len)
     counts: dict[int, int] = {}
     times: list[float] = []
-    ended, lacking, timing = 0, batch, False
-    while ended < batch:
+    ended, lacking, timing = 0, requests, False
+    while ended < requests:
         message = engine.receive()
         if timing:
             times.append(time.monotonic())
@@ -48,13 +48,13 @@ def decode(engine: Engine, config: Config, batch: int, vocab_size: int) -> dict[
         timing = lacking == 0 and not ended
     gaps = np.diff(times) * 1e3
     if len(gaps) < 8:
-        raise SystemExit(f"only {len(gaps)} steps had the whole batch: raise [benchmark] output_len")
+        raise SystemExit(f"only {len(gaps)} steps had the whole batch of {batch}: raise [benchmark] output_len")
     return {
         "batch": batch,
         "steps": len(gaps),
         "step_ms": round(float(np.median(gaps)), 3),
         "p99_ms": round(float(np.percentile(gaps, 99)), 3),
-        "tokens_s": round(batch / statistics.mean(gaps) * 1e3),
+        "tokens_s": round(requests / statistics.mean(gaps) * 1e3),
     }
 
 
@@ -66,7 +66,7 @@ def add_floors(results: list[dict[str, Any]], config: Config, read_gb_s: float) 
     dtype = architecture.dtype if config.model.dtype == "auto" else config.model.dtype
     context = config.benchmark.decode_ctx_len + config.benchmark.output_len // 2
     for result in results:
-        size = step_bytes(architecture, dtype, result["batch"], context)
+        size = step_bytes(architecture, dtype, result["batch"], context, config.parallel.world_size)
         result["floor_ms"] = round(size / read_gb_s / 1e6, 3)
         result["of_floor"] = round(result["floor_ms"] / result["step_ms"], 3)
 
@@ -86,9 +86,7 @@ def main() -> None:
         from benchmarks.over_http import decode_over_http, serving
 
         with serving(arguments.config) as (url, ready_s):
-            results = [
-                decode_over_http(url, config, batch * config.parallel.world_size, vocab_size) for batch in batches
-            ]
+            results = [decode_over_http(url, config, batch, vocab_size) for batch in batches]
     else:
         with tempfile.NamedTemporaryFile("r") as traces:
             if arguments.trace:
@@ -97,7 +95,7 @@ def main() -> None:
                 trace_workers(pathlib.Path(traces.name))
             with Engine(config) as engine:
                 ready_s = engine.ready_s
-                results = [decode(engine, config, batch * config.parallel.world_size, vocab_size) for batch in batches]
+                results = [decode(engine, config, batch, vocab_size) for batch in batches]
             for result, line in zip(results, traces, strict=False):
                 result |= json.loads(line) | {"batch": result["batch"]}
     report: dict[str, Any] = {"benchmark": "decode", "model": config.model_name, "http": arguments.http}

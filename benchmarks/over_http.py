@@ -35,8 +35,9 @@ def serving(config_path: str) -> Iterator[tuple[str, float]]:
 
 
 def decode_over_http(url: str, config: Config, batch: int, vocab_size: int) -> dict[str, Any]:
-    """One batch; a step's time is the time between two tokens of a request, its tokens the events per second of all."""
-    arrivals = asyncio.run(_all(url, config, batch, vocab_size))
+    """One batch of so many requests per GPU; a step's time is the time between two tokens of a request, its tokens are
+    the events per second of all."""
+    arrivals = asyncio.run(_all(url, config, batch * config.parallel.world_size, vocab_size))
     first = max(times[1] for times in arrivals)
     last = min(times[-1] for times in arrivals)
     inside = [[at for at in times if first <= at <= last] for times in arrivals]
@@ -52,9 +53,9 @@ def decode_over_http(url: str, config: Config, batch: int, vocab_size: int) -> d
     }
 
 
-async def _all(url: str, config: Config, batch: int, vocab_size: int) -> list[list[float]]:
-    rng = np.random.default_rng(config.benchmark.seed + batch)
-    prompts = rng.integers(0, vocab_size, (batch, config.benchmark.decode_ctx_len)).tolist()
+async def _all(url: str, config: Config, requests: int, vocab_size: int) -> list[list[float]]:
+    rng = np.random.default_rng(config.benchmark.seed + requests)
+    prompts = rng.integers(0, vocab_size, (requests, config.benchmark.decode_ctx_len)).tolist()
     return await asyncio.gather(*(_one(url, config, prompt) for prompt in prompts))
 
 

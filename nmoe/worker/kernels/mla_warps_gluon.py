@@ -30,6 +30,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 ROWS = 64  # of a program: heads times queries
 TILE = 32  # positions that are weighed at a time
 _M, _TILE = gl.constexpr(ROWS), gl.constexpr(TILE)
+_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name before Triton 3.9
 _SHARED_BYTES = 227 << 10  # of a multiprocessor of Hopper
 _OTHER_BYTES = 10_992  # of these, what is neither queries nor ring
 
@@ -106,7 +107,7 @@ def load_queries(shared, q_desc, q_row, q_column, nth):
     mbarrier.expect(shared.q_bars.index(0), _M * 4 * QUARTER * 2)
     for i in gl.static_range(4):
         to = shared.q_latent.index(i)
-        tma.async_copy_global_to_shared(q_desc, [q_row, q_column + i * QUARTER], shared.q_bars.index(0), to)
+        _copy(q_desc, [q_row, q_column + i * QUARTER], shared.q_bars.index(0), to)
 
 
 @gluon.jit
@@ -125,8 +126,8 @@ def load_tiles(
         mbarrier.expect(filled, _TILE * (4 * QUARTER + ROPE) * 2)
         for i in gl.static_range(4):
             to = shared.k_latent.index(stage * 4 + i)
-            tma.async_copy_global_to_shared(latent_desc, [k_row, i * QUARTER], filled, to)
-        tma.async_copy_global_to_shared(rope_desc, [k_row, 4 * QUARTER], filled, shared.k_rope.index(stage))
+            _copy(latent_desc, [k_row, i * QUARTER], filled, to)
+        _copy(rope_desc, [k_row, 4 * QUARTER], filled, shared.k_rope.index(stage))
         at += 1
     return at
 
