@@ -52,9 +52,7 @@ def _piece(contexts_ptr, prefix_ptr, row, at, stop, PAGE: gl.constexpr):
 def _produce(
     shared,
     plan,
-    latent_desc,
-    rope_desc,
-    q_desc,
+    descs,
     pages_ptr,
     max_pages,
     BLOCK_R: gl.constexpr,
@@ -62,6 +60,7 @@ def _produce(
     STAGES: gl.constexpr,
 ):
     contexts_ptr, prefix_ptr, num_rows = plan
+    latent_desc, rope_desc, q_desc = descs
     L: gl.constexpr = 4 * shared.k_latent.shape[2]
     at, stop, row = _part(prefix_ptr, num_rows, BLOCK_R, 1)
     pieces = 0
@@ -158,11 +157,12 @@ def _decode_kernel(
     shared = make_shared(q_desc, latent_desc, rope_desc, STAGES)
     plan = (contexts_ptr, prefix_ptr, num_rows)
     rows = (q_ptr, partial_ptr, lse_ptr)
+    descs = (latent_desc, rope_desc, q_desc)
     gl.warp_specialize(
         [
             (_attend, (shared, plan, rows, scale_log2, Q_STRIDE, NOPE, HEADS, BLOCK_R, PAGE, STAGES, 0)),
             (_attend, (shared, plan, rows, scale_log2, Q_STRIDE, NOPE, HEADS, BLOCK_R, PAGE, STAGES, 1)),
-            (_produce, (shared, plan, latent_desc, rope_desc, q_desc, pages_ptr, max_pages, BLOCK_R, PAGE, STAGES)),
+            (_produce, (shared, plan, descs, pages_ptr, max_pages, BLOCK_R, PAGE, STAGES)),
         ],
         [4, 1],
         [232, 24],

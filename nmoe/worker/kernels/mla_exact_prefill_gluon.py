@@ -79,9 +79,7 @@ def _group(item, cut, num_tiles, QUERIES: gl.constexpr, PER_TILE: gl.constexpr):
 def _produce(
     shared,
     cut,
-    latent_desc,
-    rope_desc,
-    q_desc,
+    descs,
     pages_ptr,
     max_pages,
     HEADS: gl.constexpr,
@@ -90,6 +88,7 @@ def _produce(
     PAGE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    latent_desc, rope_desc, q_desc = descs
     QUERIES: gl.constexpr = _M // BLOCK_H
     num_tiles = gl.load(cut[4])
     groups = 0
@@ -159,9 +158,7 @@ def _merge_factors(shared, spans, merged, span_peak, span_weight, mine: gl.const
 def _attend(
     shared,
     cut,
-    q_ptr,
-    merged_ptr,
-    out_ptr,
+    rows,
     scale_log2,
     Q_STRIDE: gl.constexpr,
     NOPE: gl.constexpr,
@@ -172,6 +169,7 @@ def _attend(
     mine: gl.constexpr,
 ):
     """Warpgroup `mine`, 0 or 1: weighs every other tile of a span, and adds up half of the columns of all values."""
+    q_ptr, merged_ptr, out_ptr = rows
     QUERIES: gl.constexpr = _M // BLOCK_H
     QUARTER: gl.constexpr = shared.k_latent.shape[2]
     L: gl.constexpr = 4 * QUARTER
@@ -246,61 +244,13 @@ def _prefill_kernel(
     program = gl.program_id(0) * gl.num_programs(1) + gl.program_id(1)
     merged_ptr = scratch_ptr + program.to(gl.int64) * (_M * 4 * QUARTER)
     cut = (starts_ptr, firsts_ptr, tile_row_ptr, tile_start_ptr, num_tiles_ptr)
+    rows = (q_ptr, merged_ptr, out_ptr)
+    descs = (latent_desc, rope_desc, q_desc)
     gl.warp_specialize(
         [
-            (
-                _attend,
-                (
-                    shared,
-                    cut,
-                    q_ptr,
-                    merged_ptr,
-                    out_ptr,
-                    scale_log2,
-                    Q_STRIDE,
-                    NOPE,
-                    HEADS,
-                    BLOCK_H,
-                    PER_TILE,
-                    STAGES,
-                    0,
-                ),
-            ),
-            (
-                _attend,
-                (
-                    shared,
-                    cut,
-                    q_ptr,
-                    merged_ptr,
-                    out_ptr,
-                    scale_log2,
-                    Q_STRIDE,
-                    NOPE,
-                    HEADS,
-                    BLOCK_H,
-                    PER_TILE,
-                    STAGES,
-                    1,
-                ),
-            ),
-            (
-                _produce,
-                (
-                    shared,
-                    cut,
-                    latent_desc,
-                    rope_desc,
-                    q_desc,
-                    pages_ptr,
-                    max_pages,
-                    HEADS,
-                    BLOCK_H,
-                    PER_TILE,
-                    PAGE,
-                    STAGES,
-                ),
-            ),
+            (_attend, (shared, cut, rows, scale_log2, Q_STRIDE, NOPE, HEADS, BLOCK_H, PER_TILE, STAGES, 0)),
+            (_attend, (shared, cut, rows, scale_log2, Q_STRIDE, NOPE, HEADS, BLOCK_H, PER_TILE, STAGES, 1)),
+            (_produce, (shared, cut, descs, pages_ptr, max_pages, HEADS, BLOCK_H, PER_TILE, PAGE, STAGES)),
         ],
         [4, 1],
         [232, 24],
