@@ -53,7 +53,7 @@ class DeviceSlots:
     def remember(self, slots_N: torch.Tensor, tokens_N: torch.Tensor) -> None:
         """These are the slots' last tokens now; NO_TOKEN becomes one that exists, because the next step may be on its
         way with it. `slots_N` int32."""
-        self.last_S.index_put_((slots_N,), tokens_N.int().clamp_(min=0))
+        self.last_S.index_put_((slots_N,), tokens_N.clamp(min=0).int())
 
 
 class SlotTable:

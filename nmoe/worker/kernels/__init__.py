@@ -1,5 +1,5 @@
 """The operations of the model. Each has a plain-torch reference with documented shapes, which is what the CPU runs; on
-the GPU it is a Triton kernel in the file beside it, `*_triton.py`, which is tested against the reference.
+the GPU it is a kernel in a file beside it, `*_triton.py` or `*_gluon.py`, which is tested against the reference.
 
 `ops_for` is the one place where a device and a numerics class get their operations, `gate_for` where a router's weight
 takes the form that they read.
@@ -18,7 +18,7 @@ from nmoe.worker.kernels.experts import Arrived
 from nmoe.worker.kernels.fp8 import BLOCK, BlockFP8, Weight
 
 _Tensor = torch.Tensor
-_HOPPER, _BLACKWELL = (9, 0), (10, 0)
+_HOPPER = (9, 0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -135,20 +135,21 @@ def _library_product(x_TI: _Tensor, weight_OI: _Tensor, out_TO: _Tensor) -> None
 def check_gpu(architecture: Architecture, dtype: torch.dtype, page_size: int, device: torch.device) -> None:
     """Raises LaunchError, naming every reason, when the kernels cannot run this model on this GPU.
 
-    Blackwell (sm_100) runs the same Triton sources, compiled for it. What it needs to be fast are tiles for its own
-    matrix unit (`_shape` in experts_triton.py, `absorbed_decode`); they would be chosen there, by capability.
+    Blackwell (sm_100) lacks the matrix instructions that `mla_warps_gluon.py` is written in; it needs a form of that
+    module in its own (tcgen05, accumulators in tensor memory), to be chosen by capability in `absorbed_decode` and
+    `exact_prefill`, and tiles for its matrix unit in experts_triton.py's `_shape`. The other sources compile for it.
     """
     a, capability = architecture, torch.cuda.get_device_capability(device)
     problems = []
-    if not _HOPPER <= capability < (_BLACKWELL[0] + 1, 0):
-        problems.append(f"compute capability {capability[0]}.{capability[1]}: needs 9.0 (H100, H200) or 10.x")
+    if capability != _HOPPER:
+        problems.append(f"compute capability {capability[0]}.{capability[1]}: needs 9.0 (H100, H200)")
     if dtype != torch.bfloat16:
         problems.append(f"{dtype}: computes in bfloat16; set [model] dtype = 'bfloat16'")
     if page_size % 32 or page_size & (page_size - 1):
         problems.append(f"pages of {page_size} tokens: set [engine] page_size to 32, 64, 128 or 256")
     for name, power, least, most in (
-        ("kv_lora_rank", a.kv_lora_rank, 64, 512),
-        ("qk_rope_head_dim", a.qk_rope_head_dim, 32, 128),
+        ("kv_lora_rank", a.kv_lora_rank, 128, 512),
+        ("qk_rope_head_dim", a.qk_rope_head_dim, 32, 64),
         ("qk_nope_head_dim", a.qk_nope_head_dim, 32, 1024),
         ("v_head_dim", a.v_head_dim, 32, 1024),
     ):

@@ -184,7 +184,8 @@ def attend_parts(
     lse: torch.Tensor,
 ) -> None:
     """The attended latents of each piece of a row in a part, float32 in `partial` [R + parts, H, L], and the logarithms
-    to the base 2 of its weights' sums in `lse` [R + parts, H]. H is a multiple of 64; `block_r` is at least R."""
+    to the base 2 of its weights' sums in `lse` [R + parts, H]. H is a multiple of 64; `block_r` is at least R. Every
+    row has a context of at least one position: the warps would wait for ever for a tile of none."""
     heads, rows, latent = q_latent_HRL.shape
     rope, quarter = rows_KC.shape[1] - latent, latent // 4
     _decode_kernel[(parts, heads // ROWS)](

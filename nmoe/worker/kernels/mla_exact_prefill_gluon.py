@@ -38,6 +38,7 @@ from nmoe.worker.kernels.mla_warps_gluon import (
 )
 
 _M, _TILE = gl.constexpr(ROWS), gl.constexpr(TILE)
+_POINTERS = [f"{name}_ptr" for name in ("starts", "firsts", "tile_row", "tile_start", "num_tiles")]
 _SPAN, _MOST_SPANS = gl.constexpr(SPAN), gl.constexpr(MOST_SPANS)
 
 
@@ -215,7 +216,7 @@ def _attend(
             _zero(out_ptr, rows_O, position_O, group, 2 * mine * QUARTER, 2 * QUARTER, L, O)
 
 
-@gluon.jit(do_not_specialize_on_alignment=["pages_ptr", "starts_ptr", "firsts_ptr", "tile_row_ptr", "tile_start_ptr"])
+@gluon.jit(do_not_specialize=["max_pages"], do_not_specialize_on_alignment=[*_POINTERS, "pages_ptr"])
 def _prefill_kernel(
     latent_desc,
     rope_desc,

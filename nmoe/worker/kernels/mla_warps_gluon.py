@@ -32,7 +32,9 @@ TILE = 32  # positions that are weighed at a time
 _M, _TILE = gl.constexpr(ROWS), gl.constexpr(TILE)
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name before Triton 3.9
 _SHARED_BYTES = 227 << 10  # of a multiprocessor of Hopper
-_OTHER_BYTES = 10_992  # of these, what is neither queries nor ring
+_OTHER_BYTES = 10_920  # of these, what is neither queries nor ring
+_BARRIER_BYTES = 16  # of a stage of the ring
+_LEAST_STAGES = 3  # a warpgroup waits for the tile after next before it gives back its own
 
 
 class Shared(NamedTuple):
@@ -267,8 +269,11 @@ def attend_span(shared, at, begin, tiles, last, turns, scale_log2, mine: gl.cons
 
 
 def stages_of(width: int) -> int:
-    """How many tiles of cache rows of such a width the ring holds."""
-    return min(8, (_SHARED_BYTES - _OTHER_BYTES - ROWS * width * 2) // (TILE * width * 2))
+    """How many tiles of cache rows of such a width the ring holds; `check_gpu` admits no wider ones than fit."""
+    left = _SHARED_BYTES - _OTHER_BYTES - ROWS * width * 2
+    stages = min(8, left // (TILE * width * 2 + _BARRIER_BYTES))
+    assert stages >= _LEAST_STAGES, f"cache rows of {width} leave room for {stages} tiles"
+    return stages
 
 
 def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
