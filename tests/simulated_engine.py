@@ -338,6 +338,10 @@ class Engine:
             assert all(self.parents[key] in (None, *lasting) for key in lasting), "a lasting page below another"
             assert sum(pool._lasting) == len(lasting)
             assert {page for page in cached if pool._lasting[page]} == pool._cached_last.keys()
+            assert not any(
+                entry.broken for (page, _), entry in self.workers[rank].cache.items() if pool.tree.proven[page]
+            ), "a proven page is not finite"
+            assert all(map(int.__le__, pool.tree.proven, pool.tree.holds)), "a proven page outside the tree"
             running = [request for request in users if request.state in (State.PREFILL, State.DECODE)]
             assert scheduler._ranks.running[rank] == len(running) <= self.limits.max_batch_size
         assert scheduler.num_waiting == sum(

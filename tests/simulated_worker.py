@@ -72,6 +72,7 @@ class Entry:
     history: int
     tenancy: int
     step: int
+    broken: bool  # not finite
 
 
 class SimulatedWorker:
@@ -119,8 +120,7 @@ class SimulatedWorker:
                 tokens = [slot.last]
             computed.append(self._compute(step.step_id, slot, first, tokens, flags))
         assert not ids, "ids that belong to no row"
-        for slot_id, _, _, _ in rows:
-            self._check_context(step.step_id, self.slots[slot_id])
+        broken = {slot_id for slot_id, *_ in rows if self._check_context(step.step_id, self.slots[slot_id])}
         self.previous_rows = rows
         cells = np.frombuffer(step.cells, np.int32).tolist()
         blocks = [
@@ -131,7 +131,7 @@ class SimulatedWorker:
         failed = []
         for place, (slot_id, *_, flags) in enumerate(rows):
             slot, new = self.slots[slot_id], computed[place]
-            if slot.seed in self.broken and (new is not None or (flags & ROW_RETURNS and slot.returns.prompt)):
+            if slot_id in broken and (new is not None or (flags & ROW_RETURNS and slot.returns.prompt)):
                 failed.append(slot_id)
                 computed[place] = None if new is None else [-1] * len(new)
         sampled = [new for new in computed if new is not None]
@@ -247,15 +247,17 @@ class SimulatedWorker:
             tenancy, last = self.writers.get(page, (slot.tenancy, 0))
             assert tenancy == slot.tenancy or last < step_id, f"page {page} has two writers in step {step_id}"
             self.writers[page] = (slot.tenancy, step_id)
-            self.cache[page, offset] = Entry(history, new, slot.tenancy, step_id)
+            self.cache[page, offset] = Entry(history, new, slot.tenancy, step_id, slot.seed in self.broken)
         else:
             assert self.cache[page, offset].history == new, "a shared page holds other tokens"
         return new
 
-    def _check_context(self, step_id: int, slot: Slot) -> None:
-        history = 0
+    def _check_context(self, step_id: int, slot: Slot) -> bool:
+        """Whether something in it is not finite, and so neither are the logits."""
+        history, broken = 0, slot.seed in self.broken
         for position in range(slot.end):
             entry = self.cache[self._place(slot, position)]
             assert entry.previous == history, f"position {position} is not in the page that should hold it"
             assert entry.step < step_id or entry.tenancy == slot.tenancy, "read in the step that writes it"
-            history = entry.history
+            history, broken = entry.history, broken or entry.broken
+        return broken

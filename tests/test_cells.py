@@ -138,6 +138,21 @@ def test_a_slow_reader_of_one_request_leaves_cells_to_others():
     engine.run()
 
 
+def test_who_begins_anew_with_all_its_share_unread_has_a_row_all_the_same():
+    engine = Engine(limits(cells_per_rank=64, max_batch_size=1))
+    engine.stubborn.add(1)
+    slow = engine.submit(list(range(17)), 3, returns=ALL_LOGITS, frontend=1)  # of its prompt it has its share of cells
+    other = None
+    for _ in range(20):
+        engine.plan()
+        engine.answer_all()
+        if other is None and engine.request(slow).stalled:
+            other = engine.submit([30, 31, 32], 3)  # for which it yields; what it has computed stays in the cache
+    assert other is not None and engine.clients[other].ended and engine.cells.held(slow) >= 16
+    engine.stubborn.clear()
+    engine.run()
+
+
 def stuck(profile: str, **sizes) -> tuple[Engine, list[int]]:
     """An engine filled by requests of a frontend that releases nothing."""
     engine = Engine(

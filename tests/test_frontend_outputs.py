@@ -459,7 +459,13 @@ class Desk:
 
     def __init__(self):
         self.sent = []
-        self.streams = Streams(0, 1, self.sent.append, Board(3).rows[0])
+        self.is_full = False
+        self.streams = Streams(0, 1, self._send, Board(3).rows[0])
+
+    def _send(self, message):
+        if self.is_full:
+            raise RequestError("the engine does not answer", status=503)
+        self.sent.append(message)
 
     def open(self, returns, *, n=1, prompt_len=2, stops=()):
         uids = self.streams.new_uids(n)
@@ -527,12 +533,38 @@ async def test_cells_that_nobody_takes_are_released():
     assert sum(isinstance(message, Release) for message in desk.sent) == 3
 
 
+@pytest.mark.parametrize("by_tokens", [True, False])
+async def test_a_scheduler_that_takes_nothing_for_a_while_hears_the_rest_later(by_tokens):
+    desk = Desk()
+    (leaves,), submit = desk.open(LOGITS)
+    (stops,), _ = desk.open(Returns(), stops=("B",))
+    desk.deliver([(leaves.uid, [65], block(submit, [1, 65], cells=[1, 2]))])
+    del desk.sent[:]
+    desk.is_full = True
+    desk.streams.close(leaves)
+    desk.deliver([(stops.uid, [66], b"")])
+    with pytest.raises(RequestError, match="does not answer"):
+        desk.open(Returns())
+    assert not desk.sent
+    desk.is_full = False
+    if by_tokens:
+        desk.deliver([], [Ended(leaves.uid, "abort")])
+    else:
+        desk.open(Returns())
+    assert [type(message) for message in desk.sent[:3]] == [Release, Abort, Finish] and desk.released == [1, 2]
+    assert len(desk.sent) == (3 if by_tokens else 4)
+
+
 async def test_a_schedulers_next_life_gets_no_cells_of_the_last():
     desk = Desk()
     (stream,), submit = desk.open(LOGITS)
     desk.deliver([(stream.uid, [65], block(submit, [1, 65], cells=[1, 2]))])
+    desk.is_full = True
+    desk.deliver([(99, [66], block(submit, [66], cells=[4]))])
+    desk.is_full = False
     desk.streams.fail_all(RequestError("gone", status=503))
     desk.streams.close(stream)
+    desk.deliver([], [])
     assert not desk.released
 
 

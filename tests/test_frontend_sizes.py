@@ -62,6 +62,17 @@ def test_what_is_usual_is_no_concern(endpoint, longest, fields):
         ("completions", {"n": 128, "return_routed_experts": True}, "return_routed_experts", False),
         ("chat", {"n": 128, "return_routed_experts": True, "stream": True}, "return_routed_experts", False),
         ("generate", {"n": 128, "top_k_logprobs": 100}, "top_k_logprobs", False),
+        (
+            "generate",
+            {"n": 128, "logprobs": 0, "return_routed_experts": True},
+            "return_routed_experts, logprobs",
+            False,
+        ),
+        ("generate", {"n": 128, "logits": True, "return_routed_experts": True}, "return_routed_experts, logits", False),
+        ("generate", {"n": 128, "logprobs": 20, "logprob_token_ids": [*range(9)]}, "logprobs", False),
+        ("generate", {"n": 128, "logprobs": 0, "logprob_token_ids": [*range(99)]}, "logprob_token_ids", False),
+        ("generate", {"n": 128, "logprobs": 0, "prompt_logprobs": 20}, "prompt_logprobs", False),
+        ("generate", {"n": 128, "logprobs": 20, "echo": True}, "logprobs, echo", False),
     ],
 )
 def test_what_may_be_too_large_is_refused_with_the_fields_the_limit_and_the_remedy(endpoint, fields, named, streams):

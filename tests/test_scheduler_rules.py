@@ -397,3 +397,58 @@ def test_long_cached_prompts_that_return_their_routing_begin_one_by_one(monkeypa
     short = [engine.submit([7, i], 2, returns=Returns(routing=True)) for i in range(4)]
     assert len(engine.plan()[0].admits) == len(short)
     engine.run()
+
+
+def ask(engine: Engine, prompt: list[int], *, broken: bool = False) -> str | int:
+    """Run one request alone: how many of its tokens were cached, or "error"."""
+    uid = engine.submit(prompt, 2)
+    if broken:
+        engine.break_logits(uid)
+    engine.run()
+    ended = engine.clients[uid].ended
+    return "error" if ended.reason == "error" else ended.cached_tokens
+
+
+def test_what_a_request_without_finite_logits_computed_is_shared_with_nobody():
+    engine = Engine(limits(num_pages=32))
+    prompt, good = list(range(13)), list(range(20, 33))
+    assert ask(engine, prompt, broken=True) == "error"
+    assert [ask(engine, prompt) for _ in range(2)] == [0, 12]
+    # Nor is what it computed and left behind unseen; the first to find it suffers, the next does not.
+    uid = engine.submit(good, 2)
+    engine.break_logits(uid)
+    engine.plan()
+    engine.abort(uid)
+    assert [ask(engine, good) for _ in range(3)] == ["error", 0, 12]
+    # Pages whose logits were finite stay.
+    assert ask(engine, [*prompt[:8], *range(30, 38)], broken=True) == "error"
+    assert ask(engine, prompt) == 12
+    assert ask(engine, [*prompt[:8], *range(30, 38)]) == 8
+
+
+def test_nothing_hangs_on_pages_that_were_cut_off():
+    engine = Engine(limits(num_pages=32, max_prefill_tokens=8))
+    prompt = list(range(20))
+    first, follower = engine.submit(prompt[:9], 2), engine.submit(prompt, 2)
+    engine.break_logits(first)
+    for _ in range(3):
+        engine.plan()
+    assert engine.request(follower).published and engine.request(follower).state is State.PREFILL
+    engine.run()  # an orphan would be noticed, see Engine.check_pages
+    assert {engine.clients[uid].ended.reason for uid in (first, follower)} == {"error"}
+    assert [ask(engine, prompt) for _ in range(2)] == [0, 19]
+
+
+def test_who_holds_pages_that_were_cut_off_goes_on():
+    engine = Engine(limits(num_pages=32, max_prefill_tokens=8))
+    healthy = engine.submit(list(range(32)), 2, priority=1)
+    engine.plan()
+    broken = engine.submit([*range(6), 7], 2)  # goes first, and shares the healthy one's page
+    engine.break_logits(broken)
+    while engine.clients[broken].ended is None:
+        engine.plan()
+        engine.answer(0)
+    assert engine.request(healthy).state is State.PREFILL
+    engine.run()
+    assert engine.clients[healthy].ended.reason == "length"
+    assert [ask(engine, list(range(32))) for _ in range(2)] == [0, 31]

@@ -3,6 +3,7 @@
 What a request may generate at most counts, since nobody knows what it will. Numbers in JSON have their usual length.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 from nmoe.errors import RequestError
@@ -42,13 +43,16 @@ def check_answer(call: Call, prompts: Sequence[Prompt], max_tokens: Sequence[int
     Of a stream only routing counts, which is kept until the choice ends.
     """
     tokens, prompt_tokens = call.n * sum(max_tokens), sum(len(prompt.ids) for prompt in prompts)
-    sizes = {} if call.stream else {field: size * tokens for field, size in _token_bytes(call).items()}
+    sizes: Counter[str] = Counter()
+    if not call.stream:
+        sizes.update({field: size * tokens for field, size in _token_bytes(call).items()})
     if call.endpoint == "generate" and call.returns.prompt:
-        sizes["prompt_logprobs"] = call.returns.record_bytes * prompt_tokens
+        asks = "echo" if call.prompt_logprobs is None else "prompt_logprobs"
+        sizes[asks] += call.returns.record_bytes * prompt_tokens
     if call.return_routed_experts:
         raw = routing.position_bytes * (tokens + call.n * prompt_tokens)
         sizes["return_routed_experts"] = raw if call.endpoint == "generate" else raw * 4 // 3  # base64
-    if (total := sum(sizes.values())) <= MAX_ANSWER_BYTES:
+    if (total := sizes.total()) <= MAX_ANSWER_BYTES:
         return
     fields = sorted((field for field, size in sizes.items() if size), key=lambda field: -sizes[field])
     streaming = not call.stream and not call.return_routed_experts and PROFILES[call.profile].streams
@@ -66,8 +70,7 @@ def _token_bytes(call: Call) -> dict[str, int]:
     """How much comes back of each token of an output, by the field that asks for it."""
     scored = len(call.logprob_token_ids)
     if call.endpoint == "generate":  # records as they are: nmoe/outputs.py
-        widest = "top_k_logprobs" if call.top_k_logprobs == call.returns.top_k else "logprobs"
-        return {widest: 12 + 8 * call.returns.top_k, "logprob_token_ids": 4 * scored} if call.returns.records else {}
+        return {_widest(call): call.returns.record_bytes} if call.returns.records else {}
     sizes = {
         "top_k_logprobs": (_ID_BYTES + _NUMBER_BYTES) * call.top_k_logprobs,
         "logprob_token_ids": _NUMBER_BYTES * scored,
@@ -77,3 +80,12 @@ def _token_bytes(call: Call) -> dict[str, int]:
     elif call.logprobs is not None:
         sizes["logprobs"] = _COMPLETION_BYTES * (call.logprobs + 2) + 2 * (_NUMBER_BYTES + _ID_BYTES)
     return sizes
+
+
+def _widest(call: Call) -> str:
+    """The field that makes a record what it is."""
+    per_id = {"logprobs": call.logprobs, "prompt_logprobs": call.prompt_logprobs, "top_k_logprobs": call.top_k_logprobs}
+    numbers = {field: 8 * number for field, number in per_id.items() if number}
+    numbers |= {"logprob_token_ids": 4 * len(call.logprob_token_ids)} if call.logprob_token_ids else {}
+    alone = "logits" if call.logits else "logprobs" if call.logprobs is not None else "prompt_logprobs"
+    return max(numbers, key=numbers.__getitem__, default=alone)

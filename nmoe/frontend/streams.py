@@ -4,12 +4,16 @@ Invariants: a stream ends exactly once, whatever comes first of its terminal mes
 leaving; what arrives for it later is dropped. A uid stays here until the scheduler is done with it, so closing a stream
 knows whether there is something to abort.
 
+What the scheduler must hear of a request that it has (that it may stop, which cells are free) waits here while its link
+takes nothing: a lost Release would be a cell less for as long as this process lives.
+
 The path of a token is short, because there are many: `Streams.deliver` runs in the reader of the link, feeds each
 stream, and calls the stream's `on_tokens`, which writes to the client's transport. No task wakes up.
 """
 
 import array
 import asyncio
+import collections
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -159,6 +163,7 @@ class Streams:
         self._row = row
         self._counter = 0
         self._live: dict[int, Stream] = {}
+        self._untold: collections.deque[Abort | Finish | Release] = collections.deque()
 
     def new_uids(self, count: int) -> range:
         """Consecutive uids that no other request of this server has."""
@@ -169,6 +174,7 @@ class Streams:
     def submit(self, streams: Sequence[Stream], submit: Submit) -> None:
         """Hand a request to the scheduler; a stream for each sibling. Whoever calls this closes them, however they
         end."""
+        self._catch_up()
         self._send(submit)
         for stream in streams:
             self._live[stream.uid] = stream
@@ -189,6 +195,7 @@ class Streams:
 
     def deliver(self, message: Tokens, now: float) -> None:
         """Tokens of one step, and the requests that ended with it. `now` is on CLOCK_MONOTONIC."""
+        self._catch_up()
         uids = memoryview(message.uids).cast("q").tolist()
         tokens = memoryview(message.tokens).cast("i").tolist()
         with_outputs = self._add_outputs(uids, message) if message.block_sizes is not None else ()
@@ -264,17 +271,26 @@ class Streams:
     def fail_all(self, error: RequestError) -> None:
         """The scheduler has forgotten every request, or this frontend is about to end."""
         streams, self._live = self._live, {}
+        self._untold.clear()
         for stream in streams.values():
             if stream.outputs is not None:
                 stream.outputs.take_cells()  # which its next life gives out anew
             stream.fail(error)
 
     def _tell(self, message: Abort | Finish | Release) -> None:
-        """A scheduler that takes no messages computes nothing either, and holds no cells: there is nothing to stop."""
-        try:
-            self._send(message)
-        except RequestError as error:
-            _log.warning("a message to the scheduler was lost: %s", error)
+        """Send now, or when the scheduler takes messages again."""
+        self._untold.append(message)
+        self._catch_up()
+        if len(self._untold) == 1:
+            _log.warning("the scheduler takes no messages: what it must hear waits")
+
+    def _catch_up(self) -> None:
+        while self._untold:
+            try:
+                self._send(self._untold[0])
+            except RequestError:
+                return
+            self._untold.popleft()
 
     def _advance(self, stream: Stream, tokens: Sequence[int], now: float) -> bool:
         """Hand a stream its tokens; whether they completed a stop string."""

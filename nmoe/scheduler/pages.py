@@ -4,7 +4,7 @@
       ^                  |                              |        ^
       +-----release------+                           release    share
       |                                                 v        |
-      +--------------evict (least recently used)----- cached ----+
+      +-----------evict (least recently used), cut--- cached ----+
 
 A page's references are the requests that have it in their page list. A request that holds a tree page holds all pages
 on the path to it, so no node has more references than its parent. `release` lets go of the deepest page first;
@@ -92,11 +92,20 @@ class PagePool:
             self._references[page] = 1
         return pages
 
-    def publish(self, key: bytes, page: int, lasting: bool = False) -> bool:
-        """Enter a held page into the tree. False if another page is there under this key; the page stays private."""
-        entered = self.tree.insert(key, page)
+    def publish(self, key: bytes, page: int, parent: int, lasting: bool = False) -> bool:
+        """Enter a held page into the tree, behind the page `parent`, -1 at the root. False if it has no place there
+        (see `PrefixTree.insert`); then it stays private."""
+        entered = self.tree.insert(key, page, parent)
         self._lasting[page] |= lasting and entered
         return entered
+
+    def cut(self, keys: list[bytes]) -> None:
+        """Nobody may share what is not proven on the path of `keys`, nor what hangs on it. Who holds it keeps it."""
+        for page in self.tree.cut(keys):
+            if self._references[page] == 0:
+                del (self._cached_last if self._lasting[page] else self._cached)[page]
+                self._free.append(page)
+            self._lasting[page] = 0
 
     def release(self, pages: list[int]) -> None:
         """Give back one reference to each of a request's pages, given in the order of its positions."""

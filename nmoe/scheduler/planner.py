@@ -155,7 +155,7 @@ class Planner:
                 request.scheduled_at = now
                 request.cached_tokens = int(self._ranks.table.position[request.slot])
                 self._count_admitted(request)
-            self._chunk(request, draft)
+            self._chunk(request, draft, least=1)
             self._route_cached(request, draft)
 
     def _route_cached(self, request: Request, draft: Draft) -> None:
@@ -167,12 +167,13 @@ class Planner:
             if draft.routed > _ROUTED_BYTES:
                 draft.set_budget(0)
 
-    def _chunk(self, request: Request, draft: Draft) -> None:
+    def _chunk(self, request: Request, draft: Draft, least: int = 0) -> None:
+        """`least`: of a request that begins in this step, which must have a row there. It found a cell for one."""
         first = int(self._ranks.table.position[request.slot])
         most = min(draft.left[request.rank], self._limits.chunk_of(request.returns))
         count = min(most, request.known_len - first)
         if request.returns.logits and count:
-            count = self._affordable(request, first, count, draft)
+            count = max(least, self._affordable(request, first, count, draft))
             self._ranks.mark_stalled(request, not count)
             draft.chunk_cells[request.rank] += self._ranks.cells.take(request.rank, request.cells_for(first, count))
         if count:

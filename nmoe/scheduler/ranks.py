@@ -83,14 +83,15 @@ class Ranks:
     def publish(self, request: Request, computed: int) -> None:
         """Enter the request's full pages among its first `computed` tokens into the tree, as far as it has keys.
 
-        It stops for good at a page that another request computed at the same time: what follows would hang on a node
-        that this request does not hold.
+        It stops for good at a page that another request computed at the same time, and behind one that was cut off:
+        what follows would hang on a node that this request does not hold.
         """
         full = min(len(request.keys), computed // self._limits.page_size)
         while request.publishes and request.published < full:
             at = request.published
             pool = self.pools[request.rank]
-            request.publishes = pool.publish(request.keys[at], request.pages[at], request.lasting)
+            parent = request.pages[at - 1] if at else -1
+            request.publishes = pool.publish(request.keys[at], request.pages[at], parent, request.lasting)
             request.published += request.publishes
             self.news[request.rank] += 1
 
@@ -101,6 +102,14 @@ class Ranks:
         computed = min(len(ids) // 4, int(self.table.position[request.slot]), most)
         extend_keys(request.keys, ids[: 4 * computed], self._limits.page_size, request.numerics)
         self.publish(request, computed)
+
+    def prove(self, request: Request) -> None:
+        """The first logits behind all its known tokens are finite."""
+        self.pools[request.rank].tree.prove(request.pages[: request.published])
+
+    def distrust(self, request: Request) -> None:
+        """Logits of the request are not finite: nobody else may get what they may come from."""
+        self.pools[request.rank].cut(request.keys)
 
     def start_decode(self, request: Request) -> None:
         """The request's known tokens are planned: from now on the batch carries it, if it has more to generate."""

@@ -217,7 +217,9 @@ class Scheduler:
     def _land(self, flight: Flight, now: float) -> None:
         results = append_results(flight, self._ranks)
         for slot in results.failed:  # first: what their rows brought goes to nobody
-            self._end(self._ranks.table.request(slot), "error", error=_NOT_FINITE)
+            request = self._ranks.table.request(slot)
+            self._ranks.distrust(request)
+            self._end(request, "error", error=_NOT_FINITE)
         deliver_cells(flight, self._ranks)
         for request in flight.prefilled:
             if request.state is not State.ENDED:
@@ -234,7 +236,9 @@ class Scheduler:
         """Its known tokens have been computed."""
         if not request.max_tokens:
             self._end(request, "length")
-        elif not request.first_token_at:
+            return
+        self._ranks.prove(request)
+        if not request.first_token_at:
             request.first_token_at = now
             self.stats.prefill_times.append(now - request.scheduled_at)
 
