@@ -143,6 +143,49 @@ def _reach(
     return low
 
 
+@triton.jit
+def _heavier(logits_row, vocab, floor, peak, temperature, least, BLOCK: tl.constexpr):
+    """The weights above `floor`, int64, and their number, int32: of every lane [BLOCK], to be summed."""
+    lane = tl.arange(0, BLOCK)
+    above = tl.zeros([BLOCK], tl.int64)
+    counts = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, vocab, BLOCK):
+        logits = tl.load(logits_row + start, mask=start + lane < vocab, other=float("-inf"))
+        weights = _weights(logits.to(tl.float32), peak, temperature, least)
+        above += tl.where(weights > floor, weights, 0)
+        counts += (weights > floor).to(tl.int32)
+    return above, counts
+
+
+@triton.jit
+def _times(weight, kept, enough):
+    """How often a weight must be added to those `kept` until they are `enough`, float64."""
+    missing = tl.maximum(enough - kept.to(tl.float64), 0.0)
+    times = tl.ceil(missing / tl.maximum(weight, 1).to(tl.float64)).to(tl.int64)
+    # The quotient may be rounded; the reference compares sums.
+    one_less = (kept + (times - 1) * weight).to(tl.float64)
+    times = tl.where((times > 0) & (one_less >= enough), times - 1, times)
+    return tl.where((kept + times * weight).to(tl.float64) < enough, times + 1, times)
+
+
+@triton.jit
+def _store_kept(
+    sums_row, ties_row, logits_row, vocab, floor, allowed, peak, temperature, least, BLOCK: tl.constexpr
+):
+    """The blocks' sums of the weights that are kept, and how many in the blocks before have just the weight `floor`."""
+    lane = tl.arange(0, BLOCK)
+    tied = tl.zeros([], tl.int32)
+    for start in range(0, vocab, BLOCK):
+        logits = tl.load(logits_row + start, mask=start + lane < vocab, other=float("-inf"))
+        weights = _weights(logits.to(tl.float32), peak, temperature, least)
+        equal = (weights == floor).to(tl.int32)
+        place = tied + tl.cumsum(equal, 0) - equal
+        keep = (weights > floor) | ((weights == floor) & (place < allowed))
+        tl.store(sums_row + start // BLOCK, tl.sum(tl.where(keep, weights, 0), 0))
+        tl.store(ties_row + start // BLOCK, tied)
+        tied += tl.sum(equal, 0)
+
+
 @triton.jit(do_not_specialize=["vocab"])
 def _filter_kernel(
     logits_ptr,
@@ -184,41 +227,17 @@ def _filter_kernel(
             low = _reach(base, vocab, low, high, wanted, peak, temperature, least, True, SHIFT, BLOCK)
         # What is above its weight and how often the weight itself counts.
         floor = _weight_of(low, SHIFT, peak, temperature, least)
-        above = tl.zeros([BLOCK], tl.int64)
-        counts = tl.zeros([BLOCK], tl.int32)
-        for start in range(0, vocab, BLOCK):
-            logits = tl.load(logits_row + start, mask=start + lane < vocab, other=float("-inf"))
-            weights = _weights(logits.to(tl.float32), peak, temperature, least)
-            above += tl.where(weights > floor, weights, 0)
-            counts += (weights > floor).to(tl.int32)
+        above, counts = _heavier(logits_row, vocab, floor, peak, temperature, least, BLOCK)
         allowed = tl.where(floor > 0, top_k - tl.sum(counts, 0), 0)
         if top_p < 1:
             total = tl.sum(above, 0) + allowed * floor
             enough = tl.maximum(total.to(tl.float64) * top_p, 1.0)
             low = _reach(base, vocab, low, high, enough, peak, temperature, least, False, SHIFT, BLOCK)
             floor = _weight_of(low, SHIFT, peak, temperature, least)
-            above = tl.zeros([BLOCK], tl.int64)
-            for start in range(0, vocab, BLOCK):
-                logits = tl.load(logits_row + start, mask=start + lane < vocab, other=float("-inf"))
-                weights = _weights(logits.to(tl.float32), peak, temperature, least)
-                above += tl.where(weights > floor, weights, 0)
-            kept = tl.sum(above, 0)
-            missing = tl.maximum(enough - kept.to(tl.float64), 0.0)
-            allowed = tl.ceil(missing / tl.maximum(floor, 1).to(tl.float64)).to(tl.int64)
-            # The quotient may be rounded; the reference compares sums.
-            one_less = (kept + (allowed - 1) * floor).to(tl.float64)
-            allowed = tl.where((allowed > 0) & (one_less >= enough), allowed - 1, allowed)
-            allowed = tl.where((kept + allowed * floor).to(tl.float64) < enough, allowed + 1, allowed)
-        tied = tl.zeros([], tl.int32)
-        for start in range(0, vocab, BLOCK):
-            logits = tl.load(logits_row + start, mask=start + lane < vocab, other=float("-inf"))
-            weights = _weights(logits.to(tl.float32), peak, temperature, least)
-            equal = (weights == floor).to(tl.int32)
-            place = tied + tl.cumsum(equal, 0) - equal
-            keep = (weights > floor) | ((weights == floor) & (place < allowed))
-            tl.store(sums_ptr + row * BLOCKS + start // BLOCK, tl.sum(tl.where(keep, weights, 0), 0))
-            tl.store(ties_ptr + row * BLOCKS + start // BLOCK, tied)
-            tied += tl.sum(equal, 0)
+            above, _ = _heavier(logits_row, vocab, floor, peak, temperature, least, BLOCK)
+            allowed = _times(floor, tl.sum(above, 0), enough)
+        sums_row, ties_row = sums_ptr + row * BLOCKS, ties_ptr + row * BLOCKS
+        _store_kept(sums_row, ties_row, logits_row, vocab, floor, allowed, peak, temperature, least, BLOCK)
     tl.store(floors_ptr + row, floor)
     tl.store(allowed_ptr + row, allowed)
 

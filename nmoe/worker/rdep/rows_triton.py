@@ -27,6 +27,103 @@ def _at(address, dtype: tl.constexpr):
     return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
 
 
+@triton.jit
+def _push_routes(
+    ids_ptr,
+    weights_ptr,
+    bases_ptr,
+    token,
+    slot,
+    counts_at,
+    routes_at,
+    RANKS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Every rank hears how many of its experts a token wants, int32 [N], returned; those that have any, which ones, and
+    their weights."""
+    rank_N = tl.arange(0, RANKS)
+    base_N = tl.load(bases_ptr + rank_N)
+    k_K = tl.arange(0, BLOCK_K)
+    ids_K = tl.load(ids_ptr + token * K + k_K, mask=k_K < K, other=RANKS * EXPERTS)
+    weights_K = tl.load(weights_ptr + token * K + k_K, mask=k_K < K, other=0.0)
+    here_NK = (ids_K // EXPERTS)[None, :] == rank_N[:, None]
+    hits_NK = here_NK.to(tl.int32)
+    counts_N = tl.sum(hits_NK, 1)
+    tl.store((base_N + counts_at + slot * 4).to(tl.pointer_type(tl.int32)), counts_N)
+    # An owner's experts first, in the order of K, so that it need not look at the places of the others.
+    before_NK = tl.cumsum(hits_NK, 1) - hits_NK
+    place_NK = tl.where(here_NK, before_NK, counts_N[:, None] + k_K[None, :] - before_NK)
+    route_NK = base_N[:, None] + (routes_at + slot * (8 * K)) + place_NK.to(tl.int64) * 4
+    wanted_NK = (counts_N > 0)[:, None] & (k_K < K)[None, :]
+    local_NK = tl.where(here_NK, ids_K[None, :] - rank_N[:, None] * EXPERTS, EXPERTS)
+    tl.store(route_NK.to(tl.pointer_type(tl.int32)), local_NK, mask=wanted_NK)
+    spread_NK = tl.broadcast_to(weights_K[None, :], (RANKS, BLOCK_K))
+    tl.store((route_NK + 4 * K).to(tl.pointer_type(tl.float32)), spread_NK, mask=wanted_NK)
+    return counts_N
+
+
+@triton.jit
+def _is_wanted(counts_N, peer, RANKS: tl.constexpr):
+    """Whether a token wants any expert of rank `peer`."""
+    return tl.sum(tl.where(tl.arange(0, RANKS) == peer, counts_N, 0), 0) > 0
+
+
+@triton.jit
+def _push_row(
+    x_ptr,
+    bases_ptr,
+    counts_N,
+    token,
+    slot,
+    x_stride,
+    hidden_at,
+    RANKS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A token's row, bfloat16 [D], to every rank of which it wants experts."""
+    lane_L = tl.arange(0, BLOCK_D)
+    x_L = tl.load(x_ptr + token.to(tl.int64) * x_stride + lane_L, mask=lane_L < D)
+    for peer in tl.static_range(RANKS):
+        if _is_wanted(counts_N, peer, RANKS):
+            to_ptr = _at(tl.load(bases_ptr + peer) + hidden_at + slot * (D * 2), tl.bfloat16)
+            tl.store(to_ptr + lane_L, x_L, mask=lane_L < D)
+
+
+@triton.jit
+def _push_quantised(
+    x_ptr,
+    bases_ptr,
+    counts_N,
+    token,
+    slot,
+    x_stride,
+    hidden_at,
+    scales_at,
+    RANKS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The same row as FP8 [D], and its scales, float32 [G]."""
+    GROUPS: tl.constexpr = D // 128
+    group_G = tl.arange(0, BLOCK_D // 128)
+    inside_G = group_G < GROUPS
+    lane_GL = group_G[:, None] * 128 + tl.arange(0, 128)[None, :]
+    row_ptr = x_ptr + token.to(tl.int64) * x_stride
+    x_GL = tl.load(row_ptr + lane_GL, mask=inside_G[:, None], other=0.0).to(tl.float32)
+    scales_G = tl.maximum(tl.max(tl.abs(x_GL), 1), 1e-12) / 448.0
+    values_GL = (x_GL / scales_G[:, None]).to(tl.float8e4nv)
+    for peer in tl.static_range(RANKS):
+        if _is_wanted(counts_N, peer, RANKS):
+            base = tl.load(bases_ptr + peer)
+            values_ptr = _at(base + hidden_at + slot * D, tl.float8e4nv)
+            tl.store(values_ptr + lane_GL, values_GL, mask=inside_G[:, None])
+            scales_ptr = (base + scales_at + slot * (GROUPS * 4)).to(tl.pointer_type(tl.float32))
+            tl.store(scales_ptr + group_G, scales_G, mask=inside_G)
+
+
 @triton.jit(do_not_specialize=["tokens", "rank", "channel", "max_tokens"])
 def dispatch_kernel(
     x_ptr,
@@ -61,51 +158,15 @@ def dispatch_kernel(
         tokens = tl.minimum(tokens, tl.load(real_ptr).to(tl.int32))
     if token < tokens:
         slot = (rank * max_tokens + token).to(tl.int64)
-        rank_N = tl.arange(0, RANKS)
-        base_N = tl.load(bases_ptr + rank_N)
-        k_K = tl.arange(0, BLOCK_K)
-        ids_K = tl.load(ids_ptr + token * K + k_K, mask=k_K < K, other=RANKS * EXPERTS)
-        weights_K = tl.load(weights_ptr + token * K + k_K, mask=k_K < K, other=0.0)
-        here_NK = (ids_K // EXPERTS)[None, :] == rank_N[:, None]
-        hits_NK = here_NK.to(tl.int32)
-        counts_N = tl.sum(hits_NK, 1)
-        tl.store((base_N + counts_at + slot * 4).to(tl.pointer_type(tl.int32)), counts_N)
-        # An owner's experts first, in the order of K, so that it need not look at the places of the others.
-        before_NK = tl.cumsum(hits_NK, 1) - hits_NK
-        place_NK = tl.where(here_NK, before_NK, counts_N[:, None] + k_K[None, :] - before_NK)
-        route_NK = base_N[:, None] + (routes_at + slot * (8 * K)) + place_NK.to(tl.int64) * 4
-        wanted_NK = (counts_N > 0)[:, None] & (k_K < K)[None, :]
-        local_NK = tl.where(here_NK, ids_K[None, :] - rank_N[:, None] * EXPERTS, EXPERTS)
-        tl.store(route_NK.to(tl.pointer_type(tl.int32)), local_NK, mask=wanted_NK)
-        spread_NK = tl.broadcast_to(weights_K[None, :], (RANKS, BLOCK_K))
-        tl.store((route_NK + 4 * K).to(tl.pointer_type(tl.float32)), spread_NK, mask=wanted_NK)
+        counts_N = _push_routes(
+            ids_ptr, weights_ptr, bases_ptr, token, slot, counts_at, routes_at, RANKS, EXPERTS, K, BLOCK_K
+        )
         if QUANTISED:
-            GROUPS: tl.constexpr = D // 128
-            group_G = tl.arange(0, BLOCK_D // 128)
-            inside_G = group_G < GROUPS
-            lane_GL = group_G[:, None] * 128 + tl.arange(0, 128)[None, :]
-            row_ptr = x_ptr + token.to(tl.int64) * x_stride
-            x_GL = tl.load(row_ptr + lane_GL, mask=inside_G[:, None], other=0.0).to(tl.float32)
-            scales_G = tl.maximum(tl.max(tl.abs(x_GL), 1), 1e-12) / 448.0
-            values_GL = (x_GL / scales_G[:, None]).to(tl.float8e4nv)
-            for peer in tl.static_range(RANKS):
-                if tl.sum(tl.where(rank_N == peer, counts_N, 0), 0) > 0:
-                    base = tl.load(bases_ptr + peer)
-                    tl.store(
-                        _at(base + hidden_at + slot * D, tl.float8e4nv) + lane_GL, values_GL, mask=inside_G[:, None]
-                    )
-                    tl.store(
-                        (base + scales_at + slot * (GROUPS * 4)).to(tl.pointer_type(tl.float32)) + group_G,
-                        scales_G,
-                        mask=inside_G,
-                    )
+            _push_quantised(
+                x_ptr, bases_ptr, counts_N, token, slot, x_stride, hidden_at, scales_at, RANKS, D, BLOCK_D
+            )
         else:
-            lane_L = tl.arange(0, BLOCK_D)
-            x_L = tl.load(x_ptr + token.to(tl.int64) * x_stride + lane_L, mask=lane_L < D)
-            for peer in tl.static_range(RANKS):
-                if tl.sum(tl.where(rank_N == peer, counts_N, 0), 0) > 0:
-                    to_ptr = _at(tl.load(bases_ptr + peer) + hidden_at + slot * (D * 2), tl.bfloat16)
-                    tl.store(to_ptr + lane_L, x_L, mask=lane_L < D)
+            _push_row(x_ptr, bases_ptr, counts_N, token, slot, x_stride, hidden_at, RANKS, D, BLOCK_D)
     raise_flags(state_ptr, bases_ptr, rank, tokens, tl.num_programs(0), channel, _PUSHED, _DISPATCH, RANKS)
 
 
