@@ -144,14 +144,20 @@ def _reach(
 
 
 @triton.jit
+def _load_weights(logits_row, start, vocab, peak, temperature, least, BLOCK: tl.constexpr):
+    """The weights of the tokens from `start` on, int64 [BLOCK]. `logits_row` [BLOCK]: where a row's first ones lie."""
+    exists = start + tl.arange(0, BLOCK) < vocab
+    logits = tl.load(logits_row + start, mask=exists, other=float("-inf"))
+    return _weights(logits.to(tl.float32), peak, temperature, least)
+
+
+@triton.jit
 def _heavier(logits_row, vocab, floor, peak, temperature, least, BLOCK: tl.constexpr):
     """The weights above `floor`, int64, and their number, int32: of every lane [BLOCK], to be summed."""
-    lane = tl.arange(0, BLOCK)
     above = tl.zeros([BLOCK], tl.int64)
     counts = tl.zeros([BLOCK], tl.int32)
     for start in range(0, vocab, BLOCK):
-        logits = tl.load(logits_row + start, mask=start + lane < vocab, other=float("-inf"))
-        weights = _weights(logits.to(tl.float32), peak, temperature, least)
+        weights = _load_weights(logits_row, start, vocab, peak, temperature, least, BLOCK)
         above += tl.where(weights > floor, weights, 0)
         counts += (weights > floor).to(tl.int32)
     return above, counts
@@ -173,11 +179,9 @@ def _store_kept(
     sums_row, ties_row, logits_row, vocab, floor, allowed, peak, temperature, least, BLOCK: tl.constexpr
 ):
     """The blocks' sums of the weights that are kept, and how many in the blocks before have just the weight `floor`."""
-    lane = tl.arange(0, BLOCK)
     tied = tl.zeros([], tl.int32)
     for start in range(0, vocab, BLOCK):
-        logits = tl.load(logits_row + start, mask=start + lane < vocab, other=float("-inf"))
-        weights = _weights(logits.to(tl.float32), peak, temperature, least)
+        weights = _load_weights(logits_row, start, vocab, peak, temperature, least, BLOCK)
         equal = (weights == floor).to(tl.int32)
         place = tied + tl.cumsum(equal, 0) - equal
         keep = (weights > floor) | ((weights == floor) & (place < allowed))
