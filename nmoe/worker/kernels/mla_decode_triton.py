@@ -19,6 +19,7 @@ import triton.language as tl
 
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.mla_decode_gluon import attend_parts
+from nmoe.worker.kernels.mla_tiles_triton import add_tile, cache_row, load_ropes, no_tiles, row_of
 from nmoe.worker.kernels.mla_warps_gluon import ROWS
 
 _TILE = 32  # positions that a program holds at a time; two programs share a multiprocessor
@@ -74,33 +75,23 @@ def _decode_kernel(
     part = tl.program_id(0)
     at = part * chunk
     stop = tl.minimum(at + chunk, total)
-    index = tl.arange(0, BLOCK_R)
-    ends = tl.load(prefix_ptr + 1 + index, mask=index < num_rows, other=2147483647)
-    row = tl.sum((ends <= at).to(tl.int32), 0)
+    row = row_of(prefix_ptr, at, num_rows, BLOCK_R)
     while at < stop:
         first = tl.load(prefix_ptr + row)
         last = tl.minimum(tl.load(prefix_ptr + row + 1), stop)
         begin = (at - first) * PAGE
         end = tl.minimum((last - first) * PAGE, tl.load(contexts_ptr + row))
         q_latent = tl.load(q_latent_ptr + (head[:, None] * num_rows + row).to(tl.int64) * LATENT + latent[None, :])
-        q_rope = tl.load(q_ptr + row.to(tl.int64) * Q_STRIDE + head[:, None] * (NOPE + ROPE) + NOPE + rope[None, :])
-        peak = tl.full([HEADS], float("-inf"), tl.float32)
-        weight = tl.zeros([HEADS], tl.float32)
-        acc = tl.zeros([HEADS, LATENT], tl.float32)
+        q_rope = load_ropes(q_ptr, row, head, Q_STRIDE, NOPE, ROPE)
+        peak, weight, acc = no_tiles(HEADS, LATENT)
         for position in tl.range(begin, end, TILE, num_stages=STAGES):
-            page = tl.load(pages_ptr + row * max_pages + position // PAGE).to(tl.int64)
-            base = rows_ptr + (page * PAGE + position % PAGE) * (LATENT + ROPE)
+            base = rows_ptr + cache_row(pages_ptr, row, max_pages, position, PAGE) * (LATENT + ROPE)
             k_latent = tl.load(base + token[:, None] * (LATENT + ROPE) + latent[None, :])
             k_rope = tl.load(base + token[:, None] * (LATENT + ROPE) + LATENT + rope[None, :])
             s = tl.dot(q_latent, tl.trans(k_latent))
             s = tl.dot(q_rope, tl.trans(k_rope), s)
             s = tl.where((position + token < end)[None, :], s * scale_log2, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(s, 1))
-            alpha = tl.exp2(peak - new_peak)
-            p = tl.exp2(s - new_peak[:, None])
-            weight = weight * alpha + tl.sum(p, 1)
-            acc = tl.dot(p.to(k_latent.dtype), k_latent, acc * alpha[:, None])
-            peak = new_peak
+            peak, weight, acc = add_tile(peak, weight, acc, s, k_latent)
         slot = (row + part).to(tl.int64) * HEADS + head
         tl.store(lse_ptr + slot, peak + tl.log2(weight))
         tl.store(partial_ptr + slot[:, None] * LATENT + latent[None, :], acc / weight[:, None])

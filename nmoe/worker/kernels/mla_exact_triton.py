@@ -20,6 +20,7 @@ import triton.language as tl
 
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.mla_decode_triton import multiprocessors
+from nmoe.worker.kernels.mla_tiles_triton import cache_row, load_ropes, row_of
 from nmoe.worker.kernels.mla_warps_gluon import ROWS, TILE
 
 SPAN, MOST_SPANS = 512, 16  # spans are twice as long, and twice again, where a context would have more of them
@@ -127,21 +128,19 @@ def _spans_kernel(
     total = tl.load(prefix_ptr + num_rows)
     item = tl.program_id(0) * total // tl.num_programs(0)
     last_item = (tl.program_id(0) + 1) * total // tl.num_programs(0)
-    index = tl.arange(0, BLOCK_R)
-    ends = tl.load(prefix_ptr + 1 + index, mask=index < num_rows, other=2147483647)
-    row = tl.sum((ends <= item).to(tl.int32), 0)
+    row = row_of(prefix_ptr, item, num_rows, BLOCK_R)
     while item < last_item:
         context = tl.load(contexts_ptr + row)
         span = span_length(context)
         begin = (item - tl.load(prefix_ptr + row)) * span
         stop = tl.minimum(begin + span, context)
         q_latent = tl.load(q_latent_ptr + (row * HEADS + head).to(tl.int64)[:, None] * LATENT + latent[None, :])
-        q_rope = tl.load(q_ptr + row.to(tl.int64) * Q_STRIDE + head[:, None] * (NOPE + ROPE) + NOPE + rope[None, :])
+        q_rope = load_ropes(q_ptr, row, head, Q_STRIDE, NOPE, ROPE)
         last = tl.zeros([BLOCK_H], tl.int32) + context - 1
         peak, weight, acc = empty_span(BLOCK_H, LATENT)
         for position in tl.range(begin, stop, TILE, num_stages=STAGES):
-            page = tl.load(pages_ptr + row * max_pages + position // PAGE).to(tl.int64)
-            k_at = rows_ptr + (page * PAGE + position % PAGE + token)[:, None] * (LATENT + ROPE)
+            k_row = cache_row(pages_ptr, row, max_pages, position, PAGE) + token
+            k_at = rows_ptr + k_row[:, None] * (LATENT + ROPE)
             k_latent = tl.load(k_at + latent[None, :])
             k_rope = tl.load(k_at + LATENT + rope[None, :])
             peak, weight, acc = attend(

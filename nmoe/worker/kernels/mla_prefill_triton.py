@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from nmoe.worker.chunks import BLOCK, TILE, Chunks
+from nmoe.worker.kernels.mla_tiles_triton import add_tile, no_tiles
 
 _BLOCK_N = 64  # keys that a program holds at a time
 _BLOCK_X = 256  # columns of the expanding product
@@ -132,9 +133,7 @@ def _prefill_kernel(
     q = q_ptr + (q_start + query).to(tl.int64)[:, None] * Q_STRIDE + head * (NOPE + ROPE)
     q_nope = tl.load(q + nope[None, :], mask=inside, other=0.0)
     q_rope = tl.load(q + NOPE + rope[None, :], mask=inside, other=0.0)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    weight = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, VALUE], tl.float32)
+    peak, weight, acc = no_tiles(BLOCK_M, VALUE)
     first = context - q_len + at
     seen_by_all = tl.maximum(first + 1, 0) // BLOCK_N * BLOCK_N
     stop = tl.minimum(context, first + BLOCK_M)
@@ -152,12 +151,7 @@ def _prefill_kernel(
             s = tl.dot(q_rope, tl.trans(k_rope), s) * scale_log2
             if diagonal:
                 s = tl.where(j[None, :] <= position[:, None], s, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(s, 1))
-            alpha = tl.exp2(peak - new_peak)
-            p = tl.exp2(s - new_peak[:, None])
-            weight = weight * alpha + tl.sum(p, 1)
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
-            peak = new_peak
+            peak, weight, acc = add_tile(peak, weight, acc, s, v)
     out = out_ptr + ((q_start + query).to(tl.int64) * HEADS + head)[:, None] * VALUE + value[None, :]
     weight = tl.where(weight > 0, weight, 1.0)
     tl.store(out, (acc / weight[:, None]).to(out_ptr.dtype.element_ty), mask=inside)

@@ -175,9 +175,7 @@ def _times(weight, kept, enough):
 
 
 @triton.jit
-def _store_kept(
-    sums_row, ties_row, logits_row, vocab, floor, allowed, peak, temperature, least, BLOCK: tl.constexpr
-):
+def _store_kept(sums_row, ties_row, logits_row, vocab, floor, allowed, peak, temperature, least, BLOCK: tl.constexpr):
     """The blocks' sums of the weights that are kept, and how many in the blocks before have just the weight `floor`."""
     tied = tl.zeros([], tl.int32)
     for start in range(0, vocab, BLOCK):

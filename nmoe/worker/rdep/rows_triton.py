@@ -162,9 +162,7 @@ def dispatch_kernel(
             ids_ptr, weights_ptr, bases_ptr, token, slot, counts_at, routes_at, RANKS, EXPERTS, K, BLOCK_K
         )
         if QUANTISED:
-            _push_quantised(
-                x_ptr, bases_ptr, counts_N, token, slot, x_stride, hidden_at, scales_at, RANKS, D, BLOCK_D
-            )
+            _push_quantised(x_ptr, bases_ptr, counts_N, token, slot, x_stride, hidden_at, scales_at, RANKS, D, BLOCK_D)
         else:
             _push_row(x_ptr, bases_ptr, counts_N, token, slot, x_stride, hidden_at, RANKS, D, BLOCK_D)
     raise_flags(state_ptr, bases_ptr, rank, tokens, tl.num_programs(0), channel, _PUSHED, _DISPATCH, RANKS)
