@@ -15,6 +15,7 @@ from nmoe.worker.kernels.experts import Arrived
 from nmoe.worker.kernels.experts_triton import launched_tiles, sort_pairs
 from nmoe.worker.kernels.fp8 import BLOCK, BlockFP8
 from nmoe.worker.kernels.fp8_triton import quantise
+from nmoe.worker.kernels.products_triton import by_rows, empty_tile, scaled_product
 
 
 @triton.jit(do_not_specialize=["block_stride", "num_rows"])
@@ -58,12 +59,8 @@ def _gate_up_kernel(
         x_row = x_ptr + token[:, None] * D + tl.arange(0, 128)[None, :]
         gate_block = tl.load(tile_expert_ptr + tile) * (2 * PER_TILE) + block
         gate_scales = w_scales_ptr + gate_block * C
-        if TRANSPOSED:
-            gate = tl.zeros([128, ROWS], tl.float32)
-            up = tl.zeros([128, ROWS], tl.float32)
-        else:
-            gate = tl.zeros([ROWS, 128], tl.float32)
-            up = tl.zeros([ROWS, 128], tl.float32)
+        gate = empty_tile(ROWS, 128, TRANSPOSED)
+        up = empty_tile(ROWS, 128, TRANSPOSED)
         for c in tl.range(0, C, num_stages=STAGES):
             x = tl.load(x_row + c * 128, mask=exists[:, None], other=0.0)
             x_scale = tl.load(x_scale_ptr + c * block_stride, mask=exists, other=0.0)
@@ -71,15 +68,10 @@ def _gate_up_kernel(
             w_up = w_desc.load([(gate_block + PER_TILE) * 128, c * 128])
             gate_scale = x_scale * tl.load(gate_scales + c)
             up_scale = x_scale * tl.load(gate_scales + PER_TILE * C + c)
-            if TRANSPOSED:
-                gate += tl.dot(w_gate, tl.trans(x)) * gate_scale[None, :]
-                up += tl.dot(w_up, tl.trans(x)) * up_scale[None, :]
-            else:
-                gate += tl.dot(x, tl.trans(w_gate)) * gate_scale[:, None]
-                up += tl.dot(x, tl.trans(w_up)) * up_scale[:, None]
+            gate += scaled_product(x, w_gate, gate_scale, TRANSPOSED)
+            up += scaled_product(x, w_up, up_scale, TRANSPOSED)
         hidden = gate / (1.0 + tl.exp(-gate)) * up
-        if TRANSPOSED:
-            hidden = tl.trans(hidden)
+        hidden = by_rows(hidden, TRANSPOSED)
         scale = tl.maximum(tl.max(tl.abs(hidden), 1), 1e-12) / 448.0
         out = out_ptr + row.to(tl.int64)[:, None] * F + block * 128 + tl.arange(0, 128)[None, :]
         tl.store(out, (hidden / scale[:, None]).to(tl.float8e4nv))
@@ -116,20 +108,13 @@ def _down_kernel(
         pair = tl.load(sorted_ptr + row)
         exists = pair >= 0
         w_block = tl.load(tile_expert_ptr + tile) * PER_TILE + block
-        if TRANSPOSED:
-            acc = tl.zeros([128, ROWS], tl.float32)
-        else:
-            acc = tl.zeros([ROWS, 128], tl.float32)
+        acc = empty_tile(ROWS, 128, TRANSPOSED)
         for c in tl.range(0, C, num_stages=STAGES):
             hidden = hidden_desc.load([tile * ROWS, c * 128])
             w_down = w_desc.load([w_block * 128, c * 128])
             scale = tl.load(hidden_scales_ptr + c * num_rows + row) * tl.load(w_scales_ptr + w_block * C + c)
-            if TRANSPOSED:
-                acc += tl.dot(w_down, tl.trans(hidden)) * scale[None, :]
-            else:
-                acc += tl.dot(hidden, tl.trans(w_down)) * scale[:, None]
-        if TRANSPOSED:
-            acc = tl.trans(acc)
+            acc += scaled_product(hidden, w_down, scale, TRANSPOSED)
+        acc = by_rows(acc, TRANSPOSED)
         acc *= tl.load(weights_ptr + pair, mask=exists, other=0.0)[:, None]
         out = out_ptr + pair.to(tl.int64)[:, None] * D + block * 128 + tl.arange(0, 128)[None, :]
         tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=exists[:, None])

@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.experts import Arrived
+from nmoe.worker.kernels.products_triton import add_product, by_rows, empty_tile
 
 _SORT_BLOCK = 1024
 
@@ -142,25 +143,16 @@ def _gate_up_kernel(
             token = tl.load(slots_ptr + token, mask=exists, other=0)
         x_row = x_ptr + token.to(tl.int64)[:, None] * D + tl.arange(0, DEPTH)[None, :]
         gate_at = tl.load(tile_expert_ptr + tile) * (2 * F) + column
-        if TRANSPOSED:
-            gate = tl.zeros([COLUMNS, ROWS], tl.float32)
-            up = tl.zeros([COLUMNS, ROWS], tl.float32)
-        else:
-            gate = tl.zeros([ROWS, COLUMNS], tl.float32)
-            up = tl.zeros([ROWS, COLUMNS], tl.float32)
+        gate = empty_tile(ROWS, COLUMNS, TRANSPOSED)
+        up = empty_tile(ROWS, COLUMNS, TRANSPOSED)
         for k in tl.range(0, D, DEPTH, num_stages=STAGES):
             x = tl.load(x_row + k, mask=exists[:, None], other=0.0)
             w_gate = weight_desc.load([gate_at, k])
             w_up = weight_desc.load([gate_at + F, k])
-            if TRANSPOSED:
-                gate = tl.dot(w_gate, tl.trans(x), gate)
-                up = tl.dot(w_up, tl.trans(x), up)
-            else:
-                gate = tl.dot(x, tl.trans(w_gate), gate)
-                up = tl.dot(x, tl.trans(w_up), up)
+            gate = add_product(gate, x, w_gate, TRANSPOSED)
+            up = add_product(up, x, w_up, TRANSPOSED)
         hidden = (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty)
-        if TRANSPOSED:
-            hidden = tl.trans(hidden)
+        hidden = by_rows(hidden, TRANSPOSED)
         tl.store(out_ptr + row.to(tl.int64)[:, None] * F + column + tl.arange(0, COLUMNS)[None, :], hidden)
 
 
@@ -191,17 +183,11 @@ def _down_kernel(
         pair = tl.load(sorted_ptr + tile * ROWS + tl.arange(0, ROWS))
         exists = pair >= 0
         weight_at = tl.load(tile_expert_ptr + tile) * D + column
-        if TRANSPOSED:
-            acc = tl.zeros([COLUMNS, ROWS], tl.float32)
-        else:
-            acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+        acc = empty_tile(ROWS, COLUMNS, TRANSPOSED)
         for k in tl.range(0, F, DEPTH, num_stages=STAGES):
             hidden = hidden_desc.load([tile * ROWS, k])
             w_down = weight_desc.load([weight_at, k])
-            if TRANSPOSED:
-                acc = tl.dot(w_down, tl.trans(hidden), acc)
-            else:
-                acc = tl.dot(hidden, tl.trans(w_down), acc)
+            acc = add_product(acc, hidden, w_down, TRANSPOSED)
         factor = tl.load(weights_ptr + pair, mask=exists, other=0.0)
         if TRANSPOSED:
             value = tl.trans((acc * factor[None, :]).to(out_ptr.dtype.element_ty))

@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.fp8 import BLOCK, BlockFP8
+from nmoe.worker.kernels.products_triton import by_rows, empty_tile, scaled_product
 
 _GROUPS = 16  # of 128 columns, per program of the quantisation
 
@@ -56,21 +57,14 @@ def _linear_kernel(
     token = row + tl.arange(0, ROWS)
     output = column + tl.arange(0, COLUMNS)
     split = tl.program_id(2)
-    if TRANSPOSED:
-        acc = tl.zeros([COLUMNS, ROWS], tl.float32)
-    else:
-        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    acc = empty_tile(ROWS, COLUMNS, TRANSPOSED)
     for c in tl.range(split * PER_SPLIT, tl.minimum(split * PER_SPLIT + PER_SPLIT, C), num_stages=STAGES):
         x = x_desc.load([row, c * 128])
         w = w_desc.load([column, c * 128])
         scale = tl.load(x_scales_ptr + c * tokens + token, mask=token < tokens, other=0.0)
         scale *= tl.load(w_scales_ptr + column // 128 * C + c)
-        if TRANSPOSED:
-            acc += tl.dot(w, tl.trans(x)) * scale[None, :]
-        else:
-            acc += tl.dot(x, tl.trans(w)) * scale[:, None]
-    if TRANSPOSED:
-        acc = tl.trans(acc)
+        acc += scaled_product(x, w, scale, TRANSPOSED)
+    acc = by_rows(acc, TRANSPOSED)
     out = out_ptr + (split.to(tl.int64) * tokens + token)[:, None] * O + output[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(token < tokens)[:, None] & (output < O)[None, :])
 

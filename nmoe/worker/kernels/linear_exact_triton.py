@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nmoe.worker.kernels.early import early
+from nmoe.worker.kernels.products_triton import add_product, by_rows, empty_tile
 
 
 class _Tile(NamedTuple):
@@ -76,22 +77,15 @@ def _linear_kernel(
     exists = (token < tokens)[:, None]
     lane = tl.arange(0, DEPTH)
     x_at = x_ptr + token.to(tl.int64)[:, None] * X_STRIDE + lane[None, :]
-    if TRANSPOSED:
-        acc = tl.zeros([COLUMNS, ROWS], tl.float32)
-    else:
-        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    acc = empty_tile(ROWS, COLUMNS, TRANSPOSED)
     for k in tl.range(0, I, DEPTH, num_stages=STAGES):
         if I % DEPTH == 0:
             x = tl.load(x_at + k, mask=exists, other=0.0)
         else:
             x = tl.load(x_at + k, mask=exists & (k + lane < I)[None, :], other=0.0)
         w = w_desc.load([column, k])
-        if TRANSPOSED:
-            acc = tl.dot(w, tl.trans(x), acc)
-        else:
-            acc = tl.dot(x, tl.trans(w), acc)
-    if TRANSPOSED:
-        acc = tl.trans(acc)
+        acc = add_product(acc, x, w, TRANSPOSED)
+    acc = by_rows(acc, TRANSPOSED)
     out = out_ptr + token.to(tl.int64)[:, None] * O + output[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=exists & (output < O)[None, :])
 

@@ -1,0 +1,30 @@
+"""A tile of x @ w^T on the matrix unit, plain or transposed: w @ x^T puts the weights on its wide side, which few rows
+would not fill. What is added up is [ROWS, COLUMNS] or, transposed, [COLUMNS, ROWS]: rows of x, columns of the result.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def empty_tile(ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Zeros, float32."""
+    return tl.zeros([COLUMNS, ROWS], tl.float32) if TRANSPOSED else tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
+def add_product(tile, x, w, TRANSPOSED: tl.constexpr):
+    """The tile plus x [ROWS, DEPTH] times w [COLUMNS, DEPTH]."""
+    return tl.dot(w, tl.trans(x), tile) if TRANSPOSED else tl.dot(x, tl.trans(w), tile)
+
+
+@triton.jit
+def scaled_product(x, w, scales, TRANSPOSED: tl.constexpr):
+    """x [ROWS, DEPTH] times w [COLUMNS, DEPTH] times the rows' scales, float32 [ROWS]: to be added to a tile."""
+    return tl.dot(w, tl.trans(x)) * scales[None, :] if TRANSPOSED else tl.dot(x, tl.trans(w)) * scales[:, None]
+
+
+@triton.jit
+def by_rows(tile, TRANSPOSED: tl.constexpr):
+    """The tile as [ROWS, COLUMNS]."""
+    return tl.trans(tile) if TRANSPOSED else tile
