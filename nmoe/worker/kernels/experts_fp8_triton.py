@@ -14,7 +14,7 @@ from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.experts import Arrived
 from nmoe.worker.kernels.experts_triton import launched_tiles, sort_pairs
 from nmoe.worker.kernels.fp8 import BLOCK, BlockFP8
-from nmoe.worker.kernels.fp8_triton import quantise
+from nmoe.worker.kernels.fp8_triton import quantise, scales_of
 from nmoe.worker.kernels.products_triton import by_rows, empty_tile, scaled_product
 
 
@@ -70,9 +70,8 @@ def _gate_up_kernel(
             up_scale = x_scale * tl.load(gate_scales + PER_TILE * C + c)
             gate += scaled_product(x, w_gate, gate_scale, TRANSPOSED)
             up += scaled_product(x, w_up, up_scale, TRANSPOSED)
-        hidden = gate / (1.0 + tl.exp(-gate)) * up
-        hidden = by_rows(hidden, TRANSPOSED)
-        scale = tl.maximum(tl.max(tl.abs(hidden), 1), 1e-12) / 448.0
+        hidden = by_rows(gate / (1.0 + tl.exp(-gate)) * up, TRANSPOSED)
+        scale = scales_of(hidden)
         out = out_ptr + row.to(tl.int64)[:, None] * F + block * 128 + tl.arange(0, 128)[None, :]
         tl.store(out, (hidden / scale[:, None]).to(tl.float8e4nv))
         tl.store(out_scales_ptr + block * num_rows + row, scale)

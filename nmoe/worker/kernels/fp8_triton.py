@@ -20,6 +20,12 @@ from nmoe.worker.kernels.products_triton import by_rows, empty_tile, scaled_prod
 _GROUPS = 16  # of 128 columns, per program of the quantisation
 
 
+@triton.jit
+def scales_of(x):
+    """What blocks, float32 [N, 128], are divided by to become FP8, float32 [N]; as in fp8.py's `quantise_rows`."""
+    return tl.maximum(tl.max(tl.abs(x), 1), 1e-12) / 448.0
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _quantise_kernel(x_ptr, out_ptr, scales_ptr, x_stride, tokens, C: tl.constexpr, GROUPS: tl.constexpr):
     tl.extra.cuda.gdc_wait()
@@ -29,7 +35,7 @@ def _quantise_kernel(x_ptr, out_ptr, scales_ptr, x_stride, tokens, C: tl.constex
     inside = group < C
     lane = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     x = tl.load(x_ptr + token * x_stride + lane, mask=inside[:, None], other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), 1), 1e-12) / 448.0
+    scale = scales_of(x)
     tl.store(out_ptr + token * (C * 128) + lane, (x / scale[:, None]).to(tl.float8e4nv), mask=inside[:, None])
     tl.store(scales_ptr + group.to(tl.int64) * tokens + token, scale, mask=inside)
 

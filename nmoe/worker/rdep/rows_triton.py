@@ -2,7 +2,7 @@
 
 Every kernel works on addresses: a rank's own slab is ordinary memory to it, and the others' are mapped. What is pushed
 is stored straight into the owner's slab; nothing is ever read from another GPU. Rows are bfloat16, or FP8 with a scale
-per 128 columns, quantised as `fp8_triton.quantise` does it; sums are bfloat16.
+per 128 columns, as `fp8_triton.scales_of` finds it; sums are bfloat16.
 
 Shape suffixes: N ranks, T tokens of this rank, C slots per rank, K experts per token, D hidden, E experts of a rank,
 G groups of 128 columns, S rows that arrived, L lanes.
@@ -11,10 +11,12 @@ G groups of 128 columns, S rows that arrived, L lanes.
 import triton
 import triton.language as tl
 
+from nmoe.slab import LINE
+from nmoe.worker.kernels.fp8_triton import scales_of
 from nmoe.worker.rdep import signals_triton
 from nmoe.worker.rdep.signals_triton import raise_flags, wait
 
-_LINE = tl.constexpr(64)
+_LINE = tl.constexpr(LINE)
 _PUSHED = tl.constexpr(signals_triton.PUSHED)
 _RETURNED = tl.constexpr(signals_triton.RETURNED)
 _DISPATCH = tl.constexpr(0)
@@ -113,7 +115,7 @@ def _push_quantised(
     lane_GL = group_G[:, None] * 128 + tl.arange(0, 128)[None, :]
     row_ptr = x_ptr + token.to(tl.int64) * x_stride
     x_GL = tl.load(row_ptr + lane_GL, mask=inside_G[:, None], other=0.0).to(tl.float32)
-    scales_G = tl.maximum(tl.max(tl.abs(x_GL), 1), 1e-12) / 448.0
+    scales_G = scales_of(x_GL)
     values_GL = (x_GL / scales_G[:, None]).to(tl.float8e4nv)
     for peer in tl.static_range(RANKS):
         if _is_wanted(counts_N, peer, RANKS):

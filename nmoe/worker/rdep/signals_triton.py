@@ -13,7 +13,7 @@ stored by the first warp alone, so it is the first that gives up for all: when i
 import triton
 import triton.language as tl
 
-from nmoe.slab import COUNT_BITS, POISON_BITS
+from nmoe.slab import COUNT_BITS, LINE, POISON_BITS
 
 # int64 words of a rank's device state; the epochs of the channels come first
 EPOCHS = 0
@@ -23,7 +23,7 @@ GAVE_UP = 4  # the life in which nothing is waited for any more
 BOUND_NS = 5
 STATE_WORDS = 6
 
-_LINE = tl.constexpr(64)
+_LINE = tl.constexpr(LINE)
 _COUNT_BITS = tl.constexpr(COUNT_BITS)
 _POISON_BITS = tl.constexpr(POISON_BITS)
 _GAVE_UP = tl.constexpr(GAVE_UP)
