@@ -71,6 +71,14 @@ class BetweenGPUs:
         self._ids_SK = torch.zeros(slots, layout.top_k, dtype=torch.int32, device=slab.device)
         self._weights_SK = torch.zeros(slots, layout.top_k, dtype=torch.float32, device=slab.device)
         self._num_rows = torch.zeros(1, dtype=torch.int32, device=slab.device)
+        # What the kernels that take a row per program are compiled for.
+        self._row_sizes = {
+            "RANKS": layout.world_size,
+            "D": self._hidden,
+            "K": layout.top_k,
+            "BLOCK_D": triton.next_power_of_2(self._hidden),
+        }
+        self._choice_sizes = {"EXPERTS": layout.num_experts, "BLOCK_K": triton.next_power_of_2(layout.top_k)}
         self._tile_rows = max(1, _TILE_BYTES // (layout.top_k * layout.row_bytes) // 1024) * 1024
         self._pushed = [self._pushed_rows(channel) for channel in range(NUM_CHANNELS)]
         self._life = 0
@@ -163,12 +171,8 @@ class BetweenGPUs:
             at.routes,
             at.hidden,
             at.scales,
-            RANKS=layout.world_size,
-            EXPERTS=layout.num_experts,
-            D=self._hidden,
-            K=layout.top_k,
-            BLOCK_K=triton.next_power_of_2(layout.top_k),
-            BLOCK_D=triton.next_power_of_2(self._hidden),
+            **self._row_sizes,
+            **self._choice_sizes,
             QUANTISED=layout.quantised,
             num_warps=_WARPS,
             launch_pdl=early(tokens),
@@ -223,10 +227,7 @@ class BetweenGPUs:
                 int(tile.stop == slots),
                 at.counts,
                 at.returned,
-                RANKS=layout.world_size,
-                D=self._hidden,
-                K=layout.top_k,
-                BLOCK_D=triton.next_power_of_2(self._hidden),
+                **self._row_sizes,
                 num_warps=_WARPS,
                 launch_pdl=early(self._most),
             )
@@ -253,12 +254,8 @@ class BetweenGPUs:
                 slab,
                 at.max_tokens,
                 at.returned,
-                RANKS=layout.world_size,
-                EXPERTS=layout.num_experts,
-                D=self._hidden,
-                K=layout.top_k,
-                BLOCK_K=triton.next_power_of_2(layout.top_k),
-                BLOCK_D=triton.next_power_of_2(self._hidden),
+                **self._row_sizes,
+                **self._choice_sizes,
                 num_warps=_WARPS,
                 launch_pdl=early(tokens),
             )
