@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 ONE = 2.0**40  # the weight of a row's likeliest token
-_ID_BITS = 20  # a sort key is a weight above a token id; 41 + 20 bits fit in an int64
+_ID_BITS = 20  # a sort key is a weight, or another number, above a token id; 41 + 20 bits fit in an int64
 NO_TOKEN = -1
 COLDEST = 1e-6  # below this a draw is greedy in all but name; keeps 1 / temperature finite in float32
 
@@ -150,7 +150,7 @@ def _draw_filtered(
     weights_FV: torch.Tensor, plan: Plan, uniforms_F1: torch.Tensor, logprobs_F: torch.Tensor | None
 ) -> torch.Tensor:
     """The drawn tokens of the rows with top-k or top-p, int64 [F]."""
-    weights_FK, ids_FK = _candidates(weights_FV, plan.num_candidates)
+    weights_FK, ids_FK = largest(weights_FV, plan.num_candidates)
     rank_K = torch.arange(plan.num_candidates, device=weights_FV.device)
     weights_FK = weights_FK.masked_fill_(rank_K >= plan.top_k_F1, 0)
     sums_FK = weights_FK.cumsum(-1)
@@ -161,16 +161,17 @@ def _draw_filtered(
     return _pick(weights_FV.zero_().scatter_(1, ids_FK, weights_FK), uniforms_F1, logprobs_F)[:, 0]
 
 
-def _candidates(weights_FV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` largest weights of each row, descending, and their token ids; equal weights in the order of the ids.
+def largest(values_NV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` largest of each row, descending, and their token ids, int64 [N, K]; equal ones in the order of the
+    ids. `values_NV` int64, of 44 bits with their sign.
 
     One int64 key holds both, so keys are distinct and any selection algorithm gives the same list.
     """
     last = (1 << _ID_BITS) - 1
-    ids_V = torch.arange(weights_FV.shape[1], device=weights_FV.device)
-    keys_FV = (weights_FV << _ID_BITS).add_(last - ids_V)
-    keys_FK = keys_FV.topk(count).values
-    return keys_FK >> _ID_BITS, last - (keys_FK & last)
+    ids_V = torch.arange(values_NV.shape[1], device=values_NV.device)
+    keys_NV = (values_NV << _ID_BITS).add_(last - ids_V)
+    keys_NK = keys_NV.topk(count).values
+    return keys_NK >> _ID_BITS, last - (keys_NK & last)
 
 
 def _pick(weights_NV: torch.Tensor, uniforms_N1: torch.Tensor, logprobs_N: torch.Tensor | None) -> torch.Tensor:

@@ -9,25 +9,21 @@ No record depends on another one: each row is summed on its own.
 import numpy as np
 import torch
 
+from nmoe.worker.sampler import largest
+
 HEAD = 3  # log-probability, that of the draw, rank
-_ID_BITS = 20  # as in the sampler: an order-preserving integer of the logit above a token id
 _TILE = 1 << 24  # keys that are made at once
 
 
 def likeliest(logits_SV: torch.Tensor, rows_N: torch.Tensor, count: int) -> torch.Tensor:
-    """The ids of the `count` largest logits of each of these rows, int64 [N, K]; of equal ones the lower id first.
-
-    One int64 key holds a logit and its id, so keys are distinct and any selection algorithm gives the same list.
-    """
-    last = (1 << _ID_BITS) - 1
-    ids_V = last - torch.arange(logits_SV.shape[1], device=logits_SV.device)
+    """The ids of the `count` largest logits of each of these rows, int64 [N, K]; of equal ones the lower id first."""
     ids_NK = torch.empty(len(rows_N), count, dtype=torch.int64, device=logits_SV.device)
-    size = max(1, _TILE // len(ids_V))
+    size = max(1, _TILE // logits_SV.shape[1])
     for begin in range(0, len(rows_N), size):
         rows, out = rows_N[begin : begin + size], ids_NK[begin : begin + size]
         bits = (logits_SV[rows].float() + 0.0).view(torch.int32)  # 0.0: minus zero is zero
         ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-        out.copy_(last - ((ordered << _ID_BITS).add_(ids_V).topk(count).values & last))
+        out.copy_(largest(ordered, count)[1])
     return ids_NK
 
 
