@@ -13,6 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from nmoe.worker.kernels.mla_tiles_triton import block_of_rows
 from nmoe.worker.kernels.mla_warps_gluon import (
     ROWS,
     TILE,
@@ -179,13 +180,12 @@ def attend_parts(
     page_size: int,
     scale: float,
     parts: int,
-    block_r: int,
     partial: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
     """The attended latents of each piece of a row in a part, float32 in `partial` [R + parts, H, L], and the logarithms
-    to the base 2 of its weights' sums in `lse` [R + parts, H]. H is a multiple of 64; `block_r` is at least R. Every
-    row has a context of at least one position: the warps would wait for ever for a tile of none."""
+    to the base 2 of its weights' sums in `lse` [R + parts, H]. H is a multiple of 64. Every row has a context of at
+    least one position: the warps would wait for ever for a tile of none."""
     heads, rows, latent = q_latent_HRL.shape
     rope, quarter = rows_KC.shape[1] - latent, latent // 4
     _decode_kernel[(parts, heads // ROWS)](
@@ -204,7 +204,7 @@ def attend_parts(
         Q_STRIDE=q_RHQ.stride(0),
         NOPE=q_RHQ.shape[2] - rope,
         HEADS=heads,
-        BLOCK_R=block_r,
+        BLOCK_R=block_of_rows(rows),
         PAGE=page_size,
         STAGES=stages_of(rows_KC.shape[1]),
         num_warps=4,

@@ -19,13 +19,21 @@ import triton.language as tl
 
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.mla_decode_gluon import attend_parts
-from nmoe.worker.kernels.mla_tiles_triton import add_tile, cache_row, load_ropes, no_tiles, row_of
+from nmoe.worker.kernels.mla_tiles_triton import (
+    add_tile,
+    block_of_rows,
+    cache_row,
+    contexts_of,
+    load_ropes,
+    no_tiles,
+    row_of,
+    store_plan,
+)
 from nmoe.worker.kernels.mla_warps_gluon import ROWS
 
 _TILE = 32  # positions that a program holds at a time; two programs share a multiprocessor
 _STAGES = 5
 _FEW_HEADS = 16
-_PLAN_ROWS = 256  # the smallest block for per-row vectors: one compiled kernel for all usual batches
 
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["positions_ptr"])
@@ -33,12 +41,8 @@ def _contexts_kernel(positions_ptr, contexts_ptr, prefix_ptr, num_rows, PAGE: tl
     """contexts = positions + 1; prefix[r] = pages of all rows before r."""
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
-    row = tl.arange(0, BLOCK)
-    inside = row < num_rows
-    context = tl.load(positions_ptr + row, mask=inside, other=-1).to(tl.int32) + 1
-    tl.store(contexts_ptr + row, context, mask=inside)
-    tl.store(prefix_ptr + 1 + row, tl.cumsum((context + PAGE - 1) // PAGE, 0), mask=inside)
-    tl.store(prefix_ptr + row, 0, mask=row == 0)
+    context = contexts_of(positions_ptr, num_rows, BLOCK)
+    store_plan(contexts_ptr, prefix_ptr, context, PAGE, num_rows, BLOCK)
 
 
 @triton.jit(do_not_specialize=["num_rows", "max_pages"], do_not_specialize_on_alignment=["pages_ptr"])
@@ -138,7 +142,7 @@ def page_prefix(positions_R: torch.Tensor, page_size: int) -> tuple[torch.Tensor
     rows = len(positions_R)
     contexts_R = positions_R.new_empty(rows, dtype=torch.int32)
     prefix = positions_R.new_empty(rows + 1, dtype=torch.int32)
-    block = max(_PLAN_ROWS, triton.next_power_of_2(rows))
+    block = block_of_rows(rows)
     _contexts_kernel[(1,)](positions_R, contexts_R, prefix, rows, PAGE=page_size, BLOCK=block, launch_pdl=early(rows))
     return contexts_R, prefix
 
@@ -165,8 +169,7 @@ def absorbed_decode(
     partial = torch.empty(rows + parts, heads, latent, dtype=torch.float32, device=rows_KC.device)
     lse = torch.empty(rows + parts, heads, dtype=torch.float32, device=rows_KC.device)
     attend = _attend_parts if few else attend_parts
-    block_r = max(_PLAN_ROWS, triton.next_power_of_2(rows))
-    attend(q_latent_HRL, q_RHQ, rows_KC, pages_RB, contexts_R, prefix, page_size, scale, parts, block_r, partial, lse)
+    attend(q_latent_HRL, q_RHQ, rows_KC, pages_RB, contexts_R, prefix, page_size, scale, parts, partial, lse)
     out_HRL = torch.empty_like(q_latent_HRL)
     _combine_kernel[(rows, heads)](
         partial, lse, prefix, out_HRL, rows, parts, HEADS=heads, LATENT=latent, launch_pdl=early(rows)
@@ -184,7 +187,6 @@ def _attend_parts(
     page_size: int,
     scale: float,
     parts: int,
-    block_r: int,
     partial: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
@@ -204,7 +206,7 @@ def _attend_parts(
         pages_RB.stride(0),
         scale * math.log2(math.e),
         Q_STRIDE=q_RHQ.stride(0),
-        BLOCK_R=block_r,
+        BLOCK_R=block_of_rows(rows),
         HEADS=heads,
         NOPE=q_RHQ.shape[2] - rope,
         ROPE=rope,

@@ -20,12 +20,11 @@ import triton.language as tl
 
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.mla_decode_triton import multiprocessors
-from nmoe.worker.kernels.mla_tiles_triton import cache_row, load_ropes, row_of
+from nmoe.worker.kernels.mla_tiles_triton import block_of_rows, cache_row, contexts_of, load_ropes, row_of, store_plan
 from nmoe.worker.kernels.mla_warps_gluon import ROWS, TILE
 
 SPAN, MOST_SPANS = 512, 16  # spans are twice as long, and twice again, where a context would have more of them
 _SPAN, _MOST_SPANS = tl.constexpr(SPAN), tl.constexpr(MOST_SPANS)
-_PLAN_ROWS = 256  # the smallest block for per-row vectors
 
 
 @triton.jit
@@ -84,13 +83,8 @@ def _plan_kernel(positions_ptr, contexts_ptr, prefix_ptr, num_rows, BLOCK: tl.co
     """contexts = positions + 1; prefix[r] = spans of all rows before r."""
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
-    row = tl.arange(0, BLOCK)
-    inside = row < num_rows
-    context = tl.load(positions_ptr + row, mask=inside, other=-1).to(tl.int32) + 1
-    span = span_length(context)
-    tl.store(contexts_ptr + row, context, mask=inside)
-    tl.store(prefix_ptr + 1 + row, tl.cumsum((context + span - 1) // span, 0), mask=inside)
-    tl.store(prefix_ptr + row, 0, mask=row == 0)
+    context = contexts_of(positions_ptr, num_rows, BLOCK)
+    store_plan(contexts_ptr, prefix_ptr, context, span_length(context), num_rows, BLOCK)
 
 
 @triton.jit(do_not_specialize=["num_rows", "max_pages"], do_not_specialize_on_alignment=["pages_ptr"])
@@ -193,7 +187,7 @@ def span_prefix(positions_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows = len(positions_R)
     contexts_R = positions_R.new_empty(rows, dtype=torch.int32)
     prefix = positions_R.new_empty(rows + 1, dtype=torch.int32)
-    block = max(_PLAN_ROWS, triton.next_power_of_2(rows))
+    block = block_of_rows(rows)
     _plan_kernel[(1,)](positions_R, contexts_R, prefix, rows, BLOCK=block, launch_pdl=early(rows))
     return contexts_R, prefix
 
@@ -232,7 +226,7 @@ def exact_decode(
         pages_RB.stride(0),
         scale * math.log2(math.e),
         Q_STRIDE=q_RHQ.stride(0),
-        BLOCK_R=max(_PLAN_ROWS, triton.next_power_of_2(rows)),
+        BLOCK_R=block_of_rows(rows),
         HEADS=heads,
         BLOCK_H=form.heads,
         NOPE=q_RHQ.shape[2] - rope,

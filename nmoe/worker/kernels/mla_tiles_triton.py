@@ -1,5 +1,5 @@
 """What the Triton kernels of latent attention have in common: which rows a program reads, of queries and of the cache,
-and how a tile of positions is added to those before it.
+how decode rows are laid end to end, and how a tile of positions is added to those before it.
 
 Shape suffixes: R rows, H heads, M queries times heads, T positions of a tile, L latent, P rope dimensions, V values.
 """
@@ -7,11 +7,35 @@ Shape suffixes: R rows, H heads, M queries times heads, T positions of a tile, L
 import triton
 import triton.language as tl
 
+_ROWS = 256  # the smallest block for vectors of all rows: one compiled kernel for all usual batches
+
+
+def block_of_rows(rows: int) -> int:
+    """`BLOCK_R` of a launch for so many rows, at least R."""
+    return max(_ROWS, 1 << (rows - 1).bit_length())
+
+
+@triton.jit
+def contexts_of(positions_ptr, num_rows, BLOCK_R: tl.constexpr):
+    """The rows' contexts, int32 [BLOCK_R], by their last positions; 0 of rows that do not exist."""
+    row = tl.arange(0, BLOCK_R)
+    return tl.load(positions_ptr + row, mask=row < num_rows, other=-1).to(tl.int32) + 1
+
+
+@triton.jit
+def store_plan(contexts_ptr, prefix_ptr, context, length, num_rows, BLOCK_R: tl.constexpr):
+    """The rows' contexts, and prefix[r], how many items the rows before r have. `length`: how many positions an item
+    has, in all rows or in each, [BLOCK_R]."""
+    row = tl.arange(0, BLOCK_R)
+    inside = row < num_rows
+    tl.store(contexts_ptr + row, context, mask=inside)
+    tl.store(prefix_ptr + 1 + row, tl.cumsum((context + length - 1) // length, 0), mask=inside)
+    tl.store(prefix_ptr + row, 0, mask=row == 0)
+
 
 @triton.jit
 def row_of(prefix_ptr, item, num_rows, BLOCK_R: tl.constexpr):
-    """The row to which an item belongs, of all rows' laid end to end: prefix[r] is how many the rows before r have.
-    `BLOCK_R` is at least R."""
+    """The row to which an item belongs, of all rows' laid end to end; see `store_plan`."""
     index = tl.arange(0, BLOCK_R)
     ends = tl.load(prefix_ptr + 1 + index, mask=index < num_rows, other=2147483647)
     return tl.sum((ends <= item).to(tl.int32), 0)
