@@ -6,13 +6,12 @@ added in their order.
 Shape suffixes: T tokens, O outputs, I inputs, B and C blocks of O and of I.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nmoe.worker.kernels.device import multiprocessors
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.fp8 import BLOCK, BlockFP8
 from nmoe.worker.kernels.products_triton import by_rows, empty_tile, scaled_product
@@ -86,11 +85,6 @@ def _add_kernel(parts_ptr, out_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.conste
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=at < size)
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def quantise(x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See fp8.py's `quantise_rows`, but the scales are [C, T]: a tile of tokens finds its own side by side.
 
@@ -122,13 +116,13 @@ def _rows(tokens: int) -> int:
 def linear(x_TI: torch.Tensor, weight: BlockFP8) -> torch.Tensor:
     """x @ weight^T in x's dtype, [T, O]."""
     blocks, tiles = weight.scales.shape[1], _tiles(x_TI, weight, BLOCK)
-    most = max(1, 2 * _multiprocessors(x_TI.device) // max(1, tiles))
+    most = max(1, 2 * multiprocessors(x_TI.device) // max(1, tiles))
     return _product(x_TI, weight, BLOCK, max(4, triton.cdiv(blocks, most)))
 
 
 def linear_exact(x_TI: torch.Tensor, weight: BlockFP8) -> torch.Tensor:
     """The same, never split along the inputs: a row's bits depend on nothing else. See linear_exact_triton.py."""
-    narrow = _tiles(x_TI, weight, BLOCK) < _multiprocessors(x_TI.device)
+    narrow = _tiles(x_TI, weight, BLOCK) < multiprocessors(x_TI.device)
     return _product(x_TI, weight, BLOCK // 2 if narrow else BLOCK, weight.scales.shape[1])
 
 

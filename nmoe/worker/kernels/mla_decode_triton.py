@@ -10,13 +10,13 @@ piece advances the row, the part or both.
 Shape suffixes: R rows, H heads, L latent, P rope dimensions, C = L + P, K rows of the cache, B pages of a row (padded).
 """
 
-import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 
+from nmoe.worker.kernels.device import multiprocessors
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.mla_decode_gluon import attend_parts
 from nmoe.worker.kernels.mla_tiles_triton import (
@@ -130,11 +130,6 @@ def _combine_kernel(
         peak = new_peak
     out = out_ptr + (head * num_rows + row).to(tl.int64) * LATENT + latent
     tl.store(out, (acc / weight).to(out_ptr.dtype.element_ty))
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def page_prefix(positions_R: torch.Tensor, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from nmoe.worker.chunks import TILE as QUERY_TILE
 from nmoe.worker.chunks import Chunks
-from nmoe.worker.kernels.mla_decode_triton import multiprocessors
+from nmoe.worker.kernels.device import multiprocessors
 from nmoe.worker.kernels.mla_exact_triton import MOST_SPANS, SPAN, form_of
 from nmoe.worker.kernels.mla_warps_gluon import (
     ROWS,

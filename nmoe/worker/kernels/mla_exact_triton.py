@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nmoe.worker.kernels.device import multiprocessors
 from nmoe.worker.kernels.early import early
-from nmoe.worker.kernels.mla_decode_triton import multiprocessors
 from nmoe.worker.kernels.mla_tiles_triton import block_of_rows, cache_row, contexts_of, load_ropes, row_of, store_plan
 from nmoe.worker.kernels.mla_warps_gluon import ROWS, TILE
 

@@ -1,0 +1,11 @@
+"""What launches ask of the GPU they run on."""
+
+import functools
+
+import torch
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many there are: programs beyond what they hold at once wait for others to end."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
