@@ -25,6 +25,7 @@ from nmoe import envs, gpus
 from nmoe.checkpoint import Checkpoint, open_checkpoint, tokenizer_file
 from nmoe.config import Config
 from nmoe.errors import CheckpointError, LaunchError
+from nmoe.gpu_limits import refusals
 from nmoe.memory import CPU_CACHE_SHARE, free_ram, pages_that_fill
 from nmoe.slab import SlabLayout
 
@@ -232,6 +233,18 @@ def _gpus(facts: Facts) -> Row | None:
     return Row("GPUs", "ok", f"{found} for world_size = {needed} ({names})")
 
 
+def _kernels(facts: Facts) -> Row | None:
+    if facts.gpus is None or not facts.gpus.gpus or isinstance(facts.checkpoint, CheckpointError):
+        return None
+    checkpoint, page_size = facts.checkpoint, facts.config.engine.page_size
+    capabilities = sorted({gpu.capability for gpu in facts.gpus.gpus[: facts.config.parallel.world_size]})
+    found = [refusals(checkpoint.architecture, checkpoint.dtype, page_size, capability) for capability in capabilities]
+    if reasons := list(dict.fromkeys(reason for reasons in found for reason in reasons)):
+        remedy = "serve a model and on GPUs that they can run, or set [parallel] device = 'cpu'"
+        return Row("kernels", "fail", "; ".join(reasons), remedy)
+    return Row("kernels", "ok", "they can run this model on these GPUs")
+
+
 def _driver(facts: Facts) -> Row | None:
     if facts.gpus is None or facts.gpus.problem:
         return None
@@ -335,6 +348,7 @@ CHECKS: tuple[Check, ...] = (
     _memory,
     _capacity,
     _gpus,
+    _kernels,
     _driver,
     _peers,
     _allocator,

@@ -16,6 +16,7 @@ class Gpu(msgspec.Struct, frozen=True):
     name: str
     free: int
     total: int
+    capability: tuple[int, int]  # compute capability
 
 
 class Survey(msgspec.Struct, frozen=True):
@@ -61,7 +62,8 @@ def _handles(visible: str | None) -> list[object]:
 
 def _describe(handle: object) -> Gpu:
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    return Gpu(pynvml.nvmlDeviceGetName(handle), int(memory.free), int(memory.total))
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    return Gpu(pynvml.nvmlDeviceGetName(handle), int(memory.free), int(memory.total), (major, minor))
 
 
 def _unlinked(handles: list[object]) -> tuple[tuple[int, int], ...]:

@@ -27,7 +27,8 @@ CPU = Config(
     engine=Engine(num_pages=64, page_size=64, max_batch_size=1),
     server=Server(port=0, max_queue=16),
 )
-GPU = gpus.Gpu("H100", free=70 * GIB, total=80 * GIB)
+GPU = gpus.Gpu("H100", free=70 * GIB, total=80 * GIB, capability=(9, 0))
+BLACKWELL = msgspec.structs.replace(GPU, capability=(10, 0))
 EIGHT = gpus.Survey(driver="580.1", cuda=(13, 0), gpus=(GPU,) * 8)
 
 
@@ -61,9 +62,15 @@ def test_the_demo_passes_on_the_cpu():
 
 
 def test_a_node_of_gpus_passes(node):
-    rows = doctor.checks(node)
+    rows = doctor.checks(vary(node, model={"path": "configs/models/moonlight.json", "weights": "random"}))
     assert {row.status for row in rows} == {"ok"}
-    assert {"GPUs", "driver", "peer access", "allocator", "network interface", "kernel cache"} <= {r.name for r in rows}
+    names = {row.name for row in rows}
+    assert {"GPUs", "kernels", "driver", "peer access", "allocator", "network interface", "kernel cache"} <= names
+
+
+def test_a_model_that_the_kernels_cannot_run(node):
+    found = row(doctor.checks(node), "kernels")  # the demo is too small for them
+    assert found.status == "fail" and "num_attention_heads = 4: must be 16 or a multiple of 64" in found.detail
 
 
 def test_every_row_that_is_not_ok_has_a_remedy(node, monkeypatch):
@@ -184,6 +191,7 @@ def test_capacity_of_a_cache_that_fills_the_memory():
     [
         ({"problem": "Library Not Found"}, "GPUs", "Library Not Found", "install the NVIDIA driver"),
         ({"gpus": (GPU, GPU)}, "GPUs", "2 for world_size = 8 (H100)", "at most 2"),
+        ({"gpus": (GPU,) * 7 + (BLACKWELL,)}, "kernels", "compute capability 10.0: needs 9.0", "device = 'cpu'"),
         ({"cuda": (12, 8)}, "driver", "CUDA 12.8", "CUDA 13.0"),
         ({"unlinked": ((0, 5), (5, 0))}, "peer access", "2 pair(s): 0 -> 5, 5 -> 0", "nvidia-smi topo"),
     ],
@@ -356,6 +364,9 @@ class FakeNvml:
     def nvmlDeviceGetMemoryInfo(self, handle):
         return type("Memory", (), {"free": 10 + handle, "total": 20})
 
+    def nvmlDeviceGetCudaComputeCapability(self, handle):
+        return 9, handle
+
     def nvmlDeviceGetName(self, handle):
         return f"GPU {handle}"
 
@@ -374,7 +385,7 @@ def nvml(monkeypatch):
 def test_the_survey(nvml):
     found = gpus.survey(None, 2)
     assert (found.problem, found.driver, found.cuda) == ("", "580.1", (13, 1))
-    assert found.gpus == (gpus.Gpu("GPU 0", 10, 20), gpus.Gpu("GPU 1", 11, 20))
+    assert found.gpus == (gpus.Gpu("GPU 0", 10, 20, (9, 0)), gpus.Gpu("GPU 1", 11, 20, (9, 1)))
     assert found.unlinked == ((1, 0),)
 
 

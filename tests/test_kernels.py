@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmoe.errors import LaunchError
-from nmoe.worker.kernels import check_gpu
+from nmoe.gpu_limits import refusals
 from nmoe.worker.kernels.experts import grouped_mlp
 from nmoe.worker.kernels.norm import rms_norm
 from nmoe.worker.kernels.router import route
@@ -115,8 +114,7 @@ def test_the_norm_keeps_its_input_type_and_scales_to_one():
         ({"q_lora_rank": 100}, "q_lora_rank = 100: must be a multiple of 8"),
     ],
 )
-def test_what_the_gpu_kernels_cannot_run_is_refused(monkeypatch, change, problem):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+def test_what_the_gpu_kernels_cannot_run_is_refused(change, problem):
     fitting = {
         "hidden_size": 256,
         "num_heads": 16,
@@ -129,8 +127,7 @@ def test_what_the_gpu_kernels_cannot_run_is_refused(monkeypatch, change, problem
         "moe_intermediate_size": 128,
     }
     architecture = msgspec.structs.replace(BASE, **fitting | change)
-    if problem is None:
-        check_gpu(architecture, torch.bfloat16, 64, torch.device("cuda"))
-    else:
-        with pytest.raises(LaunchError, match=problem):
-            check_gpu(architecture, torch.bfloat16, 64, torch.device("cuda"))
+    reasons = refusals(architecture, "bfloat16", 64, (9, 0))
+    assert [reason.startswith(problem) for reason in reasons] == [True] if problem else reasons == []
+    others = refusals(architecture, "float32", 48, (10, 0))
+    assert len(others) == len(reasons) + 3 and others[3:] == reasons

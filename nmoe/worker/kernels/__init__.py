@@ -12,13 +12,11 @@ from typing import Any
 import torch
 
 from nmoe.architecture import Architecture
-from nmoe.errors import LaunchError
 from nmoe.profiles import Numerics
 from nmoe.worker.kernels.experts import Arrived
-from nmoe.worker.kernels.fp8 import BLOCK, BlockFP8, Weight
+from nmoe.worker.kernels.fp8 import BlockFP8, Weight
 
 _Tensor = torch.Tensor
-_HOPPER = (9, 0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -130,59 +128,3 @@ def _exact_triton() -> Ops:
 
 def _library_product(x_TI: _Tensor, weight_OI: _Tensor, out_TO: _Tensor) -> None:
     torch.mm(x_TI, weight_OI.t(), out=out_TO)
-
-
-def check_gpu(architecture: Architecture, dtype: torch.dtype, page_size: int, device: torch.device) -> None:
-    """Raises LaunchError, naming every reason, when the kernels cannot run this model on this GPU.
-
-    Blackwell (sm_100) lacks the matrix instructions that `mla_warps_gluon.py` is written in; it needs a form of that
-    module in its own (tcgen05, accumulators in tensor memory), to be chosen by capability in `absorbed_decode` and
-    `exact_prefill`, and tiles for its matrix unit in experts_triton.py's `_shape`. The other sources compile for it.
-    """
-    a, capability = architecture, torch.cuda.get_device_capability(device)
-    problems = []
-    if capability != _HOPPER:
-        problems.append(f"compute capability {capability[0]}.{capability[1]}: needs 9.0 (H100, H200)")
-    if dtype != torch.bfloat16:
-        problems.append(f"{dtype}: computes in bfloat16; set [model] dtype = 'bfloat16'")
-    if page_size % 32 or page_size & (page_size - 1):
-        problems.append(f"pages of {page_size} tokens: set [engine] page_size to 32, 64, 128 or 256")
-    for name, power, least, most in (
-        ("kv_lora_rank", a.kv_lora_rank, 128, 512),
-        ("qk_rope_head_dim", a.qk_rope_head_dim, 32, 64),
-        ("qk_nope_head_dim", a.qk_nope_head_dim, 32, 1024),
-        ("v_head_dim", a.v_head_dim, 32, 1024),
-    ):
-        if not least <= power <= most or power & (power - 1):
-            problems.append(f"{name} = {power}: must be a power of two from {least} to {most}")
-    for name, value, multiple in (
-        ("hidden_size", a.hidden_size, 128),
-        ("moe_intermediate_size", a.moe_intermediate_size, 64),
-        ("intermediate_size", a.intermediate_size, 8),  # rows of whole 16 bytes, which exact products load by
-        ("q_lora_rank", a.q_lora_rank or 0, 8),
-    ):
-        if value % multiple:
-            problems.append(f"{name} = {value}: must be a multiple of {multiple}")
-    if a.num_heads != 16 and a.num_heads % 64:
-        problems.append(f"num_attention_heads = {a.num_heads}: must be 16 or a multiple of 64")
-    if a.quant_block:
-        fp8_sizes = {
-            "hidden_size": a.hidden_size,
-            "moe_intermediate_size": a.moe_intermediate_size,
-            "intermediate_size": a.intermediate_size,
-            "q_lora_rank": a.q_lora_rank or a.num_heads * a.qk_head_dim,
-            "num_attention_heads x v_head_dim": a.num_heads * a.v_head_dim,
-        }
-        if a.quant_block != (BLOCK, BLOCK):
-            problems.append(f"weight_block_size = {list(a.quant_block)}: FP8 weights need {[BLOCK, BLOCK]}")
-        problems += [
-            f"{name} = {size}: FP8 needs a multiple of {BLOCK}" for name, size in fp8_sizes.items() if size % BLOCK
-        ]
-        if a.rope.interleave and (a.qk_rope_head_dim != 64 or a.qk_nope_head_dim % 64):
-            problems.append(
-                "FP8 with interleaved rope needs qk_rope_head_dim = 64 and qk_nope_head_dim a multiple of it"
-            )
-    if a.n_group > 1 and (a.num_experts & (a.num_experts - 1) or a.n_group & (a.n_group - 1)):
-        problems.append(f"{a.num_experts} experts in {a.n_group} groups: both must be powers of two")
-    if problems:
-        raise LaunchError("the CUDA engine cannot serve this model here:\n" + "\n".join(f"  - {p}" for p in problems))

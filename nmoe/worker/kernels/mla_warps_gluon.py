@@ -269,7 +269,7 @@ def attend_span(shared, at, begin, tiles, last, turns, scale_log2, mine: gl.cons
 
 
 def stages_of(width: int) -> int:
-    """How many tiles of cache rows of such a width the ring holds; `check_gpu` admits no wider ones than fit."""
+    """How many tiles of cache rows of such a width the ring holds; nmoe/gpu_limits.py admits none that are too wide."""
     left = _SHARED_BYTES - _OTHER_BYTES - ROWS * width * 2
     stages = min(8, left // (TILE * width * 2 + _BARRIER_BYTES))
     assert stages >= _LEAST_STAGES, f"cache rows of {width} leave room for {stages} tiles"

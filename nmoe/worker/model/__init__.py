@@ -12,10 +12,10 @@ from nmoe.architecture import Architecture
 from nmoe.checkpoint import Checkpoint
 from nmoe.config import Config
 from nmoe.errors import LaunchError
+from nmoe.gpu_limits import refusals
 from nmoe.profiles import Numerics
 from nmoe.slab import ControlLayout, SlabLayout
 from nmoe.worker.batch import Batch, KVCache
-from nmoe.worker.kernels import check_gpu
 from nmoe.worker.model.deepseek_v3 import DeepseekV3
 from nmoe.worker.rdep import Exchange, OneRank
 from nmoe.worker.rdep.one_gpu import OneGPU
@@ -69,7 +69,11 @@ def load_model(
     tensors = rank_tensors(architecture, rank, world_size)
     dtype = _DTYPES[checkpoint.dtype]
     if device.type == "cuda":
-        check_gpu(architecture, dtype, config.engine.page_size, device)
+        capability = torch.cuda.get_device_capability(device)
+        if reasons := refusals(architecture, checkpoint.dtype, config.engine.page_size, capability):
+            raise LaunchError(
+                "the CUDA engine cannot serve this model here:\n" + "\n".join(f"  - {r}" for r in reasons)
+            )
     exchange = _exchange(checkpoint, config, rank, device, slabs, meeting)
     with contextlib.ExitStack() as stack:
         source: CheckpointSource | RandomSource

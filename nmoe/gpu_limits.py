@@ -1,0 +1,66 @@
+"""What the CUDA engine's kernels can run: the doctor tells it before a GPU is touched, a worker insists on it.
+
+Blackwell (sm_100) lacks the matrix instructions that `worker/kernels/mla_warps_gluon.py` is written in; it needs a form
+of that module in its own (tcgen05, accumulators in tensor memory), to be chosen by capability in `absorbed_decode` and
+`exact_prefill`, and tiles for its matrix unit in experts_triton.py's `_shape`. The other sources compile for it.
+"""
+
+from collections.abc import Iterator
+
+from nmoe.architecture import Architecture
+
+_HOPPER = (9, 0)
+_FP8_BLOCK = 128  # rows and columns that share a scale
+
+
+def refusals(architecture: Architecture, dtype: str, page_size: int, capability: tuple[int, int]) -> list[str]:
+    """Every reason why this model, computed in `dtype`, cannot be served on a GPU of this compute capability."""
+    reasons = []
+    if capability != _HOPPER:
+        reasons.append(f"compute capability {capability[0]}.{capability[1]}: needs 9.0 (H100, H200)")
+    if dtype != "bfloat16":
+        reasons.append(f"{dtype}: computes in bfloat16; set [model] dtype = 'bfloat16'")
+    if page_size % 32 or page_size & (page_size - 1):
+        reasons.append(f"pages of {page_size} tokens: set [engine] page_size to 32, 64, 128 or 256")
+    return [*reasons, *_sizes(architecture), *_fp8_sizes(architecture)]
+
+
+def _sizes(a: Architecture) -> Iterator[str]:
+    for name, power, least, most in (
+        ("kv_lora_rank", a.kv_lora_rank, 128, 512),
+        ("qk_rope_head_dim", a.qk_rope_head_dim, 32, 64),
+        ("qk_nope_head_dim", a.qk_nope_head_dim, 32, 1024),
+        ("v_head_dim", a.v_head_dim, 32, 1024),
+    ):
+        if not least <= power <= most or power & (power - 1):
+            yield f"{name} = {power}: must be a power of two from {least} to {most}"
+    for name, value, multiple in (
+        ("hidden_size", a.hidden_size, 128),
+        ("moe_intermediate_size", a.moe_intermediate_size, 64),
+        ("intermediate_size", a.intermediate_size, 8),  # rows of whole 16 bytes, which exact products load by
+        ("q_lora_rank", a.q_lora_rank or 0, 8),
+    ):
+        if value % multiple:
+            yield f"{name} = {value}: must be a multiple of {multiple}"
+    if a.num_heads != 16 and a.num_heads % 64:
+        yield f"num_attention_heads = {a.num_heads}: must be 16 or a multiple of 64"
+    if a.n_group > 1 and (a.num_experts & (a.num_experts - 1) or a.n_group & (a.n_group - 1)):
+        yield f"{a.num_experts} experts in {a.n_group} groups: both must be powers of two"
+
+
+def _fp8_sizes(a: Architecture) -> Iterator[str]:
+    if not a.quant_block:
+        return
+    if a.quant_block != (_FP8_BLOCK, _FP8_BLOCK):
+        yield f"weight_block_size = {list(a.quant_block)}: FP8 weights need {[_FP8_BLOCK, _FP8_BLOCK]}"
+    for name, size in (
+        ("hidden_size", a.hidden_size),
+        ("moe_intermediate_size", a.moe_intermediate_size),
+        ("intermediate_size", a.intermediate_size),
+        ("q_lora_rank", a.q_lora_rank or a.num_heads * a.qk_head_dim),
+        ("num_attention_heads x v_head_dim", a.num_heads * a.v_head_dim),
+    ):
+        if size % _FP8_BLOCK:
+            yield f"{name} = {size}: FP8 needs a multiple of {_FP8_BLOCK}"
+    if a.rope.interleave and (a.qk_rope_head_dim != 64 or a.qk_nope_head_dim % 64):
+        yield "FP8 with interleaved rope needs qk_rope_head_dim = 64 and qk_nope_head_dim a multiple of it"
