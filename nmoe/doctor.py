@@ -240,7 +240,7 @@ def _kernels(facts: Facts) -> Row | None:
     capabilities = sorted({gpu.capability for gpu in facts.gpus.gpus[: facts.config.parallel.world_size]})
     found = [refusals(checkpoint.architecture, checkpoint.dtype, page_size, capability) for capability in capabilities]
     if reasons := list(dict.fromkeys(reason for reasons in found for reason in reasons)):
-        remedy = "serve a model and on GPUs that they can run, or set [parallel] device = 'cpu'"
+        remedy = "choose a model and GPUs that fit, or set [parallel] device = 'cpu'"
         return Row("kernels", "fail", "; ".join(reasons), remedy)
     return Row("kernels", "ok", "they can run this model on these GPUs")
 

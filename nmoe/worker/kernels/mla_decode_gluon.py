@@ -102,7 +102,9 @@ def _attend(
     at, stop, row = _part(prefix_ptr, num_rows, BLOCK_R, 4)
     pieces = 0
     tiles = 0
-    turns = (pieces, tiles)
+    turn = 0
+    their_turn = 0
+    turns = (turn, their_turn)
     while at < stop:
         begin, end, at = _piece(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
         if mine == 0:

@@ -183,7 +183,9 @@ def _attend(
     groups = 0
     spans = 0
     at = 0
-    turns = (groups, spans)
+    turn = 0
+    their_turn = 0
+    turns = (turn, their_turn)
     for item in range(gl.program_id(0), num_tiles * (PER_TILE // QUERIES + 1), gl.num_programs(0)):
         group = _group(item, cut, num_tiles, QUERIES, PER_TILE)
         position_O = group.first + lane_O // BLOCK_H

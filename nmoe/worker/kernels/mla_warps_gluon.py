@@ -48,7 +48,8 @@ class Shared(NamedTuple):
     ones: gl.shared_memory_descriptor  # [tile, 8]
     factors: gl.shared_memory_descriptor  # [2, M]: what the values so far are multiplied by before a tile's are added
     peaks: gl.shared_memory_descriptor  # [2, M]: the largest scaled score of a span up to a tile
-    merging: gl.shared_memory_descriptor  # [3, M]: factors of the values before a span and of its own, weight of all
+    # [3, M]: factors of the values before a span and of its own, weight of all; of decode rows the last alone, inverted
+    merging: gl.shared_memory_descriptor
     # Barriers
     q_bars: gl.shared_memory_descriptor  # [3]: latents are there; both are free; ropes are there
     filled: gl.shared_memory_descriptor  # [stages]

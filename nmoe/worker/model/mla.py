@@ -60,7 +60,7 @@ def plan_attention(
         if numerics is Numerics.EXACT:
             from nmoe.worker.model.mla_exact_gpu import ExactGPUPlan
 
-            return ExactGPUPlan.of(batch, cache, rope_M2P, architecture)
+            return ExactGPUPlan.of(batch, cache, rope_M2P)
         from nmoe.worker.model.mla_gpu import GPUPlan
 
         return GPUPlan.of(batch, cache, rope_M2P, architecture)

@@ -5,7 +5,6 @@ Shape suffixes as in nmoe/worker/model/mla.py.
 
 import torch
 
-from nmoe.architecture import Architecture
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.kernels.linear_exact_triton import linear_heads
 from nmoe.worker.kernels.mla import Up
@@ -22,7 +21,7 @@ class ExactGPUPlan(PagedPlan):
     __slots__ = ()
 
     @classmethod
-    def of(cls, batch: Batch, cache: KVCache, rope_M2P: torch.Tensor, architecture: Architecture) -> "ExactGPUPlan":
+    def of(cls, batch: Batch, cache: KVCache, rope_M2P: torch.Tensor) -> "ExactGPUPlan":
         """From the step's rows."""
         contexts_R, prefix = None, None
         if decodes := batch.num_decodes:
