@@ -21,7 +21,7 @@ from nmoe.worker import process
 from nmoe.worker.runner import Launched
 
 _SETTLING, _TIMED, _TRACED = 4, 10, 10
-_WAITS = ("wait_kernel", "arrive_kernel")  # of RDEP: a peer's rows or sums are waited for in these
+_WAITS = ("arrive_kernel", "return_kernel")  # of RDEP: these wait for peers' rows or sums (the second pushes its own)
 _path = ""
 
 

@@ -131,3 +131,12 @@ def expected_sums(layout, ranks):
             x_TD = values_TD.float() * scales_CT.t().repeat_interleave(128, 1)
         tokens.append((x_TD.cpu(), ids_TK.cpu().long(), weights_TK.cpu()))
     return exchange([local(rank) for rank in range(len(ranks))], layout.num_experts, tokens)
+
+
+def added(returned):
+    """What a `Returned` comes to, float32 [T, D]."""
+    sum_TD = torch.zeros(len(returned.owners_T), returned.sums_TND.shape[2], device=returned.owners_T.device)
+    for rank, sent_TD in enumerate(returned.sums_TND.unbind(1)):
+        there_T = returned.owners_T >> rank & 1
+        sum_TD = torch.where(there_T[:, None] == 1, sum_TD + sent_TD.float(), sum_TD)
+    return sum_TD

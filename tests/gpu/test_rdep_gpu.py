@@ -12,11 +12,11 @@ import triton.language as tl
 
 from nmoe.errors import PeerSilent
 from nmoe.messages import CHANNEL_DECODE, CHANNEL_PREFILL
-from nmoe.worker.kernels import experts_fp8_triton, experts_triton
-from nmoe.worker.kernels.experts import Arrived
+from nmoe.worker.kernels import experts_fp8_triton, experts_triton, norm_triton
+from nmoe.worker.kernels.experts import Arrived, Returned
 from nmoe.worker.kernels.fp8 import BlockFP8
 from nmoe.worker.kernels.fp8_triton import quantise
-from tests.gpu.ranks import BF16, GPU, Ranks, expected_sums, experts_of, make_layout, make_tokens
+from tests.gpu.ranks import BF16, GPU, Ranks, added, expected_sums, experts_of, make_layout, make_tokens
 
 WORLD_SIZES = (1, 2, 4, 8)
 DECODES, PREFILL = 24, 160
@@ -33,7 +33,7 @@ def go_through(ranks, tokens, channel):
     sums = []
     for combine, stream in zip(combines, ranks.streams, strict=True):
         with torch.cuda.stream(stream):
-            sums.append(combine()[:, 0])
+            sums.append(added(combine()))
     return sums
 
 
@@ -81,20 +81,39 @@ def test_padding_is_pushed_nowhere():
     ranks = Ranks(layout)
     tokens = [make_tokens(DECODES, "uniform", rank, layout, 2) for rank in range(2)]
     counts = [torch.tensor([count], device=GPU) for count in (3, 0)]
+    owners = []
 
     def run():
         for rank, (link, stream) in enumerate(zip(ranks.links, ranks.streams, strict=True)):
             link.begin(CHANNEL_DECODE, DECODES, counts[rank])
             with torch.cuda.stream(stream):
-                link.dispatch(experts_of(rank), *tokens[rank])()
+                owners.append(link.dispatch(experts_of(rank), *tokens[rank])().owners_T)
 
     torch.cuda.synchronize()
     ranks.warm_up(run)
     run()
     torch.cuda.synchronize()
+    assert not owners[2][3:].any() and not owners[3].any(), "nobody owns padding"
     owners_TK = tokens[0][1][:3] // layout.num_experts
     for rank, link in enumerate(ranks.links):
         assert int(link._num_rows) == int((owners_TK == rank).any(1).sum()) and link.check()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_the_norm_adds_what_came_back_in_the_order_of_the_ranks(world_size):
+    torch.manual_seed(world_size)
+    tokens, slots, hidden = 37, 50, 512
+    slab = torch.randn(world_size, slots, hidden, device=GPU).to(BF16)
+    returned = Returned(
+        slab.transpose(0, 1)[:tokens], torch.randint(0, 2**world_size, (tokens,), dtype=torch.int32, device=GPU)
+    )
+    nobodys_TN = (returned.owners_T[:, None] >> torch.arange(world_size, device=GPU)) & 1 == 0
+    returned.sums_TND[nobodys_TN] = float("nan")  # what was not sent is not looked at
+    x, shared, weight = (torch.randn(*shape, hidden, device=GPU).to(BF16) for shape in ((tokens,), (tokens,), ()))
+    actual = norm_triton.add_rms_norm(x, experts_triton.Terms(returned, shared), weight, 1e-6)
+    as_one_term = experts_triton.Terms(added(returned)[:, None], shared)
+    expected = norm_triton.add_rms_norm(x, as_one_term, weight, 1e-6)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
 
 
 def test_more_tokens_than_the_step_was_begun_with_are_refused():
@@ -155,7 +174,7 @@ class CapturedRank:
             self.delay(2 * layer)
             combine = self.link.dispatch(experts_of(self.rank), x_TD, ids_TK, weights_TK)
             self.delay(2 * layer + 1)
-            differs_T = (combine()[:, 0] != self.expected.index_select(0, variant)[0]).any(-1)
+            differs_T = (added(combine()) != self.expected.index_select(0, variant)[0]).any(-1)
             self.wrong += (differs_T & self.real.index_select(0, variant)[0]).sum()
         self.step += 1
 
@@ -270,11 +289,11 @@ def test_a_rank_that_compiles_is_waited_for():
     ranks, tokens, expected = prepared(2)
     ranks.links[1]._control.compiles(1, True)
     with torch.cuda.stream(ranks.streams[0]):
-        first = ranks.links[0].dispatch(experts_of(0), *tokens[0])()[:, 0]
+        first = added(ranks.links[0].dispatch(experts_of(0), *tokens[0])())
     time.sleep(2.5 * BOUND_S)
     assert not ranks.streams[0].query() and ranks.links[0].check()
     with torch.cuda.stream(ranks.streams[1]):
-        second = ranks.links[1].dispatch(experts_of(1), *tokens[1])()[:, 0]
+        second = added(ranks.links[1].dispatch(experts_of(1), *tokens[1])())
     torch.cuda.synchronize()
     ranks.links[1]._control.compiles(1, False)
     assert all(link.check() for link in ranks.links)
@@ -284,12 +303,12 @@ def test_a_rank_that_compiles_is_waited_for():
 def test_a_life_can_be_ended_for_all():
     ranks, tokens, expected = prepared(2)
     with torch.cuda.stream(ranks.streams[1]):
-        sums = ranks.links[1].dispatch(experts_of(1), *tokens[1])()
+        returned = ranks.links[1].dispatch(experts_of(1), *tokens[1])()
     assert not ranks.streams[1].query()
     started = time.monotonic()
     ranks.links[0].leave()
     torch.cuda.synchronize()
-    assert time.monotonic() - started < BOUND_S / 3 and len(sums) == DECODES
+    assert time.monotonic() - started < BOUND_S / 3 and len(returned.owners_T) == DECODES
     assert [link.check() for link in ranks.links] == [False, False]
     ranks.meet(3)
     assert right(ranks, tokens, expected) and all(link.check() for link in ranks.links)

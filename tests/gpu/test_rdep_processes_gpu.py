@@ -66,7 +66,7 @@ def exchange_rounds(rank, world_size, page, folder):
     from nmoe.worker.rdep.between_gpus import BetweenGPUs
     from nmoe.worker.rdep.control import Control
     from nmoe.worker.rdep.symmetric import PeerSlabs
-    from tests.gpu.ranks import BF16, expected_sums, experts_of, make_layout, make_tokens
+    from tests.gpu.ranks import BF16, added, expected_sums, experts_of, make_layout, make_tokens
 
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
@@ -81,7 +81,7 @@ def exchange_rounds(rank, world_size, page, folder):
     link.begin(CHANNEL_DECODE, DECODES)
 
     def step():
-        return link.dispatch(experts_of(rank), *mine)()[:, 0]
+        return added(link.dispatch(experts_of(rank), *mine)())
 
     assert torch.equal(step(), expected)
     graph = torch.cuda.CUDAGraph()

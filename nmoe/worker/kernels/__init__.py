@@ -30,7 +30,7 @@ class Ops:
     linear_into: Callable[[_Tensor, _Tensor, _Tensor], None]  # the last head: x, weight, where the product goes
     silu_mul: Callable[[_Tensor], _Tensor]
     grouped_mlp: Callable[..., _Tensor]
-    sum_experts: Callable[[_Tensor, _Tensor], Any]
+    sum_experts: Callable[[Any, _Tensor], Any]
 
 
 def ops_for(device: torch.device, numerics: Numerics) -> Ops:

@@ -23,6 +23,15 @@ class Arrived:
     per_expert: float  # rows that an expert is expected to get
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Returned:
+    """What the owners of tokens' experts have sent back, in place of the experts' terms on the GPU: they are added in
+    float32 in the order of the ranks N. It lies where they wrote it, until the next tokens go out."""
+
+    sums_TND: torch.Tensor  # a token's D lie side by side
+    owners_T: torch.Tensor  # int32, a bit per rank: who sent a sum; what else there is means nothing
+
+
 def silu_mul(gate_up_TG: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, [T, F]; in a row of `gate_up_TG` [T, 2F] the gate comes first."""
     gate_TF, up_TF = gate_up_TG.chunk(2, dim=-1)

@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nmoe.worker.kernels.early import early
-from nmoe.worker.kernels.experts import Arrived
+from nmoe.worker.kernels.experts import Arrived, Returned
 from nmoe.worker.kernels.products_triton import add_product, by_rows, empty_tile
 
 _SORT_BLOCK = 1024
@@ -27,7 +27,7 @@ _SORT_BLOCK = 1024
 class Terms(NamedTuple):
     """A token's expert results and its shared experts', to be added in float32 in this order and rounded once."""
 
-    parts_TKD: torch.Tensor
+    parts_TKD: torch.Tensor | Returned
     shared_TD: torch.Tensor
 
 

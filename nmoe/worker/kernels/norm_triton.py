@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from nmoe.worker.kernels.early import early
+from nmoe.worker.kernels.experts import Returned
 from nmoe.worker.kernels.experts_triton import Terms
 
 
@@ -16,10 +17,13 @@ def _norm_kernel(
     x_ptr,
     delta_ptr,
     parts_ptr,
+    owners_ptr,
     weight_ptr,
     sum_ptr,
     out_ptr,
     x_stride,
+    token_stride,
+    part_stride,
     eps,
     D: tl.constexpr,
     K: tl.constexpr,
@@ -33,8 +37,11 @@ def _norm_kernel(
     x = tl.load(x_ptr + row * x_stride + lane, mask=inside, other=0.0).to(tl.float32)
     if delta_ptr is not None:
         delta = tl.zeros([BLOCK], tl.float32)
+        owners = -1 if owners_ptr is None else tl.load(owners_ptr + row)
         for k in tl.static_range(K):
-            delta += tl.load(parts_ptr + (row * K + k) * D + lane, mask=inside, other=0.0).to(tl.float32)
+            part_ptr = parts_ptr + row * token_stride + tl.cast(k, tl.int64) * part_stride
+            there = inside & ((owners >> k) & 1 == 1)
+            delta += tl.load(part_ptr + lane, mask=there, other=0.0).to(tl.float32)
         delta += tl.load(delta_ptr + row * D + lane, mask=inside, other=0.0).to(tl.float32)
         x += delta.to(sum_ptr.dtype.element_ty).to(tl.float32)
         rounded = x.to(sum_ptr.dtype.element_ty)
@@ -55,16 +62,20 @@ def _launch(
 ) -> None:
     tokens, hidden = x_TD.shape
     block = triton.next_power_of_2(hidden)
-    delta_TD, parts_TKD = (delta.shared_TD, delta.parts_TKD) if isinstance(delta, Terms) else (delta, None)
+    delta_TD, parts = (delta.shared_TD, delta.parts_TKD) if isinstance(delta, Terms) else (delta, None)
+    parts_TKD, owners_T = (parts.sums_TND, parts.owners_T) if isinstance(parts, Returned) else (parts, None)
     if tokens:
         _norm_kernel[(tokens,)](
             x_TD,
             delta_TD,
             parts_TKD,
+            owners_T,
             weight_D,
             sum_TD,
             out_TD,
             x_TD.stride(0),
+            0 if parts_TKD is None else parts_TKD.stride(0),
+            0 if parts_TKD is None else parts_TKD.stride(1),
             eps,
             D=hidden,
             K=0 if parts_TKD is None else parts_TKD.shape[1],

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 import torch
 
-from nmoe.worker.kernels.experts import Arrived
+from nmoe.worker.kernels.experts import Arrived, Returned
 
 # x_TD, ids_TK, weights_TK -> float32 [T, D]; local ids in [0, E], where E stands for an expert of another rank. On the
 # GPU the ids are int32, what comes back are the terms of that sum, [T, K, D], and x may be `Arrived` rows.
 LocalExperts = Callable[[torch.Tensor | Arrived, torch.Tensor, torch.Tensor], torch.Tensor]
-Combine = Callable[[], torch.Tensor]
+Combine = Callable[[], torch.Tensor | Returned]
 
 TILE_ROWS = 1024  # that the experts get at once: bounds their memory when all ranks' tokens want one rank's experts
 
@@ -48,8 +48,8 @@ class Exchange(Protocol):
         """Start the exchange; ids are global, int64 (on the GPU int32).
 
         The returned function waits for the sums of the tokens' owners, and gives what the device's `sum_experts` takes:
-        on the CPU the float32 sums [T, D]; on the GPU terms [T, J, D] that are yet to be added, in float32 and in the
-        order of J. `experts` gets a bounded number of rows at a time (on the CPU TILE_ROWS), which it must not keep.
+        on the CPU the float32 sums [T, D]; on the GPU what is yet to be added, in float32 and in order: terms [T, J, D]
+        or `Returned`. `experts` gets a bounded number of rows at a time (on the CPU TILE_ROWS), which it must not keep.
         """
         ...
 

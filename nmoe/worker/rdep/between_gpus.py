@@ -18,8 +18,9 @@ import triton
 from nmoe.errors import PeerSilent
 from nmoe.messages import CHANNEL_DECODE
 from nmoe.slab import COUNT_BITS, NUM_CHANNELS, SlabLayout
+from nmoe.worker.kernels.device import multiprocessors
 from nmoe.worker.kernels.early import early
-from nmoe.worker.kernels.experts import Arrived
+from nmoe.worker.kernels.experts import Arrived, Returned
 from nmoe.worker.rdep import Combine, LocalExperts
 from nmoe.worker.rdep import rows_triton as rows
 from nmoe.worker.rdep.control import Control
@@ -32,7 +33,11 @@ _NAP_S = 0.001  # between looks at who has begun a life
 _TILE_BYTES = 512 << 20  # of the experts' results for the rows of a tile
 _SLOTS_PER_PROGRAM = 256
 _SLOTS_AT_A_TIME = 2048  # that a program counts before its own
-_WARPS = 8
+# Programs take several rows or pieces where there are more of them than these, per multiprocessor.
+_DISPATCH_PROGRAMS, _DISPATCH_WARPS = 4, 8
+_RETURN_PROGRAMS, _RETURN_WARPS = 8, 4
+_COLUMNS = 1024  # of a piece
+_RETURN_REGISTERS = 64  # per thread; told so, the compiler has room to load all terms of a piece before it adds them
 
 
 def announce_compilation(control: Control, rank: int) -> None:
@@ -71,16 +76,14 @@ class BetweenGPUs:
         self._ids_SK = torch.zeros(slots, layout.top_k, dtype=torch.int32, device=slab.device)
         self._weights_SK = torch.zeros(slots, layout.top_k, dtype=torch.float32, device=slab.device)
         self._num_rows = torch.zeros(1, dtype=torch.int32, device=slab.device)
-        # What the kernels that take a row per program are compiled for.
-        self._row_sizes = {
-            "RANKS": layout.world_size,
-            "D": self._hidden,
-            "K": layout.top_k,
-            "BLOCK_D": triton.next_power_of_2(self._hidden),
-        }
-        self._choice_sizes = {"EXPERTS": layout.num_experts, "BLOCK_K": triton.next_power_of_2(layout.top_k)}
+        self._multiprocessors = multiprocessors(slab.device)
+        # What the kernels are compiled for.
+        self._sizes = {"RANKS": layout.world_size, "K": layout.top_k}
+        self._row_sizes = {"EXPERTS": layout.num_experts, "D": self._hidden}
+        self._block_k = triton.next_power_of_2(layout.top_k)
         self._tile_rows = max(1, _TILE_BYTES // (layout.top_k * layout.row_bytes) // 1024) * 1024
         self._pushed = [self._pushed_rows(channel) for channel in range(NUM_CHANNELS)]
+        self._returned = [self._returned_rows(channel) for channel in range(NUM_CHANNELS)]
         self._life = 0
         self._channel, self._most = CHANNEL_DECODE, 1
         self._real: torch.Tensor | None = None
@@ -133,18 +136,17 @@ class BetweenGPUs:
         self, experts: LocalExperts, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> Combine:
         """See Exchange. `ids_TK` int32; from the first id that no rank has on they are nobody's. The returned function
-        gives one term per token, float32 [T, 1, D]."""
+        gives a `Returned`, to be added before the next dispatch."""
         if len(x_TD) > self._most:
             raise ValueError(f"{len(x_TD)} tokens in a step that was begun with {self._most} for the largest rank")
-        self._push(x_TD, ids_TK, weights_TK)
+        owners_T = self._push(x_TD, ids_TK, weights_TK)
         self._second.fork(len(x_TD))
         self._arrive()
         self._serve(experts)
 
-        def combine() -> torch.Tensor:
-            sums_T1D = self._sum(ids_TK)
+        def combine() -> Returned:
             self._second.join()
-            return sums_T1D
+            return Returned(self._returned[self._channel][: len(x_TD)], owners_T)
 
         return combine
 
@@ -152,13 +154,16 @@ class BetweenGPUs:
         """See Exchange."""
         return self._second.use()
 
-    def _push(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+    def _push(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        """The tokens go to their owners. Who these are, int32 [T], a bit per rank."""
         layout, at = self._layout, self._layout.channels[self._channel]
         tokens = len(x_TD)
-        rows.dispatch_kernel[(max(1, tokens),)](
+        owners_T = torch.empty(tokens, dtype=torch.int32, device=x_TD.device)
+        rows.dispatch_kernel[(max(1, min(tokens, _DISPATCH_PROGRAMS * self._multiprocessors)),)](
             x_TD,
             ids_TK,
             weights_TK,
+            owners_T,
             self._bases,
             self._state,
             self._real,
@@ -171,12 +176,15 @@ class BetweenGPUs:
             at.routes,
             at.hidden,
             at.scales,
+            **self._sizes,
             **self._row_sizes,
-            **self._choice_sizes,
+            BLOCK_K=self._block_k,
+            BLOCK_G=triton.next_power_of_2(self._hidden // 128),
             QUANTISED=layout.quantised,
-            num_warps=_WARPS,
+            num_warps=_DISPATCH_WARPS,
             launch_pdl=early(tokens),
         )
+        return owners_T
 
     def _arrive(self) -> None:
         """Waits for all ranks' rows and lists them."""
@@ -196,8 +204,8 @@ class BetweenGPUs:
             self._most,
             at.counts,
             at.routes,
-            RANKS=layout.world_size,
-            K=layout.top_k,
+            **self._sizes,
+            BLOCK_K=self._block_k,
             BLOCK=_SLOTS_PER_PROGRAM,
             SCAN=_SLOTS_AT_A_TIME,
             num_warps=4,
@@ -205,73 +213,59 @@ class BetweenGPUs:
         )
 
     def _serve(self, experts: LocalExperts) -> None:
-        """Compute what has arrived, a tile of rows at a time in the order of the slots, and push the sums back."""
-        layout, at = self._layout, self._layout.channels[self._channel]
-        slots = layout.world_size * self._most
+        """Compute what has arrived, a tile of rows at a time, and push the sums back; then wait for the others'."""
+        slots = self._layout.world_size * self._most
         values_CD, scales_CG = self._pushed[self._channel]
         for first in range(0, slots, self._tile_rows):
             tile = slice(first, min(first + self._tile_rows, slots))
             arrived = Arrived(values_CD, scales_CG, self._slots_S[tile], self._num_rows, first, self._rows_per_expert())
-            parts_SKD = experts(arrived, self._ids_SK[tile], self._weights_SK[tile])
-            rows.return_kernel[(tile.stop - first,)](
-                parts_SKD,
-                self._slots_S,
-                self._num_rows,
-                self._bases,
-                self._state,
-                self._slab.data_ptr(),
-                first,
-                self._rank,
-                self._channel,
-                at.max_tokens,
-                int(tile.stop == slots),
-                at.counts,
-                at.returned,
-                **self._row_sizes,
-                num_warps=_WARPS,
-                launch_pdl=early(self._most),
-            )
+            self._push_back(tile, experts(arrived, self._ids_SK[tile], self._weights_SK[tile]), tile.stop == slots)
 
-    def _sum(self, ids_TK: torch.Tensor) -> torch.Tensor:
-        """Waits for the owners' sums of this rank's tokens, and adds them up."""
-        layout, at = self._layout, self._layout.channels[self._channel]
-        tokens, slab = len(ids_TK), self._slab.data_ptr()
-        rows.wait_kernel[(1,)](
+    def _push_back(self, tile: slice, parts_SKD: torch.Tensor, last: bool) -> None:
+        at, most = self._layout.channels[self._channel], tile.stop - tile.start
+        pieces = most * triton.cdiv(self._hidden, _COLUMNS)
+        rows.return_kernel[(min(pieces, _RETURN_PROGRAMS * self._multiprocessors),)](
+            parts_SKD,
+            self._slots_S[tile],
+            self._ids_SK[tile],
+            self._num_rows,
+            self._bases,
             self._state,
-            slab,
+            self._slab.data_ptr(),
             self._control.address,
+            tile.start,
+            most,
             self._rank,
             self._channel,
-            RANKS=layout.world_size,
-            num_warps=1,
-            launch_pdl=early(tokens),
+            at.max_tokens,
+            int(last),
+            at.returned,
+            **self._sizes,
+            **self._row_sizes,
+            COLUMNS=_COLUMNS,
+            num_warps=_RETURN_WARPS,
+            maxnreg=_RETURN_REGISTERS,
+            launch_pdl=early(self._most),
         )
-        sums_TD = torch.empty(tokens, self._hidden, dtype=torch.float32, device=self._slab.device)
-        if tokens:
-            rows.sum_kernel[(tokens,)](
-                ids_TK,
-                sums_TD,
-                slab,
-                at.max_tokens,
-                at.returned,
-                **self._row_sizes,
-                **self._choice_sizes,
-                num_warps=_WARPS,
-                launch_pdl=early(tokens),
-            )
-        return sums_TD[:, None]
+
+    def _view(self, offset: int, slots: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of the slab, [slots, width]."""
+        return self._slab[offset : offset + slots * width * dtype.itemsize].view(dtype).view(slots, width)
 
     def _pushed_rows(self, channel: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The rows of all slots, [N * C, D], and their scales, float32 [N * C, D / 128], if they are quantised."""
         at, hidden = self._layout.channels[channel], self._hidden
         slots = self._layout.world_size * at.max_tokens
-
-        def view(offset: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-            return self._slab[offset : offset + slots * width * dtype.itemsize].view(dtype).view(slots, width)
-
         if not self._layout.quantised:
-            return view(at.hidden, hidden, self._dtype), None
-        return view(at.hidden, hidden, torch.float8_e4m3fn), view(at.scales, hidden // 128, torch.float32)
+            return self._view(at.hidden, slots, hidden, self._dtype), None
+        values_CD = self._view(at.hidden, slots, hidden, torch.float8_e4m3fn)
+        return values_CD, self._view(at.scales, slots, hidden // 128, torch.float32)
+
+    def _returned_rows(self, channel: int) -> torch.Tensor:
+        """The owners' sums of all tokens, [C, N, D]."""
+        at, ranks = self._layout.channels[channel], self._layout.world_size
+        rows_CD = self._view(at.returned, ranks * at.max_tokens, self._hidden, self._dtype)
+        return rows_CD.view(ranks, at.max_tokens, self._hidden).transpose(0, 1)
 
     def _rows_per_expert(self) -> float:
         """How many rows of a tile an expert gets when tokens spread evenly over the experts of all ranks."""

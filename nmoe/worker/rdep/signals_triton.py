@@ -58,15 +58,19 @@ done:
     mov.u32 $0, result;
 }
 """)
-# Thread $4 stores the tokens $3 and then the epoch $2 into the line at $1.
+# Thread n of the first $4 stores the epoch $2 at $3 in the slab whose address is the n-th at $1.
 _RAISE = tl.constexpr("""
 {
     .reg .u32 thread;
+    .reg .u64 line;
     .reg .pred mine;
     mov.u32 thread, %tid.x;
-    setp.eq.u32 mine, thread, $4;
-    @mine st.relaxed.sys.global.s64 [$1 + 8], $3;
-    @mine st.release.sys.global.s64 [$1], $2;
+    setp.lt.u32 mine, thread, $4;
+    mul.wide.u32 line, thread, 8;
+    add.u64 line, line, $1;
+    @mine ld.global.u64 line, [line];
+    add.u64 line, line, $3;
+    @mine st.release.sys.global.s64 [line], $2;
     mov.u32 $0, 0;
 }
 """)
@@ -89,9 +93,10 @@ def _spin(lines, epoch, RANKS: tl.constexpr):
 
 
 @triton.jit
-def _raise_one(line, epoch, tokens, thread):
+def _raise(bases_ptr, epoch, line, RANKS: tl.constexpr):
+    ranks = line * 0 + RANKS
     tl.inline_asm_elementwise(
-        _RAISE, "=r,l,l,l,r", [line, epoch, tokens, thread], dtype=tl.int32, is_pure=False, pack=1
+        _RAISE, "=r,l,l,l,r", [bases_ptr, epoch, line, ranks.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
     )
 
 
@@ -215,30 +220,28 @@ def wait(state_ptr, slab, control, rank, channel, PHASE: tl.constexpr, RANKS: tl
 
 
 @triton.jit
-def raise_flags(
-    state_ptr,
-    bases_ptr,
-    rank,
-    tokens,
-    programs,
-    channel,
-    COUNTER: tl.constexpr,
-    PHASE: tl.constexpr,
-    RANKS: tl.constexpr,
-):
-    """The last of `programs` to come here tells every rank, this one included, that all wrote what they had to. With a
-    dispatch it numbers a new exchange first."""
-    fence()
-    tl.debug_barrier()
+def flag_at(channel, rank, PHASE: tl.constexpr, RANKS: tl.constexpr):
+    """Where in a slab the line of `rank` lies, in bytes."""
+    return ((channel * 2 + PHASE) * RANKS + rank).to(tl.int64) * _LINE
+
+
+@triton.jit
+def raise_flags(state_ptr, bases_ptr, rank, channel, COUNTER: tl.constexpr, PHASE: tl.constexpr, RANKS: tl.constexpr):
+    """The last of the grid's programs to come here, which hears so, tells every rank, this one included, that all wrote
+    what they had to. With a dispatch it numbers a new exchange first.
+
+    Nobody passes a fence of his own for the whole system: the release below covers all that its thread knows of, and by
+    the barrier and the count that is what every thread of every program wrote (docs/rdep.md, "Memory order").
+    """
+    epoch = tl.load(state_ptr + channel)
     counter_ptr = state_ptr + COUNTER
-    one = programs.to(tl.int64) * 0 + 1
-    if tl.atomic_add(counter_ptr, one, sem="acq_rel", scope="gpu") == programs - 1:
+    one = epoch * 0 + 1
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, one, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1
+    if last:
         tl.store(counter_ptr, one * 0)
-        epoch = tl.load(state_ptr + channel)
         if PHASE == 0:
             epoch += 1
-            tl.debug_barrier()
             tl.store(state_ptr + channel, epoch)
-        for peer in tl.static_range(RANKS):
-            line = tl.load(bases_ptr + peer) + ((channel * 2 + PHASE) * RANKS + rank) * _LINE
-            _raise_one(line, epoch, tokens.to(tl.int64), rank * 0 + peer)
+        _raise(bases_ptr, epoch, flag_at(channel, rank, PHASE, RANKS), RANKS)
+    return last
