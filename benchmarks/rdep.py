@@ -5,6 +5,7 @@
 With two GPUs or more there is a process per GPU, and beside every figure NCCL's all-to-all of the same bytes, captured
 as well. With one GPU the ranks (two unless told otherwise) are streams of one process: that shows what the kernels and
 the protocol cost, but the ranks share one GPU's bandwidth and there is no link between them; the output says so.
+An exchange ends when the owners' sums are back: the norm that follows adds them, instead of a GPU's own terms.
 Uniform routing. The floor is the bytes that a rank pushes, those to itself apart where it has a link, over a copy's
 bandwidth measured in the same run. Median over replays of a graph of 16 exchanges; JSON on the last line.
 """

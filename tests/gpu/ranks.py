@@ -18,7 +18,7 @@ from nmoe.worker.rdep.between_gpus import BetweenGPUs
 from nmoe.worker.rdep.control import Control
 from nmoe.worker.rdep.reference import exchange
 
-GPU = torch.device("cuda", 0)
+GPU = torch.device("cuda")  # the current one
 BF16 = torch.bfloat16
 
 

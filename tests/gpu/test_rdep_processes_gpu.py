@@ -1,7 +1,9 @@
 """RDEP between processes, each with a GPU of its own where there are enough, else on one that they share in turns."""
 
+import functools
 import os
 import pathlib
+import random
 import signal
 import sys
 import time
@@ -115,6 +117,58 @@ def exchange_rounds(rank, world_size, page, folder):
 def test_processes_exchange_and_survive_a_death_within_the_bound(tmp_path, world_size):
     ends, output = ends_of(tmp_path, world_size, exchange_rounds)
     assert ends == [0] * (world_size - 1) + [-signal.SIGKILL], output
+
+
+def replays(rank, world_size, page, folder, *, quantised):
+    """Many steps from a graph, each with other tokens and delays, their rows as long as a model's: what one rank has
+    written must be there for the others when its flag is."""
+    from nmoe.worker.rdep.between_gpus import BetweenGPUs
+    from nmoe.worker.rdep.control import Control
+    from nmoe.worker.rdep.symmetric import PeerSlabs
+    from tests.gpu import test_rdep_gpu
+    from tests.gpu.ranks import BF16, make_layout
+
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    steps = 3000 if torch.cuda.device_count() >= world_size else 20  # processes on one GPU take turns of milliseconds
+    chance = random.Random(11)
+    layout = make_layout(world_size, hidden=7168, top_k=8, decodes=test_rdep_gpu.DECODES, quantised=quantised)
+    peers = PeerSlabs(layout.slab_bytes, rank, world_size, device, folder / "meeting")
+    control = Control(ControlLayout(world_size), page)
+    link = BetweenGPUs(layout, peers.slab, peers.bases, control, rank, BF16, expected_rows=64, bound_s=10 * BOUND_S)
+    entries = test_rdep_gpu.stress_entries(layout, world_size, chance)
+    plan = [[chance.randrange(len(entries)) for _ in range(test_rdep_gpu.LAYERS)] for _ in range(steps + 8)]
+    ends = SimpleNamespace(links={rank: link}, streams={rank: torch.cuda.Stream(device)})
+    captured = test_rdep_gpu.CapturedRank(ends, rank, entries, torch.tensor(plan))
+    torch.cuda.synchronize()
+    assert link.meet(1, lambda: False, bounded=False)
+    with torch.cuda.stream(captured.stream):
+        captured.run()
+    captured.capture()
+    assert link.meet(2, lambda: False, bounded=False)
+    captured.step.zero_()
+    captured.wrong.zero_()
+    torch.cuda.synchronize()
+    for step in range(steps):
+        with torch.cuda.stream(captured.stream):
+            captured.graph.replay()
+        if step % 100 == 99:
+            torch.cuda.synchronize()
+            assert link.check(), f"step {step}"
+    torch.cuda.synchronize()
+    assert link.check() and int(captured.step) == steps and int(captured.wrong) == 0, int(captured.wrong)
+    sys.stderr.flush()
+    (folder / f"done-{rank}").touch()
+    while len(list(folder.glob("done-*"))) < world_size:  # nobody's memory goes before all have read the last rows
+        time.sleep(0.01)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_what_a_flag_announces_is_there_in_every_replay(tmp_path, world_size, quantised):
+    ends, output = ends_of(tmp_path, world_size, functools.partial(replays, quantised=quantised))
+    assert ends == [0] * world_size, output
 
 
 # ----------------------------------------------------------------------------------------------------------- the model
