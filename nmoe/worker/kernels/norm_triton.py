@@ -11,6 +11,8 @@ from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.experts import Returned
 from nmoe.worker.kernels.experts_triton import Terms
 
+_REGISTERS = 128  # per thread; told so, the compiler has room to load all of a row before it adds anything
+
 
 @triton.jit
 def _norm_kernel(
@@ -34,6 +36,7 @@ def _norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inside = lane < D
+    weight = tl.load(weight_ptr + lane, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + row * x_stride + lane, mask=inside, other=0.0).to(tl.float32)
     if delta_ptr is not None:
         delta = tl.zeros([BLOCK], tl.float32)
@@ -48,7 +51,6 @@ def _norm_kernel(
         tl.store(sum_ptr + row * D + lane, rounded, mask=inside)
         x = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
-    weight = tl.load(weight_ptr + lane, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * D + lane, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -81,6 +83,7 @@ def _launch(
             K=0 if parts_TKD is None else parts_TKD.shape[1],
             BLOCK=block,
             num_warps=8 if block > 4096 else 4,
+            maxnreg=_REGISTERS,
             launch_pdl=early(tokens),
         )
 
