@@ -64,6 +64,7 @@ def _push_routes(
 def _push_row(
     x_GL,
     bases_ptr,
+    base_N,
     owners,
     slot,
     hidden_at,
@@ -87,12 +88,15 @@ def _push_row(
     BITS: tl.constexpr = out_GL.dtype.primitive_bitwidth
     for peer in tl.static_range(RANKS):
         if (owners >> peer) & 1 == 1:
-            base = tl.load(bases_ptr + peer)
-            row_ptr = _at(base + hidden_at + slot * (D * BITS // 8), out_GL.dtype)
+            row_ptr = _at(tl.load(bases_ptr + peer) + hidden_at + slot * (D * BITS // 8), out_GL.dtype)
             tl.store(row_ptr + lane_GL, out_GL, mask=inside_G[:, None])
-            if QUANTISED:
-                scales_ptr = (base + scales_at + slot * (GROUPS * 4)).to(tl.pointer_type(tl.float32))
-                tl.store(scales_ptr + group_G, scales_G, mask=inside_G)
+    if QUANTISED:
+        rank_N = tl.arange(0, RANKS)
+        row_N = (base_N + scales_at + slot * (GROUPS * 4)).to(tl.pointer_type(tl.float32))
+        wanted_NG = ((owners >> rank_N) & 1 == 1)[:, None] & inside_G[None, :]
+        tl.store(
+            row_N[:, None] + group_G[None, :], tl.broadcast_to(scales_G[None, :], (RANKS, BLOCK_G)), mask=wanted_NG
+        )
 
 
 @triton.jit(do_not_specialize=["tokens", "rank", "channel", "max_tokens"])
@@ -145,7 +149,7 @@ def dispatch_kernel(
         slot = (rank * max_tokens + token).to(tl.int64)
         here_NK = ((ids_K // EXPERTS)[None, :] == rank_N[:, None]) & (token < real)
         owners = tl.sum(tl.max(here_NK.to(tl.int32), 1) << rank_N, 0)
-        _push_row(x_GL, bases_ptr, owners, slot, hidden_at, scales_at, RANKS, D, BLOCK_G, QUANTISED)
+        _push_row(x_GL, bases_ptr, base_N, owners, slot, hidden_at, scales_at, RANKS, D, BLOCK_G, QUANTISED)
         _push_routes(here_NK, ids_K, weights_K, base_N, slot, counts_at, routes_at, RANKS, EXPERTS, K, BLOCK_K)
         tl.store(owners_ptr + token, owners)
     if tl.program_id(0) == 0:
