@@ -26,6 +26,8 @@ from nmoe.worker.inputs import Layout
 from nmoe.worker.kernels import ops_for
 from nmoe.worker.kernels.fp8 import BlockFP8
 from nmoe.worker.kernels.mla_decode_triton import absorbed_decode
+from nmoe.worker.kernels.mla_prefill_triton import expanded_chunks
+from nmoe.worker.kernels.mla_values_triton import values_of_latents
 from nmoe.worker.kernels.sampling_triton import PARAMETERS, sample_rows
 from nmoe.worker.model import load_model
 from nmoe.worker.model.mla_gpu import GPUPlan
@@ -83,8 +85,13 @@ class Bench:
         if attention(0)._w_q_b is not None:
             low = self.random(total, a.q_lora_rank or 0)
             yield self.product("query projection", low, lambda i: attention(i)._w_q_b)
+        absorbed = self.random(heads, batch.num_decodes, a.kv_lora_rank).transpose(0, 1)
+        absorbing = float(absorbed.numel() * a.qk_nope_head_dim)
         entered = 2.0 * total * (2 * a.cache_dim + 2 * heads * a.qk_rope_head_dim)
-        yield "rope and cache row", lambda i: plan.enter(q, kv_in, attention(i)._kv_norm_L, cached), entered, 0, False
+        if batch.num_decodes:
+            entered += 2.0 * (heads * a.qk_nope_head_dim * a.kv_lora_rank + absorbed.numel())
+        enter = lambda i: plan.enter(q, kv_in, attention(i)._kv_norm_L, cached, attention(i)._up, absorbed)  # noqa: E731
+        yield "rope, cache row, absorb", enter, entered, absorbing, False
         pairs = total * context - rows * tokens * (tokens - 1) / 2
         up_size = float(heads * (a.qk_nope_head_dim + a.v_head_dim) * a.kv_lora_rank)
         if tokens == 1:
@@ -93,7 +100,7 @@ class Bench:
             expanding = rows * context * up_size
             macs = expanding + pairs * heads * (a.qk_head_dim + a.v_head_dim)
             moved = 2 * (rows * context * a.cache_dim + up_size + 2 * q.numel())
-            yield "expand and attend", lambda i: plan.attend(q, cached, attention(i)._up), moved, macs, False
+            yield "expand and attend", self.expanded(plan, batch, q, cached), moved, macs, False
         values = self.random(total, heads * a.v_head_dim)
         yield self.product("out-projection", values, lambda i: attention(i)._w_o)
         gate = float(layers[0].mlp._gate.nbytes)  # random weights take all three terms of bfloat16
@@ -113,18 +120,22 @@ class Bench:
         moved = used * expert * width + row * (1 + a.num_experts_per_tok)
         yield "experts", experts, moved, total * a.num_experts_per_tok * expert, self.fp8
 
+    def expanded(self, plan: GPUPlan, batch: Batch, q: torch.Tensor, cached: torch.Tensor) -> Callable[[int], object]:
+        """Attention of whole prompts."""
+        (chunks,), size = plan.chunks, self.config.engine.page_size
+        out = self.random(*q.shape[:2], self.a.v_head_dim)
+        w = [layer.attention._up.w_HXL for layer in self.layers]
+        return lambda i: expanded_chunks(q, cached, batch.pages_RP, w[i], chunks, size, 0.07, out)
+
     def decode_attention(
         self, plan: GPUPlan, batch: Batch, q: torch.Tensor, cached: torch.Tensor, context: int
     ) -> Iterator[Operation]:
-        """Absorbing the queries, attention over pages, and the values of what it gives."""
-        a, rows, layers = self.a, len(q), self.layers
-        heads, latent = a.num_heads, self.random(a.num_heads, len(q), a.kv_lora_rank)
-        nope, value, size = a.qk_nope_head_dim, a.v_head_dim, self.config.engine.page_size
-        q_nope = q[..., :nope].transpose(0, 1)
-        w = [(layer.attention._up.w_uk_HNL, layer.attention._up.w_uv_HVL.transpose(1, 2)) for layer in layers]
+        """Attention over pages, and the values of what it gives."""
+        a, rows, heads = self.a, len(q), self.a.num_heads
+        latent, out = self.random(heads, rows, a.kv_lora_rank), self.random(rows, heads, a.v_head_dim)
+        value, size = a.v_head_dim, self.config.engine.page_size
+        w = [layer.attention._up.w_uv_HVL for layer in self.layers]
         each = rows * heads * a.kv_lora_rank
-        absorbed = 2.0 * (heads * nope * a.kv_lora_rank + each)
-        yield "absorb queries", lambda i: torch.bmm(q_nope, w[i][0]), absorbed, each * nope, False
         assert plan.contexts_R is not None and plan.prefix is not None
         where = batch.pages_RP, plan.contexts_R, plan.prefix, size, 0.07
         macs = rows * context * heads * (a.cache_dim + a.kv_lora_rank)
@@ -132,7 +143,7 @@ class Bench:
         yield "attend", lambda i: absorbed_decode(latent, q, cached, *where), moved, macs, False
         yield (
             "values",
-            lambda i: torch.bmm(latent, w[i][1]),
+            lambda i: values_of_latents(latent.transpose(0, 1), w[i], out),
             2.0 * (heads * value * a.kv_lora_rank + each),
             each * value,
             False,

@@ -29,7 +29,7 @@ def _sizes(a: Architecture) -> Iterator[str]:
     for name, power, least, most in (
         ("kv_lora_rank", a.kv_lora_rank, 128, 512),
         ("qk_rope_head_dim", a.qk_rope_head_dim, 32, 64),
-        ("qk_nope_head_dim", a.qk_nope_head_dim, 32, 1024),
+        ("qk_nope_head_dim", a.qk_nope_head_dim, 32, 256),
         ("v_head_dim", a.v_head_dim, 32, 1024),
     ):
         if not least <= power <= most or power & (power - 1):

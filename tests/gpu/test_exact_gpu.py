@@ -26,6 +26,9 @@ from nmoe.worker.kernels import (
 )
 from nmoe.worker.kernels.mla_exact_prefill_gluon import exact_prefill
 from nmoe.worker.kernels.mla_exact_triton import exact_decode, span_prefix
+from nmoe.worker.kernels.mla_inputs_triton import enter
+from nmoe.worker.kernels.mla_values_triton import values_of_latents
+from nmoe.worker.kernels.rope import rope_table
 from nmoe.worker.model import load_model
 from nmoe.worker.model.mla_gpu import chunks_of
 from nmoe.worker.runner import Runner
@@ -64,12 +67,26 @@ def test_fp8_linear(outputs, inputs):
 @pytest.mark.parametrize("heads", [16, 128])
 def test_heads(heads):
     q, w = random(1100, heads, 192), random(heads, 256, 512)
-    w_uk, w_uv = w[:, :128].transpose(1, 2), w[:, 128:]
-    latent = linear_exact_triton.linear_heads(q[..., :128], w_uk)
-    close(latent, torch.einsum("thn,hln->thl", q[..., :128].double(), w_uk.double()))
-    close(linear_exact_triton.linear_heads(latent, w_uv), torch.einsum("thl,hvl->thv", latent.double(), w_uv.double()))
-    same_rows(lambda rows: linear_exact_triton.linear_heads(q[rows, :, :128], w_uk))
-    same_rows(lambda rows: linear_exact_triton.linear_heads(latent[rows], w_uv))
+    w_uk, w_uv = w[:, :128], w[:, 128:]
+    kv, norm, table = random(1100, 576), random(512), rope_table(V3, 4096, torch.bfloat16, GPU)
+
+    def absorbed(rows):
+        out = random(len(q[rows]), heads, 512)
+        positions = torch.arange(len(out), device=GPU)
+        cache = random(len(out), 576)
+        enter(q[rows].clone(), kv[rows], positions, positions, table, norm, cache, 1e-6, w_uk, out)
+        return out
+
+    def values(rows):
+        out = random(len(q[rows]), heads, 128)
+        values_of_latents(latent[rows], w_uv, out)
+        return out
+
+    latent = absorbed(slice(None))
+    close(latent, torch.einsum("thn,hnl->thl", q[..., :128].double(), w_uk.double()))
+    close(values(slice(None)), torch.einsum("thl,hvl->thv", latent.double(), w_uv.double()))
+    same_rows(absorbed)
+    same_rows(values)
 
 
 @pytest.mark.parametrize("fp8", [False, True])

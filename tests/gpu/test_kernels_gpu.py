@@ -26,7 +26,7 @@ from nmoe.worker.kernels.fp8 import BlockFP8, dequantise_blocks, quantise_rows
 from nmoe.worker.kernels.mla import Up, absorbed_decode
 from nmoe.worker.kernels.mla_decode_triton import absorbed_decode as absorbed_decode_gpu
 from nmoe.worker.kernels.mla_decode_triton import page_prefix
-from nmoe.worker.kernels.mla_inputs_triton import rope_and_cache
+from nmoe.worker.kernels.mla_inputs_triton import enter
 from nmoe.worker.kernels.mla_prefill_triton import expanded_chunks
 from nmoe.worker.kernels.rope import apply_rope, rope_table
 from nmoe.worker.rows import Rows
@@ -302,19 +302,20 @@ def test_where_tokens_are(rows, tokens):
         assert torch.equal(actual.cpu(), expected)
 
 
-@pytest.mark.parametrize("heads", [16, 48])
-def test_rope_and_cache(heads):
-    tokens = 75
+@pytest.mark.parametrize(("heads", "tokens", "absorbed"), [(16, 75, 60), (16, 1, 1), (48, 75, 75), (128, 300, 300)])
+def test_enter(heads, tokens, absorbed):
     buffer, weight = random(tokens, heads * 192 + 576), random(512)
     q_TA, kv = buffer.split([heads * 192, 576], -1)
     q, before = q_TA.view(tokens, heads, 192), q_TA.clone().view(tokens, heads, 192).double()
     table = rope_table(V3, 4096, BF16, GPU)
     positions, places = torch.randint(0, 4096, (tokens,), device=GPU), torch.randperm(2 * tokens, device=GPU)[:tokens]
     rows = torch.full((2 * tokens, 576), torch.nan, dtype=BF16, device=GPU)
-    rope_and_cache(q, kv, positions, places, table, weight, rows, 1e-6)
+    w_uk, out = random(heads, 256, 512, std=0.05)[:, :128], random(heads, absorbed, 512)
+    enter(q, kv, positions, places, table, weight, rows, 1e-6, w_uk, out.transpose(0, 1))
     cos, sin = table[positions].double().unbind(1)
     close(q[..., 128:], apply_rope(before[..., 128:], cos[:, None], sin[:, None]))
     assert torch.equal(q[..., :128].double(), before[..., :128])
+    close(out, torch.bmm(before[:absorbed, :, :128].transpose(0, 1), w_uk.double()))
     close(rows[places, :512], F.rms_norm(kv[:, :512].double(), (512,), weight.double(), 1e-6))
     close(rows[places, 512:], apply_rope(kv[:, 512:].double(), cos, sin))
     assert rows.isnan().any(1).sum() == tokens  # nothing else was written
@@ -327,7 +328,8 @@ def test_what_is_not_finite_stays_out_of_the_cache():
     places = torch.arange(4, device=GPU)
     table = rope_table(V3, 4096, BF16, GPU)
     weight = torch.ones(512, dtype=BF16, device=GPU)
-    rope_and_cache(q, kv, places, places, table, weight, rows, 1e-6)
+    w_uk = random(16, 128, 512)
+    enter(q, kv, places, places, table, weight, rows, 1e-6, w_uk, random(0, 16, 512))
     assert rows.isfinite().all() and not rows[0].any() and not rows[1, :512].any()
     close(rows[2, :512], F.rms_norm(kv[2, :512].double(), (512,), weight.double(), 1e-6))
 

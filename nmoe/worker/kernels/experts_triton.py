@@ -174,10 +174,11 @@ def _down_kernel(
     TRANSPOSED: tl.constexpr,
 ):
     """hidden @ down times the router's weight, back in the order of the pairs."""
+    PER_TILE: tl.constexpr = D // COLUMNS
+    works = tl.load(num_tiles_ptr) * PER_TILE  # sorting ended before the kernel before this one began
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
-    PER_TILE: tl.constexpr = D // COLUMNS
-    for work in range(tl.program_id(0), tl.load(num_tiles_ptr) * PER_TILE, tl.num_programs(0)):
+    for work in range(tl.program_id(0), works, tl.num_programs(0)):
         tile = work // PER_TILE
         column = (work % PER_TILE) * COLUMNS
         pair = tl.load(sorted_ptr + tile * ROWS + tl.arange(0, ROWS))

@@ -4,7 +4,7 @@ Every tile adds along the inputs in their order, 16 at a time, into one float32 
 matrix unit then gives an element the same bits in tiles of any shape, transposed or not, by wgmma or by mma.sync. So
 the tiles may follow the number of tokens, and nothing is ever split along the inputs.
 
-Shape suffixes: T tokens, O outputs, I inputs, H heads.
+Shape suffixes: T tokens, O outputs, I inputs.
 """
 
 from typing import NamedTuple
@@ -90,42 +90,6 @@ def _linear_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=exists & (output < O)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def _heads_kernel(
-    x_ptr,
-    w_ptr,
-    out_ptr,
-    tokens,
-    X_TOKEN: tl.constexpr,
-    X_HEAD: tl.constexpr,
-    W_HEAD: tl.constexpr,
-    W_OUTPUT: tl.constexpr,
-    W_INPUT: tl.constexpr,
-    HEADS: tl.constexpr,
-    O: tl.constexpr,  # noqa: E741
-    I: tl.constexpr,  # noqa: E741
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
-    head = tl.program_id(0).to(tl.int64)
-    output = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    token = (tl.program_id(2) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    exists = (token < tokens)[:, None]
-    lane = tl.arange(0, DEPTH)
-    x_at = x_ptr + head * X_HEAD + token[:, None] * X_TOKEN + lane[None, :]
-    w_at = w_ptr + head * W_HEAD + lane[:, None] * W_INPUT + output[None, :] * W_OUTPUT
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for k in tl.range(0, I, DEPTH, num_stages=3):
-        x = tl.load(x_at + k, mask=exists, other=0.0)
-        w = tl.load(w_at + k * W_INPUT)
-        acc = tl.dot(x, w, acc)
-    out = out_ptr + (token[:, None] * HEADS + head) * O + output[None, :]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=exists)
-
-
 def linear_into(x_TI: torch.Tensor, weight_OI: torch.Tensor, out_TO: torch.Tensor) -> None:
     """x @ weight^T into `out_TO`. Rows of `x_TI` may lie apart; I is a multiple of 8."""
     tokens, (outputs, inputs) = len(x_TI), weight_OI.shape
@@ -155,33 +119,3 @@ def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     out_TO = x_TI.new_empty(len(x_TI), len(weight_OI))
     linear_into(x_TI, weight_OI, out_TO)
     return out_TO
-
-
-def linear_heads(x_THI: torch.Tensor, weight_HOI: torch.Tensor) -> torch.Tensor:
-    """Each head's x @ weight^T, [T, H, O]. O and I are powers of two of at least 32; only `x_THI`'s rows are dense."""
-    (tokens, heads, inputs), outputs = x_THI.shape, weight_HOI.shape[1]
-    out_THO = x_THI.new_empty(tokens, heads, outputs)
-    if not tokens:
-        return out_THO
-    rows, most = (16, 32) if tokens <= 16 else (64, 32) if tokens <= 256 else (128, 128)
-    columns = min(most, outputs)
-    _heads_kernel[(heads, outputs // columns, triton.cdiv(tokens, rows))](
-        x_THI,
-        weight_HOI,
-        out_THO,
-        tokens,
-        X_TOKEN=x_THI.stride(0),
-        X_HEAD=x_THI.stride(1),
-        W_HEAD=weight_HOI.stride(0),
-        W_OUTPUT=weight_HOI.stride(1),
-        W_INPUT=weight_HOI.stride(2),
-        HEADS=heads,
-        O=outputs,
-        I=inputs,
-        ROWS=rows,
-        COLUMNS=columns,
-        DEPTH=min(64, inputs),
-        num_warps=8 if rows == 128 else 4,
-        launch_pdl=early(tokens),
-    )
-    return out_THO

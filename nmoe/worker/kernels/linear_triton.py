@@ -1,10 +1,12 @@
 """x @ weight^T for few tokens, bound by reading the weights; above that, the library's product.
 
 A program takes few outputs, so that there are more programs than multiprocessors whatever the shape, and its warps
-split the inputs between them.
+split the inputs between them. Where its weights fit, they are read while the kernel before it still runs.
 
 Shape suffixes: T tokens, O outputs, I inputs.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +14,12 @@ import triton
 import triton.language as tl
 
 from nmoe.worker.kernels.early import early
+from nmoe.worker.kernels.products_triton import load_tiles
 
 _MOST = 16  # tokens; beyond, the activations that every program reads outweigh its weights
 _COLUMNS, _PARTS, _DEPTH = 16, 4, 64
+_AHEAD = 2048  # inputs; a program's weights then fit into its registers and shared memory
+_DEPTH_AHEAD = 256
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -30,9 +35,9 @@ def _few_tokens_kernel(
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
     DEPTH: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
+    """`AHEAD`: all of a program's weights, which no kernel writes, are on their way before the wait."""
     SPAN: tl.constexpr = I // PARTS
     output = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     token = tl.arange(0, ROWS)
@@ -40,10 +45,21 @@ def _few_tokens_kernel(
     w_at = w_ptr + output[None, :, None] * I + lane
     x_at = x_ptr + token[None, :, None] * x_stride + lane
     acc = tl.zeros([PARTS, COLUMNS, ROWS], tl.float32)
-    for k in tl.range(0, SPAN, DEPTH, num_stages=4):
-        w = tl.load(w_at + k, mask=(output < O)[None, :, None], other=0.0)
-        x = tl.load(x_at + k, mask=(token < tokens)[None, :, None], other=0.0)
-        acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc)
+    written, exists = (output < O)[None, :, None], (token < tokens)[None, :, None]
+    if AHEAD:
+        weights = load_tiles(w_at, written, SPAN, DEPTH)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+        xs = load_tiles(x_at, exists, SPAN, DEPTH)
+        for k in tl.static_range(0, SPAN, DEPTH):
+            acc = tl.dot(weights[k // DEPTH], tl.permute(xs[k // DEPTH], (0, 2, 1)), acc)
+    else:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+        for k in tl.range(0, SPAN, DEPTH, num_stages=4):
+            w = tl.load(w_at + k, mask=written, other=0.0)
+            x = tl.load(x_at + k, mask=exists, other=0.0)
+            acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc)
     out = out_ptr + token[None, :] * O + output[:, None]
     inside = (token < tokens)[None, :] & (output < O)[:, None]
     tl.store(out, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=inside)
@@ -54,7 +70,7 @@ def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     tokens, (outputs, inputs) = len(x_TI), weight_OI.shape
     if not 0 < tokens <= _MOST or inputs % (_PARTS * _DEPTH):
         return F.linear(x_TI, weight_OI)
-    out_TO = x_TI.new_empty(tokens, outputs)
+    out_TO, ahead = x_TI.new_empty(tokens, outputs), inputs <= _AHEAD
     _few_tokens_kernel[(triton.cdiv(outputs, _COLUMNS),)](
         x_TI,
         weight_OI,
@@ -66,7 +82,8 @@ def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
         ROWS=_MOST,
         COLUMNS=_COLUMNS,
         PARTS=_PARTS,
-        DEPTH=_DEPTH,
+        DEPTH=math.gcd(inputs // _PARTS, _DEPTH_AHEAD) if ahead else _DEPTH,
+        AHEAD=ahead,
         num_warps=_PARTS,
         launch_pdl=early(tokens),
     )

@@ -68,8 +68,7 @@ def _decode_kernel(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
+    # The step's plan is older than the kernel before this one, so it is read before the wait.
     head = tl.arange(0, HEADS)
     latent = tl.arange(0, LATENT)
     rope = tl.arange(0, ROPE)
@@ -80,6 +79,8 @@ def _decode_kernel(
     at = part * chunk
     stop = tl.minimum(at + chunk, total)
     row = row_of(prefix_ptr, at, num_rows, BLOCK_R)
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     while at < stop:
         first = tl.load(prefix_ptr + row)
         last = tl.minimum(tl.load(prefix_ptr + row + 1), stop)
@@ -105,28 +106,40 @@ def _decode_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "num_parts"])
 def _combine_kernel(
-    partial_ptr, lse_ptr, prefix_ptr, out_ptr, num_rows, num_parts, HEADS: tl.constexpr, LATENT: tl.constexpr
+    partial_ptr,
+    lse_ptr,
+    prefix_ptr,
+    out_ptr,
+    num_rows,
+    num_parts,
+    HEADS: tl.constexpr,
+    LATENT: tl.constexpr,
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
+    """One row and head, some of its latent: its pieces, `PARTS` of them at a time."""
     row = tl.program_id(0)
     head = tl.program_id(1)
-    latent = tl.arange(0, LATENT)
-    chunk = tl.cdiv(tl.load(prefix_ptr + num_rows), num_parts)
+    latent = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    chunk = tl.cdiv(tl.load(prefix_ptr + num_rows), num_parts)  # the plan: see above
     first = tl.load(prefix_ptr + row) // chunk
     last = tl.cdiv(tl.load(prefix_ptr + row + 1), chunk)
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     peak = float("-inf")
     weight = 0.0
-    acc = tl.zeros([LATENT], tl.float32)
-    for part in range(first, last):
+    acc = tl.zeros([COLUMNS], tl.float32)
+    for start in range(first, last, PARTS):
+        part = start + tl.arange(0, PARTS)
+        there = part < last
         slot = (row + part).to(tl.int64) * HEADS + head
-        lse = tl.load(lse_ptr + slot)
-        value = tl.load(partial_ptr + slot * LATENT + latent)
-        new_peak = tl.maximum(peak, lse)
+        lse = tl.load(lse_ptr + slot, mask=there, other=float("-inf"))
+        values = tl.load(partial_ptr + slot[:, None] * LATENT + latent[None, :], mask=there[:, None], other=0.0)
+        new_peak = tl.maximum(peak, tl.max(lse, 0))
         alpha = tl.exp2(peak - new_peak)
         beta = tl.exp2(lse - new_peak)
-        acc = acc * alpha + value * beta
-        weight = weight * alpha + beta
+        acc = acc * alpha + tl.sum(values * beta[:, None], 0)
+        weight = weight * alpha + tl.sum(beta, 0)
         peak = new_peak
     out = out_ptr + (head * num_rows + row).to(tl.int64) * LATENT + latent
     tl.store(out, (acc / weight).to(out_ptr.dtype.element_ty))
@@ -166,8 +179,20 @@ def absorbed_decode(
     attend = _attend_parts if few else attend_parts
     attend(q_latent_HRL, q_RHQ, rows_KC, pages_RB, contexts_R, prefix, page_size, scale, parts, partial, lse)
     out_HRL = torch.empty_like(q_latent_HRL)
-    _combine_kernel[(rows, heads)](
-        partial, lse, prefix, out_HRL, rows, parts, HEADS=heads, LATENT=latent, launch_pdl=early(rows)
+    at_once = min(64, triton.next_power_of_2(parts // rows + 2))
+    columns = min(latent, 8192 // at_once)
+    _combine_kernel[(rows, heads, latent // columns)](
+        partial,
+        lse,
+        prefix,
+        out_HRL,
+        rows,
+        parts,
+        HEADS=heads,
+        LATENT=latent,
+        PARTS=at_once,
+        COLUMNS=columns,
+        launch_pdl=early(rows),
     )
     return out_HRL
 

@@ -1,8 +1,11 @@
-"""What attention does to a token's projections before it attends, on the GPU: the cache row is normalised, roped and
-written, and the queries are roped in place. `norm.py` and `rope.py` are the reference.
+"""What attention does to a token's projections before it attends, on the GPU, in one kernel: the cache row is
+normalised, roped and written, the queries are roped in place, and absorbed. `norm.py`, `rope.py` and `mla.py`'s
+`absorb_queries` are the reference.
 
-Shape suffixes: T tokens, H heads, Q = N + P dimensions of a query, L latent, C = L + P, K rows of the cache, M
-positions.
+Nobody reads here what another program writes: absorbing takes the nope dimensions, rope the others.
+
+Shape suffixes: T tokens, R those that are absorbed, H heads, Q = N + P dimensions of a query, L latent, C = L + P, K
+rows of the cache, M positions.
 """
 
 import torch
@@ -12,6 +15,8 @@ import triton.language as tl
 from nmoe.worker.kernels.early import early
 
 _HEADS = 16  # per program
+_TILES = ((128, 128), (64, 128), (64, 64), (64, 32), (16, 128), (16, 64), (16, 32))  # tokens and latent dimensions
+_LEAST = 200  # tiles that there must be, or a smaller one is taken
 
 
 @triton.jit
@@ -21,7 +26,68 @@ def _finite(x):
     return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, tl.zeros_like(x))
 
 
-@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "places_ptr"])
+@triton.jit
+def _store_row(kv_ptr, row_ptr, weight_ptr, cos, sin, eps, LATENT: tl.constexpr, ROPE: tl.constexpr):
+    """A token's cache row [C], from its projection [C]."""
+    latent = tl.arange(0, LATENT)
+    half = tl.arange(0, ROPE // 2)
+    x = tl.load(kv_ptr + latent).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 0) / LATENT + eps)
+    weight = tl.load(weight_ptr + latent).to(tl.float32)
+    tl.store(row_ptr + latent, _finite((x * scale * weight).to(row_ptr.dtype.element_ty)))
+    first = tl.load(kv_ptr + LATENT + half).to(tl.float32)
+    second = tl.load(kv_ptr + LATENT + ROPE // 2 + half).to(tl.float32)
+    tl.store(row_ptr + LATENT + half, _finite((first * cos - second * sin).to(row_ptr.dtype.element_ty)))
+    tl.store(row_ptr + LATENT + ROPE // 2 + half, _finite((second * cos + first * sin).to(row_ptr.dtype.element_ty)))
+
+
+@triton.jit
+def _rope_queries(q_ptr, head, cos, sin, HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr):
+    """A token's queries of these heads, [H, Q], in place."""
+    inside = (head < HEADS)[:, None]
+    at = q_ptr + head[:, None] * (NOPE + ROPE) + NOPE + tl.arange(0, ROPE // 2)[None, :]
+    left = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    right = tl.load(at + ROPE // 2, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at, (left * cos[None, :] - right * sin[None, :]).to(q_ptr.dtype.element_ty), mask=inside)
+    tl.store(at + ROPE // 2, (right * cos[None, :] + left * sin[None, :]).to(q_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _absorb(
+    q_ptr,
+    w_uk_ptr,
+    absorbed_ptr,
+    program,
+    num_absorbed,
+    out_token,
+    out_head,
+    Q_STRIDE: tl.constexpr,
+    W_HEAD: tl.constexpr,
+    HEADS: tl.constexpr,
+    NOPE: tl.constexpr,
+    ROPE: tl.constexpr,
+    LATENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A tile of a head's q_nope @ W_UK. The weights, which no kernel writes, are on their way before the wait."""
+    head = (program % HEADS).to(tl.int64)
+    column = (program // HEADS) % (LATENT // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
+    token = ((program // (HEADS * (LATENT // COLUMNS))) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    nope = tl.arange(0, NOPE)
+    w = tl.load(w_uk_ptr + head * W_HEAD + nope[:, None] * LATENT + column[None, :])
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+    exists = (token < num_absorbed)[:, None]
+    q = tl.load(q_ptr + token[:, None] * Q_STRIDE + head * (NOPE + ROPE) + nope[None, :], mask=exists, other=0.0)
+    out = absorbed_ptr + token[:, None] * out_token + head * out_head + column[None, :]
+    tl.store(out, tl.dot(q, w).to(absorbed_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit(
+    do_not_specialize=["num_absorbed", "tiles"],
+    do_not_specialize_on_alignment=["positions_ptr", "places_ptr"],
+)
 def _inputs_kernel(
     q_ptr,
     kv_ptr,
@@ -30,45 +96,73 @@ def _inputs_kernel(
     rope_ptr,
     weight_ptr,
     rows_ptr,
+    w_uk_ptr,
+    absorbed_ptr,
+    num_absorbed,
+    tiles,
+    out_token,
+    out_head,
     eps,
     Q_STRIDE: tl.constexpr,
     KV_STRIDE: tl.constexpr,
+    W_HEAD: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     NOPE: tl.constexpr,
     ROPE: tl.constexpr,
     LATENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
-    token = tl.program_id(0).to(tl.int64)
-    half = tl.arange(0, ROPE // 2)
-    table = rope_ptr + tl.load(positions_ptr + token).to(tl.int64) * (2 * ROPE)
-    cos = tl.load(table + half).to(tl.float32)
-    sin = tl.load(table + ROPE + ROPE // 2 + half).to(tl.float32)
-    if tl.program_id(1) == 0:
-        kv = kv_ptr + token * KV_STRIDE
-        row = rows_ptr + tl.load(places_ptr + token).to(tl.int64) * (LATENT + ROPE)
-        latent = tl.arange(0, LATENT)
-        x = tl.load(kv + latent).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(x * x, 0) / LATENT + eps)
-        weight = tl.load(weight_ptr + latent).to(tl.float32)
-        tl.store(row + latent, _finite((x * scale * weight).to(rows_ptr.dtype.element_ty)))
-        first = tl.load(kv + LATENT + half).to(tl.float32)
-        second = tl.load(kv + LATENT + ROPE // 2 + half).to(tl.float32)
-        tl.store(row + LATENT + half, _finite((first * cos - second * sin).to(rows_ptr.dtype.element_ty)))
-        tl.store(row + LATENT + ROPE // 2 + half, _finite((second * cos + first * sin).to(rows_ptr.dtype.element_ty)))
+    """The first programs absorb a tile each; of the others, one per token writes its cache row, and one its heads."""
+    if tl.program_id(0) < tiles:
+        _absorb(
+            q_ptr,
+            w_uk_ptr,
+            absorbed_ptr,
+            tl.program_id(0),
+            num_absorbed,
+            out_token,
+            out_head,
+            Q_STRIDE,
+            W_HEAD,
+            HEADS,
+            NOPE,
+            ROPE,
+            LATENT,
+            ROWS,
+            COLUMNS,
+        )
     else:
-        head = (tl.program_id(1) - 1) * BLOCK_H + tl.arange(0, BLOCK_H)
-        inside = (head < HEADS)[:, None]
-        q = q_ptr + token * Q_STRIDE + head[:, None] * (NOPE + ROPE) + NOPE + half[None, :]
-        left = tl.load(q, mask=inside, other=0.0).to(tl.float32)
-        right = tl.load(q + ROPE // 2, mask=inside, other=0.0).to(tl.float32)
-        tl.store(q, (left * cos[None, :] - right * sin[None, :]).to(q_ptr.dtype.element_ty), mask=inside)
-        tl.store(q + ROPE // 2, (right * cos[None, :] + left * sin[None, :]).to(q_ptr.dtype.element_ty), mask=inside)
+        # Positions, places and the table are older than the kernel before this one, so they are read before the wait.
+        PARTS: tl.constexpr = 1 + (HEADS + BLOCK_H - 1) // BLOCK_H
+        work = tl.program_id(0) - tiles
+        token = (work // PARTS).to(tl.int64)
+        part = work % PARTS
+        half = tl.arange(0, ROPE // 2)
+        table = rope_ptr + tl.load(positions_ptr + token).to(tl.int64) * (2 * ROPE)
+        cos = tl.load(table + half).to(tl.float32)
+        sin = tl.load(table + ROPE + ROPE // 2 + half).to(tl.float32)
+        row_ptr = rows_ptr + tl.load(places_ptr + token).to(tl.int64) * (LATENT + ROPE)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+        if part == 0:
+            _store_row(kv_ptr + token * KV_STRIDE, row_ptr, weight_ptr, cos, sin, eps, LATENT, ROPE)
+        else:
+            head = (part - 1) * BLOCK_H + tl.arange(0, BLOCK_H)
+            _rope_queries(q_ptr + token * Q_STRIDE, head, cos, sin, HEADS, NOPE, ROPE)
 
 
-def rope_and_cache(
+def _tile(tokens: int, heads: int, latent: int) -> tuple[int, int, int]:
+    """Tokens and latent dimensions of a tile, and how many of them there are."""
+    for rows, columns in _TILES:
+        tiles = heads * triton.cdiv(latent, columns) * triton.cdiv(tokens, rows)
+        if columns <= latent and rows < 2 * max(tokens, 16) and (tiles >= _LEAST or (rows, columns) == _TILES[-1]):
+            return rows, columns, tiles
+    raise AssertionError(latent)
+
+
+def enter(
     q_THQ: torch.Tensor,
     kv_TC: torch.Tensor,
     positions_T: torch.Tensor,
@@ -77,30 +171,45 @@ def rope_and_cache(
     weight_L: torch.Tensor,
     rows_KC: torch.Tensor,
     eps: float,
+    w_uk_HNL: torch.Tensor,
+    absorbed_RHL: torch.Tensor,
 ) -> None:
-    """Rope `q_THQ`'s last P dimensions in place; write each token's cache row to `rows_KC[places_T]`.
+    """Rope `q_THQ`'s last P dimensions in place; write each token's cache row to `rows_KC[places_T]`; and W_UK^T q_nope
+    of the first R tokens to `absorbed_RHL`, of which only the last dimension need be dense.
 
     `kv_TC`: the latent before its norm and the key before its rope; a result that is not finite is written as zero.
     Positions and places are int32 or int64.
     """
     tokens, heads, query = q_THQ.shape
-    rope = rope_M2P.shape[-1]
-    if tokens:
-        _inputs_kernel[(tokens, 1 + triton.cdiv(heads, _HEADS))](
-            q_THQ,
-            kv_TC,
-            positions_T,
-            places_T,
-            rope_M2P,
-            weight_L,
-            rows_KC,
-            eps,
-            Q_STRIDE=q_THQ.stride(0),
-            KV_STRIDE=kv_TC.stride(0),
-            HEADS=heads,
-            BLOCK_H=_HEADS,
-            NOPE=query - rope,
-            ROPE=rope,
-            LATENT=len(weight_L),
-            launch_pdl=early(tokens),
-        )
+    rope, latent, absorbed = rope_M2P.shape[-1], len(weight_L), len(absorbed_RHL)
+    if not tokens:
+        return
+    rows, columns, tiles = _tile(absorbed, heads, latent)
+    _inputs_kernel[(tiles + tokens * (1 + triton.cdiv(heads, _HEADS)),)](
+        q_THQ,
+        kv_TC,
+        positions_T,
+        places_T,
+        rope_M2P,
+        weight_L,
+        rows_KC,
+        w_uk_HNL,
+        absorbed_RHL,
+        absorbed,
+        tiles,
+        absorbed_RHL.stride(0),
+        absorbed_RHL.stride(1),
+        eps,
+        Q_STRIDE=q_THQ.stride(0),
+        KV_STRIDE=kv_TC.stride(0),
+        W_HEAD=w_uk_HNL.stride(0),
+        HEADS=heads,
+        BLOCK_H=_HEADS,
+        NOPE=query - rope,
+        ROPE=rope,
+        LATENT=latent,
+        ROWS=rows,
+        COLUMNS=columns,
+        num_warps=8 if rows == 128 else 4,
+        launch_pdl=early(tokens),
+    )

@@ -11,7 +11,7 @@ from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.experts import Returned
 from nmoe.worker.kernels.experts_triton import Terms
 
-_REGISTERS = 128  # per thread; told so, the compiler has room to load all of a row before it adds anything
+_REGISTERS = 128  # per thread; told so, the compiler has a row of up to 4096 under way before it adds anything
 
 
 @triton.jit
@@ -31,12 +31,12 @@ def _norm_kernel(
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inside = lane < D
-    weight = tl.load(weight_ptr + lane, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + lane, mask=inside, other=0.0).to(tl.float32)  # no kernel writes it: before the wait
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     x = tl.load(x_ptr + row * x_stride + lane, mask=inside, other=0.0).to(tl.float32)
     if delta_ptr is not None:
         delta = tl.zeros([BLOCK], tl.float32)
@@ -83,7 +83,7 @@ def _launch(
             K=0 if parts_TKD is None else parts_TKD.shape[1],
             BLOCK=block,
             num_warps=8 if block > 4096 else 4,
-            maxnreg=_REGISTERS,
+            maxnreg=_REGISTERS if block <= 4096 else None,
             launch_pdl=early(tokens),
         )
 

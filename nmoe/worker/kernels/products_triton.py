@@ -28,3 +28,12 @@ def scaled_product(x, w, scales, TRANSPOSED: tl.constexpr):
 def by_rows(tile, TRANSPOSED: tl.constexpr):
     """The tile as [ROWS, COLUMNS]."""
     return tl.trans(tile) if TRANSPOSED else tile
+
+
+@triton.jit
+def load_tiles(at, there, SPAN: tl.constexpr, DEPTH: tl.constexpr):
+    """SPAN / DEPTH tiles, DEPTH apart, as a tuple: all of them are under way before the first is used."""
+    tiles = ()
+    for k in tl.static_range(0, SPAN, DEPTH):
+        tiles = tiles + (tl.load(at + k, mask=there, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+    return tiles

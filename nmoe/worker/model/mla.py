@@ -33,17 +33,14 @@ from nmoe.worker.weights import Source
 class Plan(Protocol):
     """What all layers of a step share about its rows, and how its device attends."""
 
-    def enter(
-        self, q_THQ: torch.Tensor, kv_TC: torch.Tensor, norm_L: torch.Tensor, rows_KC: torch.Tensor
+    def attend(
+        self, q_THQ: torch.Tensor, kv_TC: torch.Tensor, norm_L: torch.Tensor, rows_KC: torch.Tensor, up: Up
     ) -> torch.Tensor:
-        """Normalise and rope the latents and keys `kv_TC` and write them to the cache; the roped queries [T, H, Q].
+        """Normalise and rope the latents and keys `kv_TC` and write them to the cache, rope the queries, and attend
+        each row in its form over its cache rows: attended values [T, H, V].
 
         The queries given may be overwritten.
         """
-        ...
-
-    def attend(self, q_THQ: torch.Tensor, rows_KC: torch.Tensor, up: Up) -> torch.Tensor:
-        """Each row in its form, over its cache rows: attended values [T, H, V]."""
         ...
 
 
@@ -117,8 +114,8 @@ class AttentionPlan:
         cos_TP, sin_TP = rope_M2P[batch.positions_T].unbind(1)
         return cls(cos_TP, sin_TP, batch.write_T.long(), decodes, decode_RJ, hidden_RJ[:, None], chunks)
 
-    def enter(
-        self, q_THQ: torch.Tensor, kv_TC: torch.Tensor, norm_L: torch.Tensor, rows_KC: torch.Tensor
+    def attend(
+        self, q_THQ: torch.Tensor, kv_TC: torch.Tensor, norm_L: torch.Tensor, rows_KC: torch.Tensor, up: Up
     ) -> torch.Tensor:
         """See Plan."""
         latent, rope = len(norm_L), self.cos_TP.shape[1]
@@ -127,12 +124,6 @@ class AttentionPlan:
         latent_TL = rms_norm(kv_TC[:, :latent], norm_L, LATENT_EPS)
         k_rope_TP = apply_rope(kv_TC[:, latent:], self.cos_TP, self.sin_TP)
         rows_KC.index_copy_(0, self.write_T, torch.cat((latent_TL, k_rope_TP), dim=-1))
-        return torch.cat((q_nope_THN, q_rope_THP), dim=-1)
-
-    def attend(self, q_THQ: torch.Tensor, rows_KC: torch.Tensor, up: Up) -> torch.Tensor:
-        """See Plan."""
-        nope = up.w_uk_HNL.shape[1]
-        q_nope_THN, q_rope_THP = q_THQ[..., :nope], q_THQ[..., nope:]
         parts = []
         if decodes := self.num_decodes:
             q_RHC = absorb_queries(q_nope_THN[:decodes], q_rope_THP[:decodes], up)
@@ -194,5 +185,5 @@ class Attention:
         q_TA, kv_TC = torch.split(ops.linear(x_TD, self._w_in_ID), self._split, dim=-1)
         if self._w_q_b is not None:
             q_TA = ops.linear(ops.rms_norm(q_TA, self._q_norm_A, LATENT_EPS), self._w_q_b)
-        q_THQ = plan.enter(q_TA.view(len(q_TA), a.num_heads, a.qk_head_dim), kv_TC, self._kv_norm_L, rows_KC)
-        return ops.linear(plan.attend(q_THQ, rows_KC, self._up).flatten(1), self._w_o)
+        q_THQ = q_TA.view(len(q_TA), a.num_heads, a.qk_head_dim)
+        return ops.linear(plan.attend(q_THQ, kv_TC, self._kv_norm_L, rows_KC, self._up).flatten(1), self._w_o)

@@ -33,8 +33,8 @@ class ExactPlan:
         cos_TP, sin_TP = rope_M2P[batch.positions_T].unbind(1)
         return cls(cos_TP, sin_TP, batch.write_T.long(), context_RJ, counts)
 
-    def enter(
-        self, q_THQ: torch.Tensor, kv_TC: torch.Tensor, norm_L: torch.Tensor, rows_KC: torch.Tensor
+    def attend(
+        self, q_THQ: torch.Tensor, kv_TC: torch.Tensor, norm_L: torch.Tensor, rows_KC: torch.Tensor, up: Up
     ) -> torch.Tensor:
         """See Plan."""
         latent, rope = len(norm_L), self.cos_TP.shape[1]
@@ -42,10 +42,7 @@ class ExactPlan:
         latent_TL = rms_norm(kv_TC[:, :latent], norm_L, LATENT_EPS)
         k_rope_TP = apply_rope(kv_TC[:, latent:], self.cos_TP, self.sin_TP)
         rows_KC.index_copy_(0, self.write_T, torch.cat((latent_TL, k_rope_TP), dim=-1))
-        return torch.cat((q_THQ[..., :-rope], q_rope_THP), dim=-1)
-
-    def attend(self, q_THQ: torch.Tensor, rows_KC: torch.Tensor, up: Up) -> torch.Tensor:
-        """See Plan."""
+        q_THQ = torch.cat((q_THQ[..., :-rope], q_rope_THP), dim=-1)
         heads, values = up.w_uv_HVL.shape[:2]
         w_uk_HNL, w_uv_HLV = up.w_uk_HNL.float(), up.w_uv_HVL.float().transpose(1, 2)
         queries = iter(aligned_rows(q_THQ.flatten(1).float()) if len(q_THQ) else ())

@@ -16,8 +16,9 @@ from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.chunks import BLOCK, Chunks, cut
 from nmoe.worker.kernels.mla import LATENT_EPS, Up
 from nmoe.worker.kernels.mla_decode_triton import absorbed_decode, page_prefix
-from nmoe.worker.kernels.mla_inputs_triton import rope_and_cache
+from nmoe.worker.kernels.mla_inputs_triton import enter
 from nmoe.worker.kernels.mla_prefill_triton import expanded_chunks
+from nmoe.worker.kernels.mla_values_triton import values_of_latents
 from nmoe.worker.stages import put
 
 _EXPANDED_BYTES = 1 << 31  # keys and values that exist at one time
@@ -35,12 +36,18 @@ class PagedPlan:
     chunks: list[Chunks]
 
     def enter(
-        self, q_THQ: torch.Tensor, kv_TC: torch.Tensor, norm_L: torch.Tensor, rows_KC: torch.Tensor
-    ) -> torch.Tensor:
-        """See Plan."""
-        batch = self.batch
-        rope_and_cache(q_THQ, kv_TC, batch.positions_T, batch.write_T, self.rope_M2P, norm_L, rows_KC, LATENT_EPS)
-        return q_THQ
+        self,
+        q_THQ: torch.Tensor,
+        kv_TC: torch.Tensor,
+        norm_L: torch.Tensor,
+        rows_KC: torch.Tensor,
+        up: Up,
+        absorbed_RHL: torch.Tensor,
+    ) -> None:
+        """Write the cache, rope the queries in place, and absorb the first R of them into `absorbed_RHL`."""
+        positions_T, write_T, w_uk_HNL = self.batch.positions_T, self.batch.write_T, up.w_uk_HNL
+        table, eps = self.rope_M2P, LATENT_EPS
+        enter(q_THQ, kv_TC, positions_T, write_T, table, norm_L, rows_KC, eps, w_uk_HNL, absorbed_RHL)
 
 
 class GPUPlan(PagedPlan):
@@ -60,18 +67,21 @@ class GPUPlan(PagedPlan):
         chunks = chunks_of(batch, max(1, _EXPANDED_BYTES // per_token))
         return cls(batch, rope_M2P, cache.page_size, contexts_R, prefix, chunks)
 
-    def attend(self, q_THQ: torch.Tensor, rows_KC: torch.Tensor, up: Up) -> torch.Tensor:
+    def attend(
+        self, q_THQ: torch.Tensor, kv_TC: torch.Tensor, norm_L: torch.Tensor, rows_KC: torch.Tensor, up: Up
+    ) -> torch.Tensor:
         """See Plan."""
-        heads, nope, _ = up.w_uk_HNL.shape
+        (heads, _, latent), decodes = up.w_uk_HNL.shape, self.batch.num_decodes
         out_THV = q_THQ.new_empty(len(q_THQ), heads, up.w_uv_HVL.shape[1])
-        if decodes := self.batch.num_decodes:
+        q_latent_HRL = q_THQ.new_empty(heads, decodes, latent)
+        self.enter(q_THQ, kv_TC, norm_L, rows_KC, up, q_latent_HRL.transpose(0, 1))
+        if decodes:
             assert self.contexts_R is not None and self.prefix is not None
             q_RHQ, pages_RB = q_THQ[:decodes], self.batch.pages_RP[:decodes]
-            q_latent_HRL = torch.bmm(q_RHQ[..., :nope].transpose(0, 1), up.w_uk_HNL)
             latent_HRL = absorbed_decode(
                 q_latent_HRL, q_RHQ, rows_KC, pages_RB, self.contexts_R, self.prefix, self.page_size, up.scale
             )
-            torch.bmm(latent_HRL, up.w_uv_HVL.transpose(1, 2), out=out_THV[:decodes].transpose(0, 1))
+            values_of_latents(latent_HRL.transpose(0, 1), up.w_uv_HVL, out_THV[:decodes])
         for chunks in self.chunks:
             expanded_chunks(q_THQ, rows_KC, self.batch.pages_RP, up.w_HXL, chunks, self.page_size, up.scale, out_THV)
         return out_THV
