@@ -23,6 +23,7 @@ from nmoe.worker.kernels.mla_warps_gluon import (
     load_ropes,
     load_tiles,
     make_shared,
+    rope_descriptor,
     stages_of,
 )
 
@@ -56,12 +57,13 @@ def _produce(
     descs,
     pages_ptr,
     max_pages,
+    NOPE: gl.constexpr,
     BLOCK_R: gl.constexpr,
     PAGE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     contexts_ptr, prefix_ptr, num_rows = plan
-    latent_desc, rope_desc, q_desc = descs
+    latent_desc, rope_desc, q_desc, q_rope_desc = descs
     L: gl.constexpr = 4 * shared.k_latent.shape[2]
     at, stop, row = _part(prefix_ptr, num_rows, BLOCK_R, 1)
     pieces = 0
@@ -69,6 +71,7 @@ def _produce(
     while at < stop:
         begin, end, at = _piece(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
         load_queries(shared, q_desc, gl.program_id(1) * _M, row * L, pieces)
+        load_ropes(shared, q_rope_desc, row, gl.program_id(1) * _M, NOPE)
         row_pages_ptr = pages_ptr + row.to(gl.int64) * max_pages
         tiles = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, begin, end, tiles, PAGE, STAGES)
         pieces += 1
@@ -81,8 +84,6 @@ def _attend(
     plan,
     rows,
     scale_log2,
-    Q_STRIDE: gl.constexpr,
-    NOPE: gl.constexpr,
     HEADS: gl.constexpr,
     BLOCK_R: gl.constexpr,
     PAGE: gl.constexpr,
@@ -91,7 +92,7 @@ def _attend(
 ):
     """Warpgroup `mine`, 0 or 1."""
     contexts_ptr, prefix_ptr, num_rows = plan
-    q_ptr, partial_ptr, lse_ptr = rows
+    partial_ptr, lse_ptr = rows
     QUARTER: gl.constexpr = shared.k_latent.shape[2]
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUARTER, 16])  # noqa: E741
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16])
@@ -107,11 +108,7 @@ def _attend(
     turns = (turn, their_turn)
     while at < stop:
         begin, end, at = _piece(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
-        if mine == 0:
-            mbarrier.wait(shared.q_bars.index(1), (pieces & 1) ^ 1)
-            load_ropes(shared, q_ptr, row, head, row, row + 1, Q_STRIDE, NOPE, _M)
         mbarrier.wait(shared.q_bars.index(0), pieces & 1)
-        mbarrier.wait(shared.q_bars.index(2), pieces & 1)
         count = (end - begin + _TILE - 1) // _TILE
         last = lane_S * 0 + end - 1
         peak, weights, acc_0, acc_1, turns = attend_span(
@@ -141,7 +138,7 @@ def _decode_kernel(
     q_desc,
     latent_desc,
     rope_desc,
-    q_ptr,
+    q_rope_desc,
     pages_ptr,
     contexts_ptr,
     prefix_ptr,
@@ -150,22 +147,21 @@ def _decode_kernel(
     num_rows,
     max_pages,
     scale_log2,
-    Q_STRIDE: gl.constexpr,
     NOPE: gl.constexpr,
     HEADS: gl.constexpr,
     BLOCK_R: gl.constexpr,
     PAGE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    shared = make_shared(q_desc, latent_desc, rope_desc, STAGES)
+    shared = make_shared(q_desc, q_rope_desc, latent_desc, rope_desc, STAGES)
     plan = (contexts_ptr, prefix_ptr, num_rows)
-    rows = (q_ptr, partial_ptr, lse_ptr)
-    descs = (latent_desc, rope_desc, q_desc)
+    rows = (partial_ptr, lse_ptr)
+    descs = (latent_desc, rope_desc, q_desc, q_rope_desc)
     gl.warp_specialize(
         [
-            (_attend, (shared, plan, rows, scale_log2, Q_STRIDE, NOPE, HEADS, BLOCK_R, PAGE, STAGES, 0)),
-            (_attend, (shared, plan, rows, scale_log2, Q_STRIDE, NOPE, HEADS, BLOCK_R, PAGE, STAGES, 1)),
-            (_produce, (shared, plan, descs, pages_ptr, max_pages, BLOCK_R, PAGE, STAGES)),
+            (_attend, (shared, plan, rows, scale_log2, HEADS, BLOCK_R, PAGE, STAGES, 0)),
+            (_attend, (shared, plan, rows, scale_log2, HEADS, BLOCK_R, PAGE, STAGES, 1)),
+            (_produce, (shared, plan, descs, pages_ptr, max_pages, NOPE, BLOCK_R, PAGE, STAGES)),
         ],
         [4, 1],
         [232, 24],
@@ -194,7 +190,7 @@ def attend_parts(
         descriptor(q_latent_HRL.view(heads, rows * latent), ROWS, quarter),
         descriptor(rows_KC, TILE, quarter),
         descriptor(rows_KC, TILE, rope),
-        q_RHQ,
+        rope_descriptor(q_RHQ, ROWS, rope),
         pages_RB,
         contexts_R,
         prefix,
@@ -203,7 +199,6 @@ def attend_parts(
         rows,
         pages_RB.stride(0),
         scale * math.log2(math.e),
-        Q_STRIDE=q_RHQ.stride(0),
         NOPE=q_RHQ.shape[2] - rope,
         HEADS=heads,
         BLOCK_R=block_of_rows(rows),

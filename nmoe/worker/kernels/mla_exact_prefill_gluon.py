@@ -2,9 +2,10 @@
 
 The arithmetic of a query is mla_exact_triton.py's. A program takes the queries of a few neighbouring positions (64
 rows: heads times queries), which begin at a multiple of their number, so that all see the same tiles and spans; how
-its warps share the work is in mla_warps_gluon.py. Groups of queries go to the programs in turn, the last of a row
-first. After a span each warpgroup merges its half of the values with those before it, which wait in the program's
-scratch: both at once would not fit the registers.
+its warps share the work is in mla_warps_gluon.py. After a span each warpgroup merges its half of the values with those
+before it, which wait in the program's scratch: both at once would not fit the registers.
+
+Groups of queries go to the programs in turn, the last of a row first.
 
 What there is is read on the device, as in mla_prefill_triton.py: a launch for the most that a step can have serves
 every smaller one. A row with queries and no context is padding: its output is zero.
@@ -34,6 +35,7 @@ from nmoe.worker.kernels.mla_warps_gluon import (
     load_ropes,
     load_tiles,
     make_shared,
+    rope_descriptor,
     stages_of,
 )
 
@@ -56,11 +58,17 @@ class _Group(NamedTuple):
 
 
 @gluon.jit
-def _group(item, cut, num_tiles, QUERIES: gl.constexpr, PER_TILE: gl.constexpr):
+def _count(cut, QUERIES: gl.constexpr, PER_TILE: gl.constexpr):
+    """How many groups there are, some of them empty: a tile of queries that begins between two groups' bounds has parts
+    of one group more than fit."""
+    return gl.load(cut[4]) * (PER_TILE // QUERIES + 1)
+
+
+@gluon.jit
+def _group(item, count, cut, QUERIES: gl.constexpr, PER_TILE: gl.constexpr):
     starts_ptr, firsts_ptr, tile_row_ptr, tile_start_ptr, _ = cut
-    # A tile of queries that begins between two groups' bounds has parts of one group more.
     GROUPS: gl.constexpr = PER_TILE // QUERIES + 1
-    tile = num_tiles - 1 - item // GROUPS
+    tile = (count - 1 - item) // GROUPS
     row = gl.load(tile_row_ptr + tile)
     token = gl.load(starts_ptr + row)
     length = gl.load(starts_ptr + row + 1) - token
@@ -81,52 +89,60 @@ def _produce(
     shared,
     cut,
     descs,
-    pages_ptr,
-    max_pages,
+    source,
+    NOPE: gl.constexpr,
     HEADS: gl.constexpr,
     BLOCK_H: gl.constexpr,
     PER_TILE: gl.constexpr,
     PAGE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    latent_desc, rope_desc, q_desc = descs
+    latent_desc, rope_desc, q_desc, q_rope_desc = descs
+    pages_ptr, max_pages = source
     QUERIES: gl.constexpr = _M // BLOCK_H
-    num_tiles = gl.load(cut[4])
+    count = _count(cut, QUERIES, PER_TILE)
+    head = gl.program_id(1) * BLOCK_H
     groups = 0
     at = 0
-    for item in range(gl.program_id(0), num_tiles * (PER_TILE // QUERIES + 1), gl.num_programs(0)):
-        group = _group(item, cut, num_tiles, QUERIES, PER_TILE)
+    for item in range(gl.program_id(0), count, gl.num_programs(0)):
+        group = _group(item, count, cut, QUERIES, PER_TILE)
         if group.context > 0:
-            load_queries(shared, q_desc, group.token * HEADS + gl.program_id(1) * BLOCK_H, 0, groups)
+            load_queries(shared, q_desc, group.token * HEADS + head, 0, groups)
+            load_ropes(shared, q_rope_desc, group.token, head, NOPE)
             groups += 1
         row_pages_ptr = pages_ptr + group.row.to(gl.int64) * max_pages
         at = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, 0, group.context, at, PAGE, STAGES)
 
 
 @gluon.jit
-def _merge(acc, column, factors, begin, group, lane, position, rows, merged_ptr, out_ptr, L: gl.constexpr):
+def _put(value, column, group, out_ptr, HEADS: gl.constexpr, BLOCK_H: gl.constexpr, L: gl.constexpr):
+    """The result of a group's queries in some columns, from `column` on."""
+    lane = gl.arange(0, _M, gl.SliceLayout(1, value.type.layout))
+    columns = column + gl.arange(0, value.shape[1], gl.SliceLayout(0, value.type.layout))
+    position = group.first + lane // BLOCK_H
+    row = (group.token + lane // BLOCK_H).to(gl.int64) * HEADS + gl.program_id(1) * BLOCK_H + lane % BLOCK_H
+    exists = (position >= group.low) & (position < group.high)
+    value = value.to(out_ptr.dtype.element_ty)
+    gl.store(out_ptr + row[:, None] * L + columns[None, :], value, mask=exists[:, None] & (columns >= 0)[None, :])
+
+
+@gluon.jit
+def _merge(
+    acc, column, factors, begin, group, merged_ptr, out_ptr, HEADS: gl.constexpr, BLOCK_H: gl.constexpr, L: gl.constexpr
+):
     """A span's accumulated values of some columns, added to those before; those of the last span are the result.
     `factors`: of those before, of the span's, and the weight of all."""
     before, here, weight = factors
-    columns = column + gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))[None, :]
-    place = lane[:, None] * L + columns
+    lane = gl.arange(0, _M, gl.SliceLayout(1, acc.type.layout))[:, None]
+    nth = gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))[None, :]
+    # What a warp holds of eight rows and columns lies together in the scratch.
+    place = column * _M + nth // 8 * (8 * _M) + lane * 8 + nth % 8
     old = gl.load(merged_ptr + place, mask=(place >= 0) & (begin > 0), other=0.0)
     acc = old * before[:, None] + acc * here[:, None]
     if begin + group.span < group.context:
         gl.store(merged_ptr + place, acc)
     else:
-        exists = (position >= group.low) & (position < group.high)
-        value = (acc * (1.0 / weight)[:, None]).to(out_ptr.dtype.element_ty)
-        gl.store(out_ptr + rows[:, None] * L + columns, value, mask=exists[:, None] & (columns >= 0))
-
-
-@gluon.jit
-def _zero(out_ptr, out_rows, position_of_lane, group, column, COLUMNS: gl.constexpr, L: gl.constexpr, O: gl.constexpr):  # noqa: E741
-    """The result of a group's queries in some columns, if they are padding."""
-    columns = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, O))[None, :]
-    exists = (position_of_lane >= group.low) & (position_of_lane < group.high)
-    zeros = gl.zeros([_M, COLUMNS], out_ptr.dtype.element_ty, O)
-    gl.store(out_ptr + out_rows[:, None] * L + columns, zeros, mask=exists[:, None] & (columns >= 0))
+        _put(acc * (1.0 / weight)[:, None], column, group, out_ptr, HEADS, BLOCK_H, L)
 
 
 @gluon.jit
@@ -161,8 +177,6 @@ def _attend(
     cut,
     rows,
     scale_log2,
-    Q_STRIDE: gl.constexpr,
-    NOPE: gl.constexpr,
     HEADS: gl.constexpr,
     BLOCK_H: gl.constexpr,
     PER_TILE: gl.constexpr,
@@ -170,36 +184,27 @@ def _attend(
     mine: gl.constexpr,
 ):
     """Warpgroup `mine`, 0 or 1: weighs every other tile of a span, and adds up half of the columns of all values."""
-    q_ptr, merged_ptr, out_ptr = rows
+    merged_ptr, out_ptr = rows
     QUERIES: gl.constexpr = _M // BLOCK_H
     QUARTER: gl.constexpr = shared.k_latent.shape[2]
     L: gl.constexpr = 4 * QUARTER
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUARTER, 16])  # noqa: E741
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16])
     lane_S = gl.arange(0, _M, gl.SliceLayout(1, S))
-    lane_O = gl.arange(0, _M, gl.SliceLayout(1, O))
-    head = gl.program_id(1) * BLOCK_H
-    num_tiles = gl.load(cut[4])
+    count = _count(cut, QUERIES, PER_TILE)
     groups = 0
     spans = 0
     at = 0
     turn = 0
     their_turn = 0
     turns = (turn, their_turn)
-    for item in range(gl.program_id(0), num_tiles * (PER_TILE // QUERIES + 1), gl.num_programs(0)):
-        group = _group(item, cut, num_tiles, QUERIES, PER_TILE)
-        position_O = group.first + lane_O // BLOCK_H
-        rows_O = (group.token + lane_O // BLOCK_H).to(gl.int64) * HEADS + head + lane_O % BLOCK_H
+    for item in range(gl.program_id(0), count, gl.num_programs(0)):
+        group = _group(item, count, cut, QUERIES, PER_TILE)
         if group.context > 0:
-            if mine == 0:
-                mbarrier.wait(shared.q_bars.index(1), (groups & 1) ^ 1)
-                low, high = group.token + group.low - group.first, group.token + group.high - group.first
-                load_ropes(shared, q_ptr, group.token, head, low, high, Q_STRIDE, NOPE, BLOCK_H)
             mbarrier.wait(shared.q_bars.index(0), groups & 1)
-            mbarrier.wait(shared.q_bars.index(2), groups & 1)
         last = group.first + lane_S // BLOCK_H
-        nothing = gl.zeros([_M], gl.float32, gl.SliceLayout(1, S))
-        merged = (nothing + float("-inf"), nothing)
+        no_weight = gl.zeros([_M], gl.float32, gl.SliceLayout(1, S))
+        merged = (no_weight + float("-inf"), no_weight)
         for begin in range(0, group.context, group.span):
             tiles = (gl.minimum(group.span, group.context - begin) + _TILE - 1) // _TILE
             span_peak, span_weight, acc_0, acc_1, turns = attend_span(
@@ -210,12 +215,13 @@ def _attend(
             factors, merged = _merge_factors(shared, spans, merged, span_peak, span_weight, mine, O)
             spans += 1
             column = 2 * mine * QUARTER
-            _merge(acc_0, column, factors, begin, group, lane_O, position_O, rows_O, merged_ptr, out_ptr, L)
+            _merge(acc_0, column, factors, begin, group, merged_ptr, out_ptr, HEADS, BLOCK_H, L)
             column += QUARTER
-            _merge(acc_1, column, factors, begin, group, lane_O, position_O, rows_O, merged_ptr, out_ptr, L)
+            _merge(acc_1, column, factors, begin, group, merged_ptr, out_ptr, HEADS, BLOCK_H, L)
         groups += (group.context > 0).to(gl.int32)
         if group.is_padding:
-            _zero(out_ptr, rows_O, position_O, group, 2 * mine * QUARTER, 2 * QUARTER, L, O)
+            nothing = gl.zeros([_M, 2 * QUARTER], gl.float32, O)
+            _put(nothing, 2 * mine * QUARTER, group, out_ptr, HEADS, BLOCK_H, L)
 
 
 @gluon.jit(do_not_specialize=["max_pages"], do_not_specialize_on_alignment=[*_POINTERS, "pages_ptr"])
@@ -223,7 +229,7 @@ def _prefill_kernel(
     latent_desc,
     rope_desc,
     q_desc,
-    q_ptr,
+    q_rope_desc,
     pages_ptr,
     scratch_ptr,
     out_ptr,
@@ -234,7 +240,6 @@ def _prefill_kernel(
     num_tiles_ptr,
     max_pages,
     scale_log2,
-    Q_STRIDE: gl.constexpr,
     NOPE: gl.constexpr,
     HEADS: gl.constexpr,
     BLOCK_H: gl.constexpr,
@@ -242,18 +247,19 @@ def _prefill_kernel(
     PAGE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    shared = make_shared(q_desc, latent_desc, rope_desc, STAGES)
+    shared = make_shared(q_desc, q_rope_desc, latent_desc, rope_desc, STAGES)
     QUARTER: gl.constexpr = latent_desc.block_type.shape[1]
     program = gl.program_id(0) * gl.num_programs(1) + gl.program_id(1)
     merged_ptr = scratch_ptr + program.to(gl.int64) * (_M * 4 * QUARTER)
     cut = (starts_ptr, firsts_ptr, tile_row_ptr, tile_start_ptr, num_tiles_ptr)
-    rows = (q_ptr, merged_ptr, out_ptr)
-    descs = (latent_desc, rope_desc, q_desc)
+    rows = (merged_ptr, out_ptr)
+    descs = (latent_desc, rope_desc, q_desc, q_rope_desc)
+    source = (pages_ptr, max_pages)
     gl.warp_specialize(
         [
-            (_attend, (shared, cut, rows, scale_log2, Q_STRIDE, NOPE, HEADS, BLOCK_H, PER_TILE, STAGES, 0)),
-            (_attend, (shared, cut, rows, scale_log2, Q_STRIDE, NOPE, HEADS, BLOCK_H, PER_TILE, STAGES, 1)),
-            (_produce, (shared, cut, descs, pages_ptr, max_pages, HEADS, BLOCK_H, PER_TILE, PAGE, STAGES)),
+            (_attend, (shared, cut, rows, scale_log2, HEADS, BLOCK_H, PER_TILE, STAGES, 0)),
+            (_attend, (shared, cut, rows, scale_log2, HEADS, BLOCK_H, PER_TILE, STAGES, 1)),
+            (_produce, (shared, cut, descs, source, NOPE, HEADS, BLOCK_H, PER_TILE, PAGE, STAGES)),
         ],
         [4, 1],
         [232, 24],
@@ -280,7 +286,7 @@ def exact_prefill(
         descriptor(rows_KC, TILE, quarter),
         descriptor(rows_KC, TILE, rope),
         descriptor(q_latent_THL.flatten(0, 1), ROWS, quarter),
-        q_THQ,
+        rope_descriptor(q_THQ, form.heads, rope),
         pages_RB,
         scratch,
         out_THL,
@@ -291,7 +297,6 @@ def exact_prefill(
         chunks.num_tiles,
         pages_RB.stride(0),
         scale * math.log2(math.e),
-        Q_STRIDE=q_THQ.stride(0),
         NOPE=q_THQ.shape[2] - rope,
         HEADS=heads,
         BLOCK_H=form.heads,

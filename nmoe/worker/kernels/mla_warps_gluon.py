@@ -41,7 +41,7 @@ class Shared(NamedTuple):
     """Shared memory. Latents lie in quarters of their columns."""
 
     q_latent: gl.shared_memory_descriptor  # [4, M, L / 4]
-    q_rope: gl.shared_memory_descriptor  # [M, P]
+    q_rope: gl.shared_memory_descriptor  # [M / heads, heads, P]
     k_latent: gl.shared_memory_descriptor  # [stages * 4, tile, L / 4]
     k_rope: gl.shared_memory_descriptor  # [stages, tile, P]
     weights: gl.shared_memory_descriptor  # [2, M, tile]: of the positions of a tile
@@ -51,7 +51,7 @@ class Shared(NamedTuple):
     # [3, M]: factors of the values before a span and of its own, weight of all; of decode rows the last alone, inverted
     merging: gl.shared_memory_descriptor
     # Barriers
-    q_bars: gl.shared_memory_descriptor  # [3]: latents are there; both are free; ropes are there
+    q_bars: gl.shared_memory_descriptor  # [2]: queries are there, free
     filled: gl.shared_memory_descriptor  # [stages]
     free: gl.shared_memory_descriptor  # [stages]
     weighed: gl.shared_memory_descriptor  # [2]
@@ -60,7 +60,7 @@ class Shared(NamedTuple):
 
 
 @gluon.jit
-def make_shared(q_desc, latent_desc, rope_desc, STAGES: gl.constexpr):
+def make_shared(q_desc, q_rope_desc, latent_desc, rope_desc, STAGES: gl.constexpr):
     """The shared memory of a program, with a ring of so many stages, ready for its warps."""
     QUARTER: gl.constexpr = latent_desc.block_type.shape[1]
     ROPE: gl.constexpr = rope_desc.block_type.shape[1]
@@ -68,11 +68,10 @@ def make_shared(q_desc, latent_desc, rope_desc, STAGES: gl.constexpr):
     ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     WEIGHTS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_M, _TILE], gl.bfloat16)
     ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_TILE, 8], gl.bfloat16)
-    Q_ROPE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_M, ROPE], gl.bfloat16)
     REGISTERS: gl.constexpr = gl.BlockedLayout([1, 2], [8, 4], [4, 1], [1, 0])
     shared = Shared(
         q_latent=gl.allocate_shared_memory(gl.bfloat16, [4, _M, QUARTER], q_desc.layout),
-        q_rope=gl.allocate_shared_memory(gl.bfloat16, [_M, ROPE], Q_ROPE),
+        q_rope=gl.allocate_shared_memory(gl.bfloat16, q_rope_desc.block_type.shape, q_rope_desc.layout),
         k_latent=gl.allocate_shared_memory(gl.bfloat16, [STAGES * 4, _TILE, QUARTER], latent_desc.layout),
         k_rope=gl.allocate_shared_memory(gl.bfloat16, [STAGES, _TILE, ROPE], rope_desc.layout),
         weights=gl.allocate_shared_memory(gl.bfloat16, [2, _M, _TILE], WEIGHTS),
@@ -80,7 +79,7 @@ def make_shared(q_desc, latent_desc, rope_desc, STAGES: gl.constexpr):
         factors=gl.allocate_shared_memory(gl.float32, [2, _M], ROWS),
         peaks=gl.allocate_shared_memory(gl.float32, [2, _M], ROWS),
         merging=gl.allocate_shared_memory(gl.float32, [3, _M], ROWS),
-        q_bars=gl.allocate_shared_memory(gl.int64, [3, 1], BARRIER),
+        q_bars=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
         filled=gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
         free=gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
         weighed=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
@@ -93,7 +92,6 @@ def make_shared(q_desc, latent_desc, rope_desc, STAGES: gl.constexpr):
         mbarrier.init(shared.merge_bars.index(i), count=1 + i)
         mbarrier.init(shared.weighed.index(i), count=1)
         mbarrier.init(shared.weights_free.index(i), count=1)
-    mbarrier.init(shared.q_bars.index(2), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(shared.filled.index(i), count=1)
         mbarrier.init(shared.free.index(i), count=2)
@@ -104,13 +102,22 @@ def make_shared(q_desc, latent_desc, rope_desc, STAGES: gl.constexpr):
 
 @gluon.jit
 def load_queries(shared, q_desc, q_row, q_column, nth):
-    """Producer: the latents of a program's piece of work, its `nth`; row and column of the descriptor's matrix."""
+    """Producer: the latents of a program's piece of work, its `nth`; row and column of the descriptor's matrix. Their
+    ropes must follow."""
     QUARTER: gl.constexpr = shared.k_latent.shape[2]
+    ROPE: gl.constexpr = shared.k_rope.shape[2]
     mbarrier.wait(shared.q_bars.index(1), (nth & 1) ^ 1)
-    mbarrier.expect(shared.q_bars.index(0), _M * 4 * QUARTER * 2)
+    mbarrier.expect(shared.q_bars.index(0), _M * (4 * QUARTER + ROPE) * 2)
     for i in gl.static_range(4):
         to = shared.q_latent.index(i)
         _copy(q_desc, [q_row, q_column + i * QUARTER], shared.q_bars.index(0), to)
+
+
+@gluon.jit
+def load_ropes(shared, q_rope_desc, token, head, NOPE: gl.constexpr):
+    """Producer: the roped part of the same queries, tokens from `token` and heads from `head` on; zeros where no tokens
+    are."""
+    _copy(q_rope_desc, [token, head, NOPE], shared.q_bars.index(0), shared.q_rope)
 
 
 @gluon.jit
@@ -136,25 +143,6 @@ def load_tiles(
 
 
 @gluon.jit
-def load_ropes(
-    shared, q_ptr, token, head, low, high, Q_STRIDE: gl.constexpr, NOPE: gl.constexpr, BLOCK_H: gl.constexpr
-):
-    """First warpgroup: the roped part of the queries of tokens from `token` on, those in [low, high); zeros for the
-    others."""
-    ROPE: gl.constexpr = shared.k_rope.shape[2]
-    LOADS: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // ROPE, ROPE // 8], [4, 1], [1, 0])
-    lane = gl.arange(0, _M, gl.SliceLayout(1, LOADS))
-    rope = gl.arange(0, ROPE, gl.SliceLayout(0, LOADS))
-    of_lane = token + lane // BLOCK_H
-    place = of_lane.to(gl.int64) * Q_STRIDE + (head + lane % BLOCK_H) * (NOPE + ROPE) + NOPE
-    exists = (of_lane >= low) & (of_lane < high)
-    q_rope = gl.load(q_ptr + place[:, None] + rope[None, :], mask=exists[:, None] & (rope >= 0)[None, :], other=0.0)
-    shared.q_rope.store(q_rope)
-    fence_async_shared()
-    mbarrier.arrive(shared.q_bars.index(2), count=1)
-
-
-@gluon.jit
 def _scores(shared, at, STAGES: gl.constexpr):
     """The queries times the keys of the ring's tile number `at`, [M, tile], begun."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16])
@@ -164,7 +152,8 @@ def _scores(shared, at, STAGES: gl.constexpr):
     for i in gl.static_range(4):
         keys = shared.k_latent.index(stage * 4 + i).permute((1, 0))
         s = warpgroup_mma(shared.q_latent.index(i), keys, s, use_acc=i > 0, is_async=True)
-    return warpgroup_mma(shared.q_rope, shared.k_rope.index(stage).permute((1, 0)), s, is_async=True)
+    q_rope = shared.q_rope.reshape([_M, shared.k_rope.shape[2]])
+    return warpgroup_mma(q_rope, shared.k_rope.index(stage).permute((1, 0)), s, is_async=True)
 
 
 @gluon.jit
@@ -281,3 +270,9 @@ def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescripto
     """For copies of so many rows and columns of a bfloat16 matrix into shared memory."""
     layout = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
     return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
+
+
+def rope_descriptor(q_THQ: torch.Tensor, heads: int, rope: int) -> TensorDescriptor:
+    """For copies of `rope` dimensions of queries: of so many heads and of as many tokens as a program has rows for."""
+    block = [ROWS // heads, heads, rope]
+    return TensorDescriptor.from_tensor(q_THQ, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
