@@ -5,7 +5,9 @@ rows: heads times queries), which begin at a multiple of their number, so that a
 its warps share the work is in mla_warps_gluon.py. After a span each warpgroup merges its half of the values with those
 before it, which wait in the program's scratch: both at once would not fit the registers.
 
-Groups of queries go to the programs in turn, the last of a row first.
+A program takes another group of queries whenever it has loaded one, the last of a row first: its producer asks a
+counter and tells the warpgroups. Dealt out in turn, the first programs would get the longest group of every round: over
+four prompts of 2,000 tokens a quarter more than their share.
 
 What there is is read on the device, as in mla_prefill_triton.py: a launch for the most that a step can have serves
 every smaller one. A row with queries and no context is padding: its output is zero.
@@ -57,11 +59,52 @@ class _Group(NamedTuple):
     is_padding: gl.tensor
 
 
+class _Items(NamedTuple):
+    """Shared memory: which groups the producer has taken for the program, the last two."""
+
+    numbers: gl.shared_memory_descriptor  # [2, 1]
+    # Barriers
+    there: gl.shared_memory_descriptor  # [2]
+    free: gl.shared_memory_descriptor  # [2]
+
+
 @gluon.jit
 def _count(cut, QUERIES: gl.constexpr, PER_TILE: gl.constexpr):
     """How many groups there are, some of them empty: a tile of queries that begins between two groups' bounds has parts
     of one group more than fit."""
     return gl.load(cut[4]) * (PER_TILE // QUERIES + 1)
+
+
+@gluon.jit
+def _make_items():
+    """None taken yet."""
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    items = _Items(
+        numbers=gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0])),
+        there=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
+        free=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
+    )
+    for i in gl.static_range(2):
+        mbarrier.init(items.there.index(i), count=1)
+        mbarrier.init(items.free.index(i), count=2)
+    return items
+
+
+@gluon.jit
+def _tell(items, nth, item):
+    """Producer: which group is the program's `nth`."""
+    mbarrier.wait(items.free.index(nth % 2), (nth // 2 & 1) ^ 1)
+    items.numbers.index(nth % 2).store(gl.zeros([1], gl.int32, gl.BlockedLayout([1], [32], [1], [0])) + item)
+    mbarrier.arrive(items.there.index(nth % 2), count=1)
+
+
+@gluon.jit
+def _told(items, nth):
+    """Either warpgroup: the same."""
+    mbarrier.wait(items.there.index(nth % 2), nth // 2 & 1)
+    item = gl.max(items.numbers.index(nth % 2).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    mbarrier.arrive(items.free.index(nth % 2), count=1)
+    return item
 
 
 @gluon.jit
@@ -87,6 +130,7 @@ def _group(item, count, cut, QUERIES: gl.constexpr, PER_TILE: gl.constexpr):
 @gluon.jit
 def _produce(
     shared,
+    items,
     cut,
     descs,
     source,
@@ -98,20 +142,26 @@ def _produce(
     STAGES: gl.constexpr,
 ):
     latent_desc, rope_desc, q_desc, q_rope_desc = descs
-    pages_ptr, max_pages = source
+    pages_ptr, max_pages, next_ptr = source
     QUERIES: gl.constexpr = _M // BLOCK_H
     count = _count(cut, QUERIES, PER_TILE)
     head = gl.program_id(1) * BLOCK_H
+    item = gl.program_id(0)
+    nth = 0
     groups = 0
     at = 0
-    for item in range(gl.program_id(0), count, gl.num_programs(0)):
+    while item < count:
+        _tell(items, nth, item)
+        nth += 1
         group = _group(item, count, cut, QUERIES, PER_TILE)
+        item = gl.num_programs(0) + gl.atomic_add(next_ptr + gl.program_id(1), 1, sem="relaxed")
         if group.context > 0:
             load_queries(shared, q_desc, group.token * HEADS + head, 0, groups)
             load_ropes(shared, q_rope_desc, group.token, head, NOPE)
             groups += 1
         row_pages_ptr = pages_ptr + group.row.to(gl.int64) * max_pages
         at = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, 0, group.context, at, PAGE, STAGES)
+    _tell(items, nth, item)
 
 
 @gluon.jit
@@ -174,6 +224,7 @@ def _merge_factors(shared, spans, merged, span_peak, span_weight, mine: gl.const
 @gluon.jit
 def _attend(
     shared,
+    items,
     cut,
     rows,
     scale_log2,
@@ -192,13 +243,15 @@ def _attend(
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16])
     lane_S = gl.arange(0, _M, gl.SliceLayout(1, S))
     count = _count(cut, QUERIES, PER_TILE)
+    nth = 0
     groups = 0
     spans = 0
     at = 0
     turn = 0
     their_turn = 0
     turns = (turn, their_turn)
-    for item in range(gl.program_id(0), count, gl.num_programs(0)):
+    item = _told(items, nth)
+    while item < count:
         group = _group(item, count, cut, QUERIES, PER_TILE)
         if group.context > 0:
             mbarrier.wait(shared.q_bars.index(0), groups & 1)
@@ -222,6 +275,8 @@ def _attend(
         if group.is_padding:
             nothing = gl.zeros([_M, 2 * QUARTER], gl.float32, O)
             _put(nothing, 2 * mine * QUARTER, group, out_ptr, HEADS, BLOCK_H, L)
+        nth += 1
+        item = _told(items, nth)
 
 
 @gluon.jit(do_not_specialize=["max_pages"], do_not_specialize_on_alignment=[*_POINTERS, "pages_ptr"])
@@ -232,6 +287,7 @@ def _prefill_kernel(
     q_rope_desc,
     pages_ptr,
     scratch_ptr,
+    next_ptr,
     out_ptr,
     starts_ptr,
     firsts_ptr,
@@ -247,6 +303,7 @@ def _prefill_kernel(
     PAGE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    items = _make_items()
     shared = make_shared(q_desc, q_rope_desc, latent_desc, rope_desc, STAGES)
     QUARTER: gl.constexpr = latent_desc.block_type.shape[1]
     program = gl.program_id(0) * gl.num_programs(1) + gl.program_id(1)
@@ -254,12 +311,12 @@ def _prefill_kernel(
     cut = (starts_ptr, firsts_ptr, tile_row_ptr, tile_start_ptr, num_tiles_ptr)
     rows = (merged_ptr, out_ptr)
     descs = (latent_desc, rope_desc, q_desc, q_rope_desc)
-    source = (pages_ptr, max_pages)
+    source = (pages_ptr, max_pages, next_ptr)
     gl.warp_specialize(
         [
-            (_attend, (shared, cut, rows, scale_log2, HEADS, BLOCK_H, PER_TILE, STAGES, 0)),
-            (_attend, (shared, cut, rows, scale_log2, HEADS, BLOCK_H, PER_TILE, STAGES, 1)),
-            (_produce, (shared, cut, descs, source, NOPE, HEADS, BLOCK_H, PER_TILE, PAGE, STAGES)),
+            (_attend, (shared, items, cut, rows, scale_log2, HEADS, BLOCK_H, PER_TILE, STAGES, 0)),
+            (_attend, (shared, items, cut, rows, scale_log2, HEADS, BLOCK_H, PER_TILE, STAGES, 1)),
+            (_produce, (shared, items, cut, descs, source, NOPE, HEADS, BLOCK_H, PER_TILE, PAGE, STAGES)),
         ],
         [4, 1],
         [232, 24],
@@ -289,6 +346,7 @@ def exact_prefill(
         rope_descriptor(q_THQ, form.heads, rope),
         pages_RB,
         scratch,
+        torch.zeros(blocks, dtype=torch.int32, device=rows_KC.device),
         out_THL,
         chunks.starts,
         chunks.firsts,

@@ -32,7 +32,7 @@ TILE = 32  # positions that are weighed at a time
 _M, _TILE = gl.constexpr(ROWS), gl.constexpr(TILE)
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name before Triton 3.9
 _SHARED_BYTES = 227 << 10  # of a multiprocessor of Hopper
-_OTHER_BYTES = 10_920  # of these, what is neither queries nor ring
+_OTHER_BYTES = 11_024  # of these, what is neither queries nor ring
 _BARRIER_BYTES = 16  # of a stage of the ring
 _LEAST_STAGES = 3  # a warpgroup waits for the tile after next before it gives back its own
 
