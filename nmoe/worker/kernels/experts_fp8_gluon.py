@@ -178,6 +178,7 @@ def _produce_down(ring, w_desc, tiles, C: gl.constexpr, D: gl.constexpr, STAGES:
 
 @gluon.jit
 def _load_down(ring, hidden, tiles, num_rows, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+    wait_for_kernel_before()
     hidden_ptr, hidden_scales_ptr = hidden
     sorted_ptr, tile_expert_ptr, num_tiles_ptr = tiles
     ROWS: gl.constexpr = ring.x.shape[1]
@@ -241,8 +242,8 @@ def _down_kernel(
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """hidden @ down times the router's weight, back in the order of the pairs."""
-    wait_for_kernel_before()
+    """hidden @ down times the router's weight, back in the order of the pairs. The weights begin to come while the first
+    product ends, which had waited for the tiles to be known; for what it computes the loader waits."""
     C: gl.constexpr = F // 128
     ring = make_ring(w_desc, ROWS, STAGES)
     tiles = (sorted_ptr, tile_expert_ptr, num_tiles_ptr)
