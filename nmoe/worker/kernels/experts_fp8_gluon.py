@@ -161,13 +161,20 @@ def _gate_up_kernel(
 
 
 @gluon.jit
+def _load_now(ptr):
+    """What a kernel before the last one has written, in warps that have not waited for the last one: it is there, but
+    the multiprocessor's own cache may hold what was there before."""
+    return gl.load(ptr, cache_modifier=".cg")
+
+
+@gluon.jit
 def _down_work(item, tile_expert_ptr, C: gl.constexpr, D: gl.constexpr):
     """Piece of work `item` of the second product; a last block without a neighbour is computed twice, stored once."""
     BLOCKS: gl.constexpr = D // 128
     PER_TILE: gl.constexpr = (BLOCKS + 1) // 2
     tile = item // PER_TILE
     block = item % PER_TILE * 2
-    first = gl.load(tile_expert_ptr + tile) * BLOCKS
+    first = _load_now(tile_expert_ptr + tile) * BLOCKS
     second = gl.minimum(block + 1, BLOCKS - 1)
     return Work(tile, block, first + block, first + second, item * 0, item * 0 + C)
 
@@ -177,7 +184,7 @@ def _produce_down(ring, w_desc, tiles, C: gl.constexpr, D: gl.constexpr, STAGES:
     tile_expert_ptr, num_tiles_ptr = tiles[1], tiles[2]
     PER_TILE: gl.constexpr = (D // 128 + 1) // 2
     at = 0
-    for item in range(gl.program_id(0), gl.load(num_tiles_ptr) * PER_TILE, gl.num_programs(0)):
+    for item in range(gl.program_id(0), _load_now(num_tiles_ptr) * PER_TILE, gl.num_programs(0)):
         work = _down_work(item, tile_expert_ptr, C, D)
         at = produce(ring, w_desc, work, at, STAGES)
 
@@ -191,7 +198,7 @@ def _load_down(ring, hidden, tiles, num_rows, C: gl.constexpr, D: gl.constexpr, 
     PER_TILE: gl.constexpr = (D // 128 + 1) // 2
     lane, scale_lane = row_lanes(ROWS)
     at = 0
-    for item in range(gl.program_id(0), gl.load(num_tiles_ptr) * PER_TILE, gl.num_programs(0)):
+    for item in range(gl.program_id(0), _load_now(num_tiles_ptr) * PER_TILE, gl.num_programs(0)):
         work = _down_work(item, tile_expert_ptr, C, D)
         row = work.tile * ROWS + lane
         rows = (hidden_ptr + row.to(gl.int64) * (C * 128), gl.load(sorted_ptr + row) >= 0)
@@ -217,13 +224,13 @@ def _multiply_down(
     ROWS: gl.constexpr = ring.x.shape[1]
     PER_TILE: gl.constexpr = (D // 128 + 1) // 2
     at = 0
-    for item in range(gl.program_id(0), gl.load(num_tiles_ptr) * PER_TILE, gl.num_programs(0)):
+    for item in range(gl.program_id(0), _load_now(num_tiles_ptr) * PER_TILE, gl.num_programs(0)):
         work = _down_work(item, tile_expert_ptr, C, D)
         first_0, first_1, second_0, second_1, at = multiply(ring, w_scales_ptr, work, at, C, STAGES, mine)
         row = work.tile * ROWS + mine * (ROWS // 2) + gl.arange(0, ROWS // 2, gl.SliceLayout(0, first_0.type.layout))
-        pair = gl.load(sorted_ptr + row)
-        weight = gl.load(weights_ptr + pair, mask=pair >= 0, other=0.0)[None, :]
-        pair = gl.load(sorted_ptr + store_rows(ring, work.tile, mine, 2))
+        pair = _load_now(sorted_ptr + row)
+        weight = gl.load(weights_ptr + pair, mask=pair >= 0, other=0.0, cache_modifier=".cg")[None, :]
+        pair = _load_now(sorted_ptr + store_rows(ring, work.tile, mine, 2))
         rows_ptr = out_ptr + pair.to(gl.int64) * D
         store(rows_ptr, pair >= 0, work.block * 128, D, first_0 * weight)
         store(rows_ptr, pair >= 0, work.block * 128 + 64, D, first_1 * weight)
