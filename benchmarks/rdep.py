@@ -59,7 +59,7 @@ def layout_of(architecture: Architecture, world_size: int, tokens: int) -> SlabL
 
 def make_mlp(a: Architecture, num_experts: int, device: torch.device) -> Callable[..., torch.Tensor]:
     """One rank's experts with random weights."""
-    from nmoe.worker.kernels import experts_fp8_triton, experts_triton
+    from nmoe.worker.kernels import experts_fp8_gluon, experts_triton
     from nmoe.worker.kernels.fp8 import BlockFP8
 
     shapes = (
@@ -76,7 +76,7 @@ def make_mlp(a: Architecture, num_experts: int, device: torch.device) -> Callabl
         )
         for shape in shapes
     ]
-    return lambda x, ids, weights: experts_fp8_triton.grouped_mlp(x, ids, weights, *quantised)
+    return lambda x, ids, weights: experts_fp8_gluon.grouped_mlp(x, ids, weights, *quantised)
 
 
 def make_rank(

@@ -16,7 +16,7 @@ from nmoe.profiles import Numerics
 from nmoe.worker.batch import Batch
 from nmoe.worker.cache import make_cache
 from nmoe.worker.kernels import (
-    experts_fp8_triton,
+    experts_fp8_gluon,
     experts_triton,
     fp8_triton,
     linear_exact_triton,
@@ -99,7 +99,7 @@ def test_experts(num_experts, skew, fp8):
         gate_up, down = (
             quantised(num_experts, *shape, std=0.05)[0] for shape in ((2 * inter, hidden), (hidden, inter))
         )
-        grouped_mlp = experts_fp8_triton.grouped_mlp
+        grouped_mlp = experts_fp8_gluon.grouped_mlp
     else:
         gate_up, down = random(num_experts, 2 * inter, hidden, std=0.05), random(num_experts, hidden, inter, std=0.05)
         grouped_mlp = experts_triton.grouped_mlp

@@ -13,7 +13,7 @@ from nmoe.config_json import read_architecture
 from nmoe.worker.inputs import Layout, locate, write_chunks, write_rows
 from nmoe.worker.kernels import (
     experts,
-    experts_fp8_triton,
+    experts_fp8_gluon,
     experts_triton,
     fp8_triton,
     linear_triton,
@@ -201,7 +201,7 @@ def test_fp8_experts(tokens, num_experts, hidden, inter, slots):
     gate_up, real_gate_up = quantised(num_experts, 2 * inter, hidden, std=0.05)
     down, real_down = quantised(num_experts, hidden, inter, std=0.05)
     ids, weights = routing(tokens, num_experts, slots)
-    actual = added(experts_fp8_triton.grouped_mlp(x, ids, weights, gate_up, down), shared)
+    actual = added(experts_fp8_gluon.grouped_mlp(x, ids, weights, gate_up, down), shared)
     expected, x = shared.double(), rounded(x)
     for expert in range(num_experts):
         token, slot = (ids == expert).nonzero(as_tuple=True)

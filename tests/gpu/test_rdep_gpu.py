@@ -12,7 +12,7 @@ import triton.language as tl
 
 from nmoe.errors import PeerSilent
 from nmoe.messages import CHANNEL_DECODE, CHANNEL_PREFILL
-from nmoe.worker.kernels import experts_fp8_triton, experts_triton, norm_triton
+from nmoe.worker.kernels import experts_fp8_gluon, experts_triton, norm_triton
 from nmoe.worker.kernels.experts import Arrived, Returned
 from nmoe.worker.kernels.fp8 import BlockFP8
 from nmoe.worker.kernels.fp8_triton import quantise
@@ -351,7 +351,7 @@ def test_experts_of_arrived_rows(num_rows, quantised):
         )
         values, scales = quantise(x)
         arrived = Arrived(values, scales.t().contiguous(), where, count, first, per_expert)
-        mlp = experts_fp8_triton.grouped_mlp
+        mlp = experts_fp8_gluon.grouped_mlp
     else:
         gate_up, down = gate_up.to(BF16), down.to(BF16)
         arrived = Arrived(x, None, where, count, first, per_expert)

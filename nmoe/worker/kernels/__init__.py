@@ -81,7 +81,7 @@ def _exact_reference() -> Ops:
 
 def _triton() -> Ops:
     from nmoe.worker.kernels import (
-        experts_fp8_triton,
+        experts_fp8_gluon,
         experts_triton,
         fp8_triton,
         linear_triton,
@@ -98,7 +98,7 @@ def _triton() -> Ops:
         x: _Tensor | Arrived, ids_TK: _Tensor, weights_TK: _Tensor, w_gate_up: Weight, w_down: Weight
     ) -> _Tensor:
         if isinstance(w_gate_up, BlockFP8) and isinstance(w_down, BlockFP8):
-            return experts_fp8_triton.grouped_mlp(x, ids_TK, weights_TK, w_gate_up, w_down)
+            return experts_fp8_gluon.grouped_mlp(x, ids_TK, weights_TK, w_gate_up, w_down)
         assert isinstance(w_gate_up, _Tensor) and isinstance(w_down, _Tensor)
         return experts_triton.grouped_mlp(x, ids_TK, weights_TK, w_gate_up, w_down)
 

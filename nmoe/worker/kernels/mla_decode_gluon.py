@@ -92,7 +92,7 @@ def _attend(
 ):
     """Warpgroup `mine`, 0 or 1."""
     contexts_ptr, prefix_ptr, num_rows = plan
-    partial_ptr, lse_ptr = rows
+    partial_ptr, lse_ptr, out_ptr = rows
     QUARTER: gl.constexpr = shared.k_latent.shape[2]
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUARTER, 16])  # noqa: E741
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16])
@@ -108,6 +108,7 @@ def _attend(
     turns = (turn, their_turn)
     while at < stop:
         begin, end, at = _piece(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
+        whole = (begin == 0) & (at == gl.load(prefix_ptr + row + 1))
         mbarrier.wait(shared.q_bars.index(0), pieces & 1)
         count = (end - begin + _TILE - 1) // _TILE
         last = lane_S * 0 + end - 1
@@ -126,9 +127,14 @@ def _attend(
         mbarrier.wait(shared.merge_bars.index(0), pieces & 1)
         factor = shared.merging.index(2).load(gl.SliceLayout(1, O))[:, None]
         mbarrier.arrive(shared.merge_bars.index(1), count=1)
-        place = (slot + lane_O)[:, None] * (4 * QUARTER) + column
-        gl.store(partial_ptr + place, acc_0 * factor)
-        gl.store(partial_ptr + place + QUARTER, acc_1 * factor)
+        if whole:
+            place = ((head + lane_O).to(gl.int64) * num_rows + row)[:, None] * (4 * QUARTER) + column
+            gl.store(out_ptr + place, (acc_0 * factor).to(out_ptr.dtype.element_ty))
+            gl.store(out_ptr + place + QUARTER, (acc_1 * factor).to(out_ptr.dtype.element_ty))
+        else:
+            place = (slot + lane_O)[:, None] * (4 * QUARTER) + column
+            gl.store(partial_ptr + place, acc_0 * factor)
+            gl.store(partial_ptr + place + QUARTER, acc_1 * factor)
         pieces += 1
         row += 1
 
@@ -144,6 +150,7 @@ def _decode_kernel(
     prefix_ptr,
     partial_ptr,
     lse_ptr,
+    out_ptr,
     num_rows,
     max_pages,
     scale_log2,
@@ -155,7 +162,7 @@ def _decode_kernel(
 ):
     shared = make_shared(q_desc, q_rope_desc, latent_desc, rope_desc, STAGES)
     plan = (contexts_ptr, prefix_ptr, num_rows)
-    rows = (partial_ptr, lse_ptr)
+    rows = (partial_ptr, lse_ptr, out_ptr)
     descs = (latent_desc, rope_desc, q_desc, q_rope_desc)
     gl.warp_specialize(
         [
@@ -180,10 +187,12 @@ def attend_parts(
     parts: int,
     partial: torch.Tensor,
     lse: torch.Tensor,
+    out_HRL: torch.Tensor,
 ) -> None:
-    """The attended latents of each piece of a row in a part, float32 in `partial` [R + parts, H, L], and the logarithms
-    to the base 2 of its weights' sums in `lse` [R + parts, H]. H is a multiple of 64. Every row has a context of at
-    least one position: the warps would wait for ever for a tile of none."""
+    """The attended latents of a row that lies in one part, in `out_HRL`; of other rows those of each piece, float32 in
+    `partial` [R + parts, H, L], and the logarithms to the base 2 of its weights' sums in `lse` [R + parts, H]. H is a
+    multiple of 64. Every row has a context of at least one position: the warps would wait for ever for a tile of none.
+    """
     heads, rows, latent = q_latent_HRL.shape
     rope, quarter = rows_KC.shape[1] - latent, latent // 4
     _decode_kernel[(parts, heads // ROWS)](
@@ -196,6 +205,7 @@ def attend_parts(
         prefix,
         partial,
         lse,
+        out_HRL,
         rows,
         pages_RB.stride(0),
         scale * math.log2(math.e),
