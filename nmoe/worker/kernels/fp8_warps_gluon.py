@@ -161,13 +161,13 @@ def _add(ring, stage, part: gl.constexpr, x, scale, acc, product):
 
 
 @gluon.jit
-def multiply(ring, w_scales_ptr, work, at, blocks, STAGES: gl.constexpr, mine: gl.constexpr):
+def multiply(ring, w_scales_ptr, work, at, C: gl.constexpr, STAGES: gl.constexpr, mine: gl.constexpr):
     """Warpgroup `mine`: both blocks' outputs for its half of the rows, as four of float32 [64, N / 2]. `at` as in
-    `produce`; the weights have so many `blocks` of inputs."""
+    `produce`."""
     HALF: gl.constexpr = ring.x.shape[1] // 2
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 32])
-    first_ptr = w_scales_ptr + work.first * blocks
-    second_ptr = w_scales_ptr + work.second * blocks
+    first_ptr = w_scales_ptr + work.first * C
+    second_ptr = w_scales_ptr + work.second * C
     first_0 = gl.zeros([64, HALF], gl.float32, S)
     first_1 = gl.zeros([64, HALF], gl.float32, S)
     second_0 = gl.zeros([64, HALF], gl.float32, S)
