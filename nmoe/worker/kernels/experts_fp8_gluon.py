@@ -18,7 +18,6 @@ from nmoe.worker.kernels.experts_triton import sort_pairs
 from nmoe.worker.kernels.fp8 import BLOCK, BlockFP8
 from nmoe.worker.kernels.fp8_triton import quantise
 from nmoe.worker.kernels.fp8_warps_gluon import (
-    FEW_ROWS,
     OUTPUTS,
     WORKER_REGISTERS,
     WORKER_WARPS,
@@ -28,7 +27,6 @@ from nmoe.worker.kernels.fp8_warps_gluon import (
     make_ring,
     multiply,
     produce,
-    quantise_rows,
     row_lanes,
     stages_of,
     store,
@@ -75,14 +73,11 @@ def _load_up(ring, x, tiles, C: gl.constexpr, F: gl.constexpr, K: gl.constexpr, 
         work = _up_work(item, tile_expert_ptr, C, F)
         pair = gl.load(sorted_ptr + work.tile * ROWS + lane)
         rows = (x_ptr + _token_of(pair, slots_ptr, K) * (C * 128), pair >= 0)
-        if x_scales_ptr is None:
-            at = quantise_rows(ring, rows, work, at, STAGES)
-        else:
-            pair = gl.load(sorted_ptr + work.tile * ROWS + scale_lane)
-            scale = _token_of(pair, slots_ptr, K)
-            if slots_ptr is not None:
-                scale = scale * C
-            at = load_rows(ring, rows, (x_scales_ptr + scale, pair >= 0), block_stride, work, at, STAGES)
+        pair = gl.load(sorted_ptr + work.tile * ROWS + scale_lane)
+        scale = _token_of(pair, slots_ptr, K)
+        if slots_ptr is not None:
+            scale = scale * C
+        at = load_rows(ring, rows, (x_scales_ptr + scale, pair >= 0), block_stride, work, at, STAGES)
 
 
 @gluon.jit
@@ -140,8 +135,7 @@ def _gate_up_kernel(
     STAGES: gl.constexpr,
 ):
     """Rows of the sorted order: silu(x @ gate) * (x @ up), quantised. `slots_ptr`: where each token lies in x and its
-    scales, which then lie side by side; without it tokens are in order, and a block's scales lie side by side. Without
-    scales x is bfloat16."""
+    scales, which then lie side by side; without it tokens are in order, and a block's scales lie side by side."""
     wait_for_kernel_before()
     C: gl.constexpr = D // 128
     ring = make_ring(w_desc, ROWS, STAGES)
@@ -255,7 +249,7 @@ def _down_kernel(
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """hidden @ down times the router's weight, back in the order of the pairs. Weights begin to come while the first
+    """hidden @ down times the router's weight, back in the order of the pairs. The weights begin to come while the first
     product ends, which had waited for the tiles to be known; for what it computes the loader waits."""
     C: gl.constexpr = F // 128
     ring = make_ring(w_desc, ROWS, STAGES)
@@ -282,13 +276,6 @@ def _rows(rows_per_expert: float) -> int:
     return 64 if rows_per_expert <= 48 else 128
 
 
-def _quantised(x: torch.Tensor | Arrived, rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Values and scales; rows of small tiles are quantised by the product."""
-    if isinstance(x, Arrived):
-        return x.values_CD, x.scales_CG
-    return (x.contiguous(), None) if rows == FEW_ROWS else quantise(x)
-
-
 def grouped_mlp(
     x: torch.Tensor | Arrived,
     ids_TK: torch.Tensor,
@@ -304,7 +291,7 @@ def grouped_mlp(
         return parts_TKD
     arrived = x if isinstance(x, Arrived) else None
     rows = _rows(arrived.per_expert if arrived else pairs / num_experts)
-    values_TD, scales = _quantised(x, rows)
+    values_TD, scales = (x.values_CD, x.scales_CG) if isinstance(x, Arrived) else quantise(x)
     order, tile_expert, num_tiles = sort_pairs(ids_TK, num_experts, rows, arrived)
     most, programs = len(tile_expert), multiprocessors(ids_TK.device)
     hidden_NF = torch.empty(most * rows, inter, dtype=torch.float8_e4m3fn, device=ids_TK.device)

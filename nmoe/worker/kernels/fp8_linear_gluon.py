@@ -20,7 +20,6 @@ from nmoe.worker.kernels.fp8_warps_gluon import (
     make_ring,
     multiply,
     produce,
-    quantise_rows,
     row_lanes,
     stages_of,
     store,
@@ -54,19 +53,16 @@ def _produce(ring, w_desc, cut, C: gl.constexpr, O: gl.constexpr, STAGES: gl.con
 @gluon.jit
 def _load(ring, x, tokens, cut, C: gl.constexpr, O: gl.constexpr, STAGES: gl.constexpr):  # noqa: E741
     wait_for_kernel_before()
-    x_ptr, x_scales_ptr, x_stride = x
+    x_ptr, x_scales_ptr = x
     items, num_tiles, per_split = cut
     lane, scale_lane = row_lanes(ring.x.shape[1])
     at = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         work = _work(item, num_tiles, per_split, C, O)
         token = work.tile * ring.x.shape[1] + lane
-        rows = (x_ptr + token.to(gl.int64) * x_stride, token < tokens)
-        if x_scales_ptr is None:
-            at = quantise_rows(ring, rows, work, at, STAGES)
-        else:
-            token = work.tile * ring.x.shape[1] + scale_lane
-            at = load_rows(ring, rows, (x_scales_ptr + token, token < tokens), tokens, work, at, STAGES)
+        rows = (x_ptr + token.to(gl.int64) * (C * 128), token < tokens)
+        token = work.tile * ring.x.shape[1] + scale_lane
+        at = load_rows(ring, rows, (x_scales_ptr + token, token < tokens), tokens, work, at, STAGES)
 
 
 @gluon.jit
@@ -103,7 +99,6 @@ def _linear_kernel(
     w_desc,
     w_scales_ptr,
     out_ptr,
-    x_stride,
     tokens,
     items,
     num_tiles,
@@ -116,7 +111,7 @@ def _linear_kernel(
     """The weights begin to come before the kernel before has ended; what it has to do with comes after the activations,
     for which the loader waits."""
     ring = make_ring(w_desc, ROWS, STAGES)
-    x = (x_ptr, x_scales_ptr, x_stride)
+    x = (x_ptr, x_scales_ptr)
     cut = (items, num_tiles, per_split)
     gl.warp_specialize(
         [
@@ -131,10 +126,9 @@ def _linear_kernel(
 
 
 def product(
-    values_TI: torch.Tensor, scales_CT: torch.Tensor | None, weight: BlockFP8, rows: int, dtype: torch.dtype
+    values_TI: torch.Tensor, scales_CT: torch.Tensor, weight: BlockFP8, rows: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Quantised activations @ weight^T in tiles of so many rows: [T, O] of `dtype`, or float32 terms [splits, T, O].
-    Without scales the activations are bfloat16; rows of either may lie apart."""
+    """Quantised activations @ weight^T in tiles of so many rows: [T, O] of `dtype`, or float32 terms [splits, T, O]."""
     tokens, (outputs, inputs) = len(values_TI), weight.values.shape
     blocks, programs = inputs // BLOCK, multiprocessors(values_TI.device)
     num_tiles, pairs = -(-tokens // rows), -(-outputs // OUTPUTS)
@@ -149,7 +143,6 @@ def product(
         descriptor(weight.values),
         weight.scales,
         out,
-        values_TI.stride(0),
         tokens,
         items,
         num_tiles,

@@ -15,7 +15,6 @@ from nmoe.worker.kernels.device import multiprocessors
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.fp8 import BLOCK, BlockFP8
 from nmoe.worker.kernels.fp8_linear_gluon import product
-from nmoe.worker.kernels.fp8_warps_gluon import FEW_ROWS
 from nmoe.worker.kernels.products_triton import by_rows, empty_tile, scaled_product
 
 _GROUPS = 16  # of 128 columns, per program of the quantisation
@@ -118,9 +117,7 @@ def linear(x_TI: torch.Tensor, weight: BlockFP8) -> torch.Tensor:
     tokens, outputs = len(x_TI), len(weight.values)
     if not tokens:
         return x_TI.new_empty(0, outputs)
-    rows = _rows(tokens)
-    values_TI, scales_CT = (x_TI, None) if rows == FEW_ROWS else quantise(x_TI)
-    terms = product(values_TI, scales_CT, weight, rows, x_TI.dtype)
+    terms = product(*quantise(x_TI), weight, _rows(tokens), x_TI.dtype)
     if terms.dim() == 2:
         return terms
     out_TO = x_TI.new_empty(tokens, outputs)

@@ -5,7 +5,7 @@ A program computes tiles of 2 x 128 outputs for some rows of activations, one af
 side of the matrix unit's products, the rows the narrow one.
 
     producer, one warp    weights, by TMA, into a ring of 128 inputs a stage
-    loader, two warps     the rows and their scales, from wherever they lie, into the same ring; few it quantises itself
+    loader, two warps     the rows and their scales, from wherever they lie, into the same ring
     two warpgroups        half of the rows each, 64 outputs at a time; while one applies scales, the other multiplies
 
 The ring runs on from tile to tile, so the memory is busy while results are stored. The arithmetic is scaled_product's
@@ -29,11 +29,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-FEW_ROWS = 16  # of a tile: the loader quantises them
 OUTPUTS = 256  # of a tile: two blocks of 128, which need not be neighbours
 _LOADERS = gl.constexpr(2)  # warps
 WORKER_WARPS = gl.constexpr([4, 1, 2])  # the second warpgroup, the producer, the loader
-WORKER_REGISTERS = gl.constexpr([208, 72, 72])
+WORKER_REGISTERS = gl.constexpr([216, 56, 56])
 _RING_BYTES = 216 << 10
 _MOST_STAGES = 6
 # Their names before Triton 3.9 are the second ones.
@@ -123,29 +122,6 @@ def load_rows(ring, rows, row_scales, block_stride, work, at, STAGES: gl.constex
         _gather(ring.scales.index(stage), scale_ptr, mask=has_scale)
         async_copy.mbarrier_arrive(ring.filled.index(stage), increment_count=False)
         scale_ptr += block_stride
-        at += 1
-    return at
-
-
-@gluon.jit
-def quantise_rows(ring, rows, work, at, STAGES: gl.constexpr):
-    """The same of rows that are not quantised yet, which saves a kernel: for few, since every program does it anew. The
-    arithmetic is fp8_triton.py's."""
-    x_ptr, exists = rows
-    lane = gl.arange(0, 128, gl.SliceLayout(0, gl.BlockedLayout([1, 16], [4, 8], [_LOADERS, 1], [1, 0])))
-    values_ptr = x_ptr[:, None] + lane[None, :]
-    mask = exists[:, None] & (lane >= 0)[None, :]
-    ahead = gl.load(values_ptr + work.begin * 128, mask=mask, other=0.0)
-    for c in range(work.begin, work.end):
-        stage = at % STAGES
-        x = ahead.to(gl.float32)
-        ahead = gl.load(values_ptr + gl.minimum(c + 1, work.end - 1) * 128, mask=mask, other=0.0)
-        scale = gl.maximum(gl.max(gl.abs(x), 1), 1e-12) / 448.0
-        mbarrier.wait(ring.free.index(stage), (at // STAGES & 1) ^ 1)
-        ring.x.index(stage).store((x / scale[:, None]).to(gl.float8e4nv))
-        ring.scales.index(stage).store(scale)
-        fence_async_shared()
-        mbarrier.arrive(ring.filled.index(stage), count=32 * _LOADERS)
         at += 1
     return at
 
