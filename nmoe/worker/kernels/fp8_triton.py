@@ -1,7 +1,7 @@
 """FP8 products on the GPU: activations quantised per token and 128 columns; `fp8.py` is the reference.
 
-The fast class's product is fp8_linear_gluon.py's, which cuts it along its inputs as well, so that every multiprocessor
-reads weights; the terms are added here, in their order.
+A product of few tokens is cut along its inputs as well, so that every multiprocessor reads weights; the pieces are
+added in their order.
 
 Shape suffixes: T tokens, O outputs, I inputs, B and C blocks of O and of I.
 """
@@ -14,7 +14,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from nmoe.worker.kernels.device import multiprocessors
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.fp8 import BLOCK, BlockFP8
-from nmoe.worker.kernels.fp8_linear_gluon import product
 from nmoe.worker.kernels.products_triton import by_rows, empty_tile, scaled_product
 
 _GROUPS = 16  # of 128 columns, per program of the quantisation
@@ -50,6 +49,7 @@ def _linear_kernel(
     tokens,
     O: tl.constexpr,  # noqa: E741 as everywhere here
     C: tl.constexpr,
+    PER_SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -61,15 +61,16 @@ def _linear_kernel(
     row = tl.program_id(1) * ROWS
     token = row + tl.arange(0, ROWS)
     output = column + tl.arange(0, COLUMNS)
+    split = tl.program_id(2)
     acc = empty_tile(ROWS, COLUMNS, TRANSPOSED)
-    for c in tl.range(0, C, num_stages=STAGES):
+    for c in tl.range(split * PER_SPLIT, tl.minimum(split * PER_SPLIT + PER_SPLIT, C), num_stages=STAGES):
         x = x_desc.load([row, c * 128])
         w = w_desc.load([column, c * 128])
         scale = tl.load(x_scales_ptr + c * tokens + token, mask=token < tokens, other=0.0)
         scale *= tl.load(w_scales_ptr + column // 128 * C + c)
         acc += scaled_product(x, w, scale, TRANSPOSED)
     acc = by_rows(acc, TRANSPOSED)
-    out = out_ptr + token.to(tl.int64)[:, None] * O + output[None, :]
+    out = out_ptr + (split.to(tl.int64) * tokens + token)[:, None] * O + output[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(token < tokens)[:, None] & (output < O)[None, :])
 
 
@@ -114,38 +115,41 @@ def _rows(tokens: int) -> int:
 
 def linear(x_TI: torch.Tensor, weight: BlockFP8) -> torch.Tensor:
     """x @ weight^T in x's dtype, [T, O]."""
-    tokens, outputs = len(x_TI), len(weight.values)
-    if not tokens:
-        return x_TI.new_empty(0, outputs)
-    terms = product(*quantise(x_TI), weight, _rows(tokens), x_TI.dtype)
-    if terms.dim() == 2:
-        return terms
-    out_TO = x_TI.new_empty(tokens, outputs)
-    _add_kernel[(triton.cdiv(tokens * outputs, 1024),)](
-        terms, out_TO, tokens * outputs, SPLITS=len(terms), BLOCK=1024, launch_pdl=early(tokens)
-    )
-    return out_TO
+    blocks, tiles = weight.scales.shape[1], _tiles(x_TI, weight, BLOCK)
+    most = max(1, 2 * multiprocessors(x_TI.device) // max(1, tiles))
+    return _product(x_TI, weight, BLOCK, max(4, triton.cdiv(blocks, most)))
 
 
 def linear_exact(x_TI: torch.Tensor, weight: BlockFP8) -> torch.Tensor:
     """The same, never split along the inputs: a row's bits depend on nothing else. See linear_exact_triton.py."""
+    narrow = _tiles(x_TI, weight, BLOCK) < multiprocessors(x_TI.device)
+    return _product(x_TI, weight, BLOCK // 2 if narrow else BLOCK, weight.scales.shape[1])
+
+
+def _tiles(x_TI: torch.Tensor, weight: BlockFP8, columns: int) -> int:
+    return -(-len(weight.values) // columns) * -(-len(x_TI) // _rows(len(x_TI)))
+
+
+def _product(x_TI: torch.Tensor, weight: BlockFP8, columns: int, per_split: int) -> torch.Tensor:
+    """In tiles of `columns` outputs, `per_split` blocks of the inputs in each."""
     tokens, (outputs, inputs) = len(x_TI), weight.values.shape
     out_TO = x_TI.new_empty(tokens, outputs)
     if not tokens:
         return out_TO
     values_TI, scales_CT = quantise(x_TI)
-    rows = _rows(tokens)
-    tiles = triton.cdiv(outputs, BLOCK) * triton.cdiv(tokens, rows)
-    columns = BLOCK // 2 if tiles < multiprocessors(x_TI.device) else BLOCK
-    _linear_kernel[(triton.cdiv(outputs, columns), triton.cdiv(tokens, rows))](
+    rows, blocks = _rows(tokens), inputs // BLOCK
+    splits = triton.cdiv(blocks, per_split)
+    into = out_TO if splits == 1 else x_TI.new_empty(splits, tokens, outputs, dtype=torch.float32)
+    _linear_kernel[(triton.cdiv(outputs, columns), triton.cdiv(tokens, rows), splits)](
         TensorDescriptor.from_tensor(values_TI, [rows, BLOCK]),
         scales_CT,
         TensorDescriptor.from_tensor(weight.values, [columns, BLOCK]),
         weight.scales,
-        out_TO,
+        into,
         tokens,
         O=outputs,
-        C=inputs // BLOCK,
+        C=blocks,
+        PER_SPLIT=per_split,
         ROWS=rows,
         COLUMNS=columns,
         STAGES=4,
@@ -153,4 +157,8 @@ def linear_exact(x_TI: torch.Tensor, weight: BlockFP8) -> torch.Tensor:
         num_warps=4 if rows <= 32 or columns < BLOCK else 8,
         launch_pdl=early(tokens),
     )
+    if splits > 1:
+        _add_kernel[(triton.cdiv(tokens * outputs, 1024),)](
+            into, out_TO, tokens * outputs, SPLITS=splits, BLOCK=1024, launch_pdl=early(tokens)
+        )
     return out_TO
