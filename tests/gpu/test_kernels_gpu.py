@@ -220,9 +220,9 @@ def test_absorbed_decode(heads, page, contexts):
     table = torch.full((rows, max(needed) + 1), sum(needed), device=GPU)
     for row, own in enumerate(torch.split(pages, needed)):
         table[row, : len(own)] = own
+    prefix = page_prefix(torch.tensor(contexts, device=GPU) - 1, page)
     cache = random((sum(needed) + 1) * page, latent + rope)
     q_latent, q = random(heads, rows, latent), random(rows, heads, 128 + rope)
-    prefix = page_prefix(torch.tensor(contexts, device=GPU) - 1, page)
     out = absorbed_decode_gpu(q_latent, q, cache, table, *prefix, page, 0.07)
     up = Up(q_latent.new_empty(heads, 256, latent).double(), *(q_latent.new_empty(0).double(),) * 2, 0.07)
     for row, context in enumerate(contexts):
@@ -235,9 +235,9 @@ def test_absorbed_decode(heads, page, contexts):
 
 
 def test_absorbed_decode_gives_the_same_bits_twice():
+    prefix = page_prefix(torch.tensor([2500], device=GPU), 64)
     cache, table = random(40 * 64, 576), torch.arange(40, device=GPU)[None]
     q_latent, q = random(16, 1, 512), random(1, 16, 192)
-    prefix = page_prefix(torch.tensor([2500], device=GPU), 64)
     first, second = (absorbed_decode_gpu(q_latent, q, cache, table, *prefix, 64, 0.07) for _ in range(2))
     assert torch.equal(first, second)
 

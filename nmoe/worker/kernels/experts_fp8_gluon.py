@@ -36,13 +36,13 @@ from nmoe.worker.kernels.fp8_warps_gluon import (
 
 
 @gluon.jit
-def _up_work(item, tile_expert_ptr, C: gl.constexpr, F: gl.constexpr):
+def _up_work(item, tile_expert_ptr, F: gl.constexpr):
     """Piece of work `item`: a block of the gate and the same of up."""
     BLOCKS: gl.constexpr = F // 128
     tile = item // BLOCKS
     block = item % BLOCKS
     gate = gl.load(tile_expert_ptr + tile) * (2 * BLOCKS) + block
-    return Work(tile, block, gate, gate + BLOCKS, item * 0, item * 0 + C)
+    return Work(tile, block, gate, gate + BLOCKS)
 
 
 @gluon.jit
@@ -50,8 +50,8 @@ def _produce_up(ring, w_desc, tiles, C: gl.constexpr, F: gl.constexpr, STAGES: g
     tile_expert_ptr, num_tiles_ptr = tiles[1], tiles[2]
     at = 0
     for item in range(gl.program_id(0), gl.load(num_tiles_ptr) * (F // 128), gl.num_programs(0)):
-        work = _up_work(item, tile_expert_ptr, C, F)
-        at = produce(ring, w_desc, work, at, STAGES)
+        work = _up_work(item, tile_expert_ptr, F)
+        at = produce(ring, w_desc, work, at, C, STAGES)
 
 
 @gluon.jit
@@ -70,14 +70,14 @@ def _load_up(ring, x, tiles, C: gl.constexpr, F: gl.constexpr, K: gl.constexpr, 
     lane, scale_lane = row_lanes(ROWS)
     at = 0
     for item in range(gl.program_id(0), gl.load(num_tiles_ptr) * (F // 128), gl.num_programs(0)):
-        work = _up_work(item, tile_expert_ptr, C, F)
+        work = _up_work(item, tile_expert_ptr, F)
         pair = gl.load(sorted_ptr + work.tile * ROWS + lane)
         rows = (x_ptr + _token_of(pair, slots_ptr, K) * (C * 128), pair >= 0)
         pair = gl.load(sorted_ptr + work.tile * ROWS + scale_lane)
         scale = _token_of(pair, slots_ptr, K)
         if slots_ptr is not None:
             scale = scale * C
-        at = load_rows(ring, rows, (x_scales_ptr + scale, pair >= 0), block_stride, work, at, STAGES)
+        at = load_rows(ring, rows, (x_scales_ptr + scale, pair >= 0), block_stride, at, C, STAGES)
 
 
 @gluon.jit
@@ -98,7 +98,7 @@ def _multiply_up(
     ROWS: gl.constexpr = ring.x.shape[1]
     at = 0
     for item in range(gl.program_id(0), gl.load(num_tiles_ptr) * (F // 128), gl.num_programs(0)):
-        work = _up_work(item, tile_expert_ptr, C, F)
+        work = _up_work(item, tile_expert_ptr, F)
         gate_0, gate_1, up_0, up_1, at = multiply(ring, w_scales_ptr, work, at, C, STAGES, mine)
         hidden_0 = gate_0 / (1.0 + gl.exp(-gate_0)) * up_0
         hidden_1 = gate_1 / (1.0 + gl.exp(-gate_1)) * up_1
@@ -162,7 +162,7 @@ def _load_now(ptr):
 
 
 @gluon.jit
-def _down_work(item, tile_expert_ptr, C: gl.constexpr, D: gl.constexpr):
+def _down_work(item, tile_expert_ptr, D: gl.constexpr):
     """Piece of work `item` of the second product; a last block without a neighbour is computed twice, stored once."""
     BLOCKS: gl.constexpr = D // 128
     PER_TILE: gl.constexpr = (BLOCKS + 1) // 2
@@ -170,7 +170,7 @@ def _down_work(item, tile_expert_ptr, C: gl.constexpr, D: gl.constexpr):
     block = item % PER_TILE * 2
     first = _load_now(tile_expert_ptr + tile) * BLOCKS
     second = gl.minimum(block + 1, BLOCKS - 1)
-    return Work(tile, block, first + block, first + second, item * 0, item * 0 + C)
+    return Work(tile, block, first + block, first + second)
 
 
 @gluon.jit
@@ -179,8 +179,8 @@ def _produce_down(ring, w_desc, tiles, C: gl.constexpr, D: gl.constexpr, STAGES:
     PER_TILE: gl.constexpr = (D // 128 + 1) // 2
     at = 0
     for item in range(gl.program_id(0), _load_now(num_tiles_ptr) * PER_TILE, gl.num_programs(0)):
-        work = _down_work(item, tile_expert_ptr, C, D)
-        at = produce(ring, w_desc, work, at, STAGES)
+        work = _down_work(item, tile_expert_ptr, D)
+        at = produce(ring, w_desc, work, at, C, STAGES)
 
 
 @gluon.jit
@@ -193,12 +193,12 @@ def _load_down(ring, hidden, tiles, num_rows, C: gl.constexpr, D: gl.constexpr, 
     lane, scale_lane = row_lanes(ROWS)
     at = 0
     for item in range(gl.program_id(0), _load_now(num_tiles_ptr) * PER_TILE, gl.num_programs(0)):
-        work = _down_work(item, tile_expert_ptr, C, D)
+        work = _down_work(item, tile_expert_ptr, D)
         row = work.tile * ROWS + lane
         rows = (hidden_ptr + row.to(gl.int64) * (C * 128), gl.load(sorted_ptr + row) >= 0)
         row = work.tile * ROWS + scale_lane
         row_scales = (hidden_scales_ptr + row, row >= 0)
-        at = load_rows(ring, rows, row_scales, num_rows, work, at, STAGES)
+        at = load_rows(ring, rows, row_scales, num_rows, at, C, STAGES)
 
 
 @gluon.jit
@@ -219,7 +219,7 @@ def _multiply_down(
     PER_TILE: gl.constexpr = (D // 128 + 1) // 2
     at = 0
     for item in range(gl.program_id(0), _load_now(num_tiles_ptr) * PER_TILE, gl.num_programs(0)):
-        work = _down_work(item, tile_expert_ptr, C, D)
+        work = _down_work(item, tile_expert_ptr, D)
         first_0, first_1, second_0, second_1, at = multiply(ring, w_scales_ptr, work, at, C, STAGES, mine)
         row = work.tile * ROWS + mine * (ROWS // 2) + gl.arange(0, ROWS // 2, gl.SliceLayout(0, first_0.type.layout))
         pair = _load_now(sorted_ptr + row)
@@ -249,7 +249,7 @@ def _down_kernel(
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """hidden @ down times the router's weight, back in the order of the pairs. The weights begin to come while the first
+    """hidden @ down times the router's weight, back in the order of the pairs. Weights begin to come while the first
     product ends, which had waited for the tiles to be known; for what it computes the loader waits."""
     C: gl.constexpr = F // 128
     ring = make_ring(w_desc, ROWS, STAGES)
@@ -269,8 +269,6 @@ def _down_kernel(
 
 def _rows(rows_per_expert: float) -> int:
     """Rows of a tile: as a rule all of an expert's, whose weights are then read once."""
-    if rows_per_expert <= 10:
-        return 16
     if rows_per_expert <= 22:
         return 32
     return 64 if rows_per_expert <= 48 else 128

@@ -175,7 +175,7 @@ def _down_kernel(
 ):
     """hidden @ down times the router's weight, back in the order of the pairs."""
     PER_TILE: tl.constexpr = D // COLUMNS
-    works = tl.load(num_tiles_ptr) * PER_TILE  # sorting ended before the kernel before this one began
+    works = tl.load(num_tiles_ptr, cache_modifier=".cg") * PER_TILE  # sorted before the kernel before this one
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
     for work in range(tl.program_id(0), works, tl.num_programs(0)):

@@ -1,5 +1,4 @@
-"""FP8 products by warps with roles of their own, in Gluon: what experts_fp8_gluon.py and fp8_linear_gluon.py are made
-of.
+"""FP8 products by warps with roles of their own, in Gluon: what experts_fp8_gluon.py is made of.
 
 A program computes tiles of 2 x 128 outputs for some rows of activations, one after the other. The weights are the wide
 side of the matrix unit's products, the rows the narrow one.
@@ -57,8 +56,6 @@ class Work(NamedTuple):
     block: gl.tensor  # the first one
     first: gl.tensor  # the same, counted over all weights
     second: gl.tensor
-    begin: gl.tensor  # blocks of inputs [begin, end)
-    end: gl.tensor
 
 
 @gluon.jit
@@ -83,9 +80,9 @@ def make_ring(w_desc, ROWS: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def produce(ring, w_desc, work, at, STAGES: gl.constexpr):
+def produce(ring, w_desc, work, at, C: gl.constexpr, STAGES: gl.constexpr):
     """Producer: a tile's weights; `at`: how many stages there were so far, given and returned."""
-    for c in range(work.begin, work.end):
+    for c in range(C):
         stage = at % STAGES
         mbarrier.wait(ring.free.index(stage), (at // STAGES & 1) ^ 1)
         filled = ring.filled.index(stage)
@@ -106,16 +103,15 @@ def row_lanes(ROWS: gl.constexpr):
 
 
 @gluon.jit
-def load_rows(ring, rows, row_scales, block_stride, work, at, STAGES: gl.constexpr):
+def load_rows(ring, rows, row_scales, block_stride, at, C: gl.constexpr, STAGES: gl.constexpr):
     """Loader: a tile's rows. `rows`: where the first block of each lies, and which exist; `row_scales` the same of the
     scales, which lie `block_stride` apart. `at` as in `produce`."""
     x_ptr, exists = rows
     scale_ptr, has_scale = row_scales
-    scale_ptr += work.begin.to(gl.int64) * block_stride
     lane = gl.arange(0, 128, gl.SliceLayout(0, gl.BlockedLayout([1, 16], [4, 8], [_LOADERS, 1], [1, 0])))
     values_ptr = x_ptr[:, None] + lane[None, :]
     mask = exists[:, None] & (lane >= 0)[None, :]
-    for c in range(work.begin, work.end):
+    for c in range(C):
         stage = at % STAGES
         mbarrier.wait(ring.free.index(stage), (at // STAGES & 1) ^ 1)
         _gather(ring.x.index(stage), values_ptr + c * 128, mask=mask)
@@ -149,13 +145,13 @@ def multiply(ring, w_scales_ptr, work, at, C: gl.constexpr, STAGES: gl.constexpr
     second_0 = gl.zeros([64, HALF], gl.float32, S)
     second_1 = gl.zeros([64, HALF], gl.float32, S)
     product = gl.zeros([64, HALF], gl.float32, S)
-    next_first = gl.load(first_ptr + work.begin)
-    next_second = gl.load(second_ptr + work.begin)
-    for c in range(work.begin, work.end):
+    next_first = gl.load(first_ptr)
+    next_second = gl.load(second_ptr)
+    for c in range(C):
         stage = at % STAGES
         first_scale = next_first
         second_scale = next_second
-        ahead = gl.minimum(c + 1, work.end - 1)
+        ahead = gl.minimum(c + 1, C - 1)
         next_first = gl.load(first_ptr + ahead)
         next_second = gl.load(second_ptr + ahead)
         mbarrier.wait(ring.filled.index(stage), at // STAGES & 1)

@@ -172,7 +172,7 @@ def absorbed_decode(
     """Attended latents [H, R, L] of one query per row; every row has a context of at least one position.
 
     `q_latent_HRL`: W_UK^T q_nope; the last P dimensions of `q_RHQ` are the roped queries. `pages_RB` int32 or int64.
-    `contexts_R` and `prefix` are `page_prefix`'s.
+    `contexts_R` and `prefix` are `page_prefix`'s; they are read before this waits, so some kernel ran in between.
     """
     heads, rows, latent = q_latent_HRL.shape
     few = heads == _FEW_HEADS

@@ -112,9 +112,8 @@ def _spans_kernel(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Decode: the spans of all rows end to end, an equal number to each program."""
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
+    """Decode: the spans of all rows end to end, an equal number to each program. The plan is older than the kernel
+    before this one, so it is read before the wait."""
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     latent = tl.arange(0, LATENT)
     rope = tl.arange(0, ROPE)
@@ -123,6 +122,8 @@ def _spans_kernel(
     item = tl.program_id(0) * total // tl.num_programs(0)
     last_item = (tl.program_id(0) + 1) * total // tl.num_programs(0)
     row = row_of(prefix_ptr, item, num_rows, BLOCK_R)
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     while item < last_item:
         context = tl.load(contexts_ptr + row)
         span = span_length(context)
@@ -151,15 +152,16 @@ def _spans_kernel(
 @triton.jit
 def _merge_kernel(partial_ptr, peak_ptr, weight_ptr, prefix_ptr, out_ptr, HEADS: tl.constexpr, LATENT: tl.constexpr):
     """Decode: a row's spans in their order, one head."""
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
     head = tl.program_id(1) + tl.arange(0, 1)
     latent = tl.arange(0, LATENT)
     peak = tl.full([1], float("-inf"), tl.float32)
     weight = tl.zeros([1], tl.float32)
     acc = tl.zeros([1, LATENT], tl.float32)
-    for item in range(tl.load(prefix_ptr + row), tl.load(prefix_ptr + row + 1)):
+    first, last = tl.load(prefix_ptr + row), tl.load(prefix_ptr + row + 1)  # the plan: see above
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+    for item in range(first, last):
         slot = head.to(tl.int64) + item * HEADS
         span_acc = tl.load(partial_ptr + slot[:, None] * LATENT + latent[None, :])
         peak, weight, before, here = merge(peak, weight, tl.load(peak_ptr + slot), tl.load(weight_ptr + slot))
@@ -203,7 +205,8 @@ def exact_decode(
     scale: float,
     out_RHL: torch.Tensor,
 ) -> None:
-    """Attended latents of one query per row into `out_RHL`. `contexts_R` and `prefix` are `span_prefix`'s."""
+    """Attended latents of one query per row into `out_RHL`. `contexts_R` and `prefix` are `span_prefix`'s; they are
+    read before this waits, so some kernel ran in between."""
     rows, heads, latent = q_latent_RHL.shape
     rope = rows_KC.shape[1] - latent
     form = form_of(heads)

@@ -77,7 +77,7 @@ def values_of_latents(latent_THL: torch.Tensor, w_uv_HVL: torch.Tensor, out_THV:
         LATENT=latent,
         ROWS=rows,
         COLUMNS=columns,
-        DEPTH=128 if rows == 64 else 64,
+        DEPTH=64 if rows == 16 else 128,
         STAGES=4 if rows == 64 else 3,
         AHEAD=rows == 16,
         num_warps=8 if rows == 128 else 4,
