@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nmoe.worker.kernels.early import early
-from nmoe.worker.kernels.products_triton import add_product, by_rows, empty_tile, load_tiles
+from nmoe.worker.kernels.products_triton import add_product, by_rows, empty_tile
 
 
 class _Tile(NamedTuple):
@@ -45,16 +45,11 @@ _UP_TO_256 = (
     _Tile(64, 128, 64, 4, 4, True, least=100),
     _Tile(64, 64, 128, 4, 4, False),
 )
-_AHEAD = _Tile(16, 16, 256, 4, 1, False)
-_MOST_AHEAD = 2048  # inputs; a program's weights then fit into its registers and shared memory
-_MOST_OUTPUTS = 8192  # beyond, most programs begin when the kernel before has ended
 _MORE = (_Tile(128, 256, 64, 8, 3, False, least=120), _Tile(128, 128, 64, 8, 4, False))
 
 
-def _tile(tokens: int, outputs: int, inputs: int) -> _Tile:
-    """The largest tile of which there are enough to fill the multiprocessors; of few tokens, one whose weights fit."""
-    if tokens <= _AHEAD.rows and inputs <= _MOST_AHEAD and inputs % _AHEAD.depth == 0 and outputs <= _MOST_OUTPUTS:
-        return _AHEAD
+def _tile(tokens: int, outputs: int) -> _Tile:
+    """The largest tile of which there are enough to fill the multiprocessors."""
     tiles = _UP_TO_16 if tokens <= 16 else _UP_TO_64 if tokens <= 64 else _UP_TO_256 if tokens <= 256 else _MORE
     return next(tile for tile in tiles if -(-tokens // tile.rows) * -(-outputs // tile.columns) >= tile.least)
 
@@ -62,7 +57,6 @@ def _tile(tokens: int, outputs: int, inputs: int) -> _Tile:
 @triton.jit(do_not_specialize=["tokens"])
 def _linear_kernel(
     x_ptr,
-    w_ptr,
     w_desc,
     out_ptr,
     tokens,
@@ -74,9 +68,9 @@ def _linear_kernel(
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
-    """`AHEAD`: all of a program's weights, which no kernel writes, are on their way before the wait."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     column = tl.program_id(0) * COLUMNS
     output = column + tl.arange(0, COLUMNS)
     token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -84,23 +78,13 @@ def _linear_kernel(
     lane = tl.arange(0, DEPTH)
     x_at = x_ptr + token.to(tl.int64)[:, None] * X_STRIDE + lane[None, :]
     acc = empty_tile(ROWS, COLUMNS, TRANSPOSED)
-    if AHEAD:
-        weights = load_tiles(w_ptr + output[:, None] * I + lane[None, :], (output < O)[:, None], I, DEPTH)
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-        xs = load_tiles(x_at, exists, I, DEPTH)
-        for k in tl.static_range(0, I, DEPTH):
-            acc = add_product(acc, xs[k // DEPTH], weights[k // DEPTH], TRANSPOSED)
-    else:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-        for k in tl.range(0, I, DEPTH, num_stages=STAGES):
-            if I % DEPTH == 0:
-                x = tl.load(x_at + k, mask=exists, other=0.0)
-            else:
-                x = tl.load(x_at + k, mask=exists & (k + lane < I)[None, :], other=0.0)
-            w = w_desc.load([column, k])
-            acc = add_product(acc, x, w, TRANSPOSED)
+    for k in tl.range(0, I, DEPTH, num_stages=STAGES):
+        if I % DEPTH == 0:
+            x = tl.load(x_at + k, mask=exists, other=0.0)
+        else:
+            x = tl.load(x_at + k, mask=exists & (k + lane < I)[None, :], other=0.0)
+        w = w_desc.load([column, k])
+        acc = add_product(acc, x, w, TRANSPOSED)
     acc = by_rows(acc, TRANSPOSED)
     out = out_ptr + token.to(tl.int64)[:, None] * O + output[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=exists & (output < O)[None, :])
@@ -111,10 +95,9 @@ def linear_into(x_TI: torch.Tensor, weight_OI: torch.Tensor, out_TO: torch.Tenso
     tokens, (outputs, inputs) = len(x_TI), weight_OI.shape
     if not tokens:
         return
-    tile = _tile(tokens, outputs, inputs)
+    tile = _tile(tokens, outputs)
     _linear_kernel[(triton.cdiv(outputs, tile.columns), triton.cdiv(tokens, tile.rows))](
         x_TI,
-        weight_OI,
         TensorDescriptor.from_tensor(weight_OI, [tile.columns, tile.depth]),
         out_TO,
         tokens,
@@ -126,7 +109,6 @@ def linear_into(x_TI: torch.Tensor, weight_OI: torch.Tensor, out_TO: torch.Tenso
         DEPTH=tile.depth,
         STAGES=tile.stages,
         TRANSPOSED=tile.transposed,
-        AHEAD=tile is _AHEAD,
         num_warps=tile.warps,
         launch_pdl=early(tokens),
     )

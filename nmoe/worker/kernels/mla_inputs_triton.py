@@ -8,6 +8,8 @@ Shape suffixes: T tokens, R those that are absorbed, H heads, Q = N + P dimensio
 rows of the cache, M positions.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,15 @@ from nmoe.worker.kernels.early import early
 _HEADS = 16  # per program
 _TILES = ((128, 128), (64, 128), (64, 64), (64, 32), (16, 128), (16, 64), (16, 32))  # tokens and latent dimensions
 _LEAST = 200  # tiles that there must be, or a smaller one is taken
+
+
+class _Tile(NamedTuple):
+    rows: int  # tokens
+    columns: int  # latent dimensions
+    programs: int
+
+
+_NO_TILE = _Tile(*_TILES[-1], 0)
 
 
 @triton.jit
@@ -153,12 +164,14 @@ def _inputs_kernel(
             _rope_queries(q_ptr + token * Q_STRIDE, head, cos, sin, HEADS, NOPE, ROPE)
 
 
-def _tile(tokens: int, heads: int, latent: int) -> tuple[int, int, int]:
-    """Tokens and latent dimensions of a tile, and how many of them there are."""
+def _tile(tokens: int, heads: int, latent: int) -> _Tile:
+    """The largest tile of which there are enough to fill the multiprocessors."""
+    if not tokens:
+        return _NO_TILE
     for rows, columns in _TILES:
-        tiles = heads * triton.cdiv(latent, columns) * triton.cdiv(tokens, rows)
-        if columns <= latent and rows < 2 * max(tokens, 16) and (tiles >= _LEAST or (rows, columns) == _TILES[-1]):
-            return rows, columns, tiles
+        count = heads * triton.cdiv(latent, columns) * triton.cdiv(tokens, rows)
+        if columns <= latent and rows < 2 * max(tokens, 16) and (count >= _LEAST or (rows, columns) == _TILES[-1]):
+            return _Tile(rows, columns, count)
     raise AssertionError(latent)
 
 
@@ -184,32 +197,38 @@ def enter(
     rope, latent, absorbed = rope_M2P.shape[-1], len(weight_L), len(absorbed_RHL)
     if not tokens:
         return
-    rows, columns, tiles = _tile(absorbed, heads, latent)
-    _inputs_kernel[(tiles + tokens * (1 + triton.cdiv(heads, _HEADS)),)](
-        q_THQ,
-        kv_TC,
-        positions_T,
-        places_T,
-        rope_M2P,
-        weight_L,
-        rows_KC,
-        w_uk_HNL,
-        absorbed_RHL,
-        absorbed,
-        tiles,
-        absorbed_RHL.stride(0),
-        absorbed_RHL.stride(1),
-        eps,
-        Q_STRIDE=q_THQ.stride(0),
-        KV_STRIDE=kv_TC.stride(0),
-        W_HEAD=w_uk_HNL.stride(0),
-        HEADS=heads,
-        BLOCK_H=_HEADS,
-        NOPE=query - rope,
-        ROPE=rope,
-        LATENT=latent,
-        ROWS=rows,
-        COLUMNS=columns,
-        num_warps=8 if rows == 128 else 4,
-        launch_pdl=early(tokens),
-    )
+    tile = _tile(absorbed, heads, latent)
+    others = tokens * (1 + triton.cdiv(heads, _HEADS))
+    if tile.rows == 128:  # so large that its programs' registers would be too many for the others
+        launches = [(tile, tile.programs, 8), (_NO_TILE, others, 4)]
+    else:
+        launches = [(tile, tile.programs + others, 4)]
+    for kind, programs, warps in launches:
+        _inputs_kernel[(programs,)](
+            q_THQ,
+            kv_TC,
+            positions_T,
+            places_T,
+            rope_M2P,
+            weight_L,
+            rows_KC,
+            w_uk_HNL,
+            absorbed_RHL,
+            absorbed,
+            kind.programs,
+            absorbed_RHL.stride(0),
+            absorbed_RHL.stride(1),
+            eps,
+            Q_STRIDE=q_THQ.stride(0),
+            KV_STRIDE=kv_TC.stride(0),
+            W_HEAD=w_uk_HNL.stride(0),
+            HEADS=heads,
+            BLOCK_H=_HEADS,
+            NOPE=query - rope,
+            ROPE=rope,
+            LATENT=latent,
+            ROWS=kind.rows,
+            COLUMNS=kind.columns,
+            num_warps=warps,
+            launch_pdl=early(tokens),
+        )
