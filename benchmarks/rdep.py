@@ -1,5 +1,4 @@
 """What one RDEP exchange costs between GPUs, captured in a CUDA graph: dispatch, return, both, both around the experts.
-The first two are how the third divides at the end of the kernel that lists what arrived, by a trace of the same graph.
 
     python -m benchmarks.rdep [--shapes moonlight v3] [--tokens 1 8 32 128 256 1024 4096] [--world-size N]
 
@@ -13,7 +12,6 @@ bandwidth measured in the same run. Median over replays of a graph of 16 exchang
 
 import argparse
 import dataclasses
-import itertools
 import json
 import mmap
 import os
@@ -106,8 +104,11 @@ def make_rank(
 
 
 def run(rank: Rank, what: str) -> None:
-    """One exchange, around nothing or `with experts`."""
-    if what == "both":
+    """One exchange, or the part of it that `what` says."""
+    if what == "dispatch":
+        rank.link._push(*rank.tokens)
+        rank.link._arrive()
+    elif what == "both":
         rank.link.dispatch(lambda x, ids, weights: rank.parts_SKD[: len(ids)], *rank.tokens)()
     else:
         rank.link.dispatch(rank.mlp, *rank.tokens)()
@@ -124,43 +125,21 @@ def capture(rank: Rank, what: str) -> torch.cuda.CUDAGraph:
 
 def time_graphs(pairs: list[tuple[Rank, torch.cuda.CUDAGraph]], barrier: Callable[[], None]) -> float:
     """Microseconds of one of a graph's exchanges, from the first rank's start to the last one's end in this process."""
-    return statistics.median([time_once(pairs, barrier) for _ in range(REPLAYS)][2:])
-
-
-def time_once(pairs: list[tuple[Rank, torch.cuda.CUDAGraph]], barrier: Callable[[], None]) -> float:
-    """See `time_graphs`; of one replay."""
-    torch.cuda.synchronize()
-    barrier()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record(pairs[0][0].stream)
-    for rank, graph in pairs:
-        with torch.cuda.stream(rank.stream):
-            graph.replay()
-    for rank, _ in pairs[1:]:
-        pairs[0][0].stream.wait_stream(rank.stream)
-    end.record(pairs[0][0].stream)
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3 / LAYERS
-
-
-def dispatch_share(pairs: list[tuple[Rank, torch.cuda.CUDAGraph]], barrier: Callable[[], None]) -> float:
-    """Of an exchange's time, from one's end to the next one's: the part up to the end of listing what arrived."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
-        for _ in range(2):
-            time_once(pairs, barrier)
-    ends: dict[int, list[tuple[int, bool]]] = {}  # by stream: when an arrival or a return ended, and which of them
-    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() in ("arrive_kernel", "return_kernel"):
-            end = event.start_ns() + event.duration_ns()
-            ends.setdefault(event.device_resource_id(), []).append((end, event.name() == "arrive_kernel"))
-    shares = []
-    for stream in ends.values():
-        stream.sort()
-        arrivals = [at for at, (_, is_arrival) in enumerate(stream) if is_arrival]
-        for this, following in itertools.pairwise(arrivals[1:]):
-            before, arrived, done = stream[this - 1][0], stream[this][0], stream[following - 1][0]
-            shares.append((arrived - before) / (done - before))
-    return statistics.median(shares)
+    times = []
+    for _ in range(REPLAYS):
+        torch.cuda.synchronize()
+        barrier()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record(pairs[0][0].stream)
+        for rank, graph in pairs:
+            with torch.cuda.stream(rank.stream):
+                graph.replay()
+        for rank, _ in pairs[1:]:
+            pairs[0][0].stream.wait_stream(rank.stream)
+        end.record(pairs[0][0].stream)
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / LAYERS)
+    return statistics.median(times[2:])
 
 
 def pushed_bytes(a: Architecture, layout: SlabLayout, rank: Rank, own: bool) -> tuple[int, int]:
@@ -187,16 +166,17 @@ def copy_gb_s(device: torch.device, peer: torch.device) -> float:
 
 def figures(ranks: list[Rank], barrier: Callable[[], None], sent: tuple[int, int], gb_s: float) -> dict[str, float]:
     """Microseconds of each part, and how the exchange compares with its floor."""
-    both = [(rank, capture(rank, "both")) for rank in ranks]
-    both_us, share = time_graphs(both, barrier), dispatch_share(both, barrier)
-    with_experts = [(rank, capture(rank, "with experts")) for rank in ranks]
+    micros = {}
+    for what in ("dispatch", "both", "with experts"):
+        pairs = [(rank, capture(rank, what)) for rank in ranks]
+        micros[what] = time_graphs(pairs, barrier)
     floor = sum(sent) / gb_s / 1e3
     return {
-        "dispatch_us": both_us * share,
-        "return_us": both_us * (1 - share),
-        "both_us": both_us,
+        "dispatch_us": micros["dispatch"],
+        "return_us": micros["both"] - micros["dispatch"],
+        "both_us": micros["both"],
         "floor_us": floor,
-        "with_experts_us": time_graphs(with_experts, barrier),
+        "with_experts_us": micros["with experts"],
     }
 
 
@@ -221,7 +201,7 @@ def in_one_process(shapes: list[str], counts: list[int], world_size: int) -> lis
             for rank in ranks:
                 with torch.cuda.stream(rank.stream):
                     rank.link.begin(CHANNEL_DECODE, tokens)
-                    for what in ("both", "with experts"):
+                    for what in ("dispatch", "both", "with experts"):
                         run(rank, what)
             start_life(ranks, 2)
             sent = [pushed_bytes(a, layout, rank, own=True) for rank in ranks]
@@ -264,7 +244,7 @@ def in_processes(rank: int, world_size: int, shapes: list[str], counts: list[int
         mine.link.meet(life, lambda: False, bounded=False)
         mine.link.begin(CHANNEL_DECODE, tokens)
         with torch.cuda.stream(mine.stream):
-            for what in ("both", "with experts"):
+            for what in ("dispatch", "both", "with experts"):
                 run(mine, what)
         sizes.append(pushed_bytes(a, layout, mine, own=False))
         results.append({"shape": shape, "tokens": tokens, **figures([mine], dist.barrier, sizes[-1], gb_s)})
