@@ -1,4 +1,5 @@
 """What one RDEP exchange costs between GPUs, captured in a CUDA graph: dispatch, return, both, both around the experts.
+A dispatch is measured with a return of flags alone, without which ranks drift apart; the return is what its rows add.
 
     python -m benchmarks.rdep [--shapes moonlight v3] [--tokens 1 8 32 128 256 1024 4096] [--world-size N]
 
@@ -105,11 +106,17 @@ def make_rank(
 
 def run(rank: Rank, what: str) -> None:
     """One exchange, or the part of it that `what` says."""
+
+    def nothing(x: Any, ids_SK: torch.Tensor, weights_SK: torch.Tensor) -> torch.Tensor:
+        return rank.parts_SKD[: len(ids_SK)]
+
     if what == "dispatch":
         rank.link._push(*rank.tokens)
         rank.link._arrive()
+        rank.link._num_rows.zero_()
+        rank.link._serve(nothing)
     elif what == "both":
-        rank.link.dispatch(lambda x, ids, weights: rank.parts_SKD[: len(ids)], *rank.tokens)()
+        rank.link.dispatch(nothing, *rank.tokens)()
     else:
         rank.link.dispatch(rank.mlp, *rank.tokens)()
 
