@@ -110,6 +110,7 @@ def test_the_norm_keeps_its_input_type_and_scales_to_one():
         ({"q_lora_rank": None}, None),
         ({"num_heads": 48}, "num_attention_heads = 48"),
         ({"kv_lora_rank": 96}, "kv_lora_rank = 96"),
+        ({"qk_nope_head_dim": 512}, "qk_nope_head_dim = 512: must be a power of two from 32 to 256"),
         ({"intermediate_size": 1004}, "intermediate_size = 1004: must be a multiple of 8"),
         ({"q_lora_rank": 100}, "q_lora_rank = 100: must be a multiple of 8"),
     ],

@@ -69,20 +69,20 @@ def test_heads(heads):
     q, w = random(1100, heads, 192), random(heads, 256, 512)
     w_uk, w_uv = w[:, :128], w[:, 128:]
     kv, norm, table = random(1100, 576), random(512), rope_table(V3, 4096, torch.bfloat16, GPU)
+    positions = torch.randint(0, 4096, (1100,), device=GPU)
 
     def absorbed(rows):
-        out = random(len(q[rows]), heads, 512)
-        positions = torch.arange(len(out), device=GPU)
-        cache = random(len(out), 576)
-        enter(q[rows].clone(), kv[rows], positions, positions, table, norm, cache, 1e-6, w_uk, out)
-        return out
+        roped, places = q[rows].clone(), torch.arange(len(q[rows]), device=GPU)
+        cache, out = random(len(roped), 576), random(len(roped), heads, 512)
+        enter(roped, kv[rows], positions[rows], places, table, norm, cache, 1e-6, w_uk, out)
+        return torch.cat((out.flatten(1), roped.flatten(1), cache), 1)
 
     def values(rows):
         out = random(len(q[rows]), heads, 128)
         values_of_latents(latent[rows], w_uv, out)
         return out
 
-    latent = absorbed(slice(None))
+    latent = absorbed(slice(None))[:, : heads * 512].unflatten(1, (heads, 512))
     close(latent, torch.einsum("thn,hnl->thl", q[..., :128].double(), w_uk.double()))
     close(values(slice(None)), torch.einsum("thl,hvl->thv", latent.double(), w_uv.double()))
     same_rows(absorbed)

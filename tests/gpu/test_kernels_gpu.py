@@ -50,7 +50,7 @@ def close(actual, expected, tolerance=8e-3):
 
 @pytest.mark.parametrize(("tokens", "hidden"), [(1, 2048), (33, 7168), (300, 512)])
 def test_norms(tokens, hidden):
-    x, delta, weight = random(tokens, hidden), random(tokens, hidden), random(hidden)
+    weight, x, delta = random(hidden), random(tokens, hidden), random(tokens, hidden)
     total, normed = norm_triton.add_rms_norm(x, delta, weight, 1e-5)
     assert torch.equal(total, x + delta)
     close(normed, norm.rms_norm(total.double(), weight.double(), 1e-5))
@@ -63,14 +63,14 @@ def test_norms(tokens, hidden):
 
 def added(parts, shared):
     """The sum that the norm behind an expert layer takes of its terms."""
-    nothing = torch.zeros_like(shared)
-    return norm_triton.add_rms_norm(nothing, experts_triton.Terms(parts, shared), random(shared.shape[1]), 1e-6)[0]
+    weight, nothing = random(shared.shape[1]), torch.zeros_like(shared)
+    return norm_triton.add_rms_norm(nothing, experts_triton.Terms(parts, shared), weight, 1e-6)[0]
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 16, 17, 100])
 @pytest.mark.parametrize(("outputs", "inputs"), [(3648, 2048), (2048, 2816), (40, 256), (100, 96)])
 def test_linear(tokens, outputs, inputs):
-    x, weight = random(tokens, inputs + 32)[:, :inputs], random(outputs, inputs)
+    weight, x = random(outputs, inputs), random(tokens, inputs + 32)[:, :inputs]
     close(linear_triton.linear(x, weight), x.double() @ weight.double().t())
 
 
@@ -190,6 +190,7 @@ def test_fp8_linear(tokens, outputs, inputs):
     ("tokens", "num_experts", "hidden", "inter", "slots"),
     [
         (1, 32, 7168, 2048, 8),
+        (40, 8, 384, 128, 3),
         (30, 32, 1024, 512, 8),
         (100, 32, 512, 256, 8),
         (256, 32, 512, 256, 8),

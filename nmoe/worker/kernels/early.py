@@ -1,11 +1,16 @@
 """Programmatic dependent launch: a kernel is made ready while the one before it still runs, and waits on the device.
 
-Every Triton kernel of a step waits with `gdc_wait` for the one before it, and only then lets the next one be made
-ready. That hides a launch's microsecond where a step is a chain of short kernels. Beside the long kernels of a prefill,
-what waits only takes room: measured, 3% of its time.
+A kernel that is launched so waits with `gdc_wait` for the one before it, and only then lets the next one be made ready.
+That hides a launch's microsecond where a step is a chain of short kernels. Beside the long kernels of a prefill, what
+waits only takes room: measured, 3% of its time.
 
-Before its wait a kernel writes nothing, and reads only what is older than the kernel before it: weights, and the step's
-plan. That kernel was let go by its own wait, so all before it have ended.
+Before its wait a kernel writes nothing, and reads only
+- weights;
+- the step's plan: positions, places, contexts and their running sums. Between what writes these and the first layer
+  lies an ordinary launch, the embedding's, which nothing passes;
+- past the multiprocessor's own cache (`.cg`), what a kernel before the last one has written: the last one was let go by
+  its own wait, so those before it have ended.
+Whoever calls such a kernel by itself sees to it that its weights and its plan were not written by the kernel before.
 """
 
 _MOST = 512  # tokens
