@@ -70,6 +70,7 @@ def open_checkpoint(config: Config) -> Checkpoint:
             f"{config_file(path)}: n_routed_experts = {architecture.num_experts} cannot be divided evenly among"
             f" [parallel] world_size = {config.parallel.world_size} workers; choose a world_size that divides it"
         )
+    eos_ids(path, architecture)
     tensors = {} if config.model.weights == "random" else _checked_tensors(path, architecture)
     return Checkpoint(
         path, architecture, tensors, _compute_dtype(config, architecture), _max_seq_len(config, architecture)
@@ -249,17 +250,20 @@ def _read_header(file: pathlib.Path) -> dict[str, TensorInfo]:
 
 
 def eos_ids(path: str | pathlib.Path, architecture: Architecture) -> tuple[int, ...]:
-    """The token ids that end an answer: generation_config.json's, or else config.json's."""
-    file = config_file(path).parent / "generation_config.json"
-    if not file.exists():
-        return architecture.eos_token_ids
-    value = read_json(file).get("eos_token_id")
-    if value is None:
-        return architecture.eos_token_ids
-    ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(token, int) for token in ids):
-        raise CheckpointError(f"{file}: eos_token_id = {value!r}: must be a token id or a list of them")
-    return tuple(ids)
+    """The token ids that end an answer: generation_config.json's, or else config.json's. Raises CheckpointError."""
+    source, ids = config_file(path), architecture.eos_token_ids
+    file = source.parent / "generation_config.json"
+    if file.exists() and (value := read_json(file).get("eos_token_id")) is not None:
+        source, ids = file, tuple(value) if isinstance(value, list) else (value,)
+        if not all(type(token) is int for token in ids):
+            raise CheckpointError(f"{file}: eos_token_id = {value!r}: must be a token id or a list of them")
+    for token in ids:
+        if not 0 <= token < architecture.vocab_size:
+            raise CheckpointError(
+                f"{source}: eos_token_id = {token}: not a token of the model, whose vocab_size is"
+                f" {architecture.vocab_size} in config.json; both files must come from the same model"
+            )
+    return ids
 
 
 _OTHER_TOKENIZERS = {

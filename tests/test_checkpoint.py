@@ -291,6 +291,17 @@ def test_fp8_needs_its_scales_and_its_block(fp8, tmp_path):
     refused(fp8, name, "are not there")
 
 
+def test_an_end_that_is_no_token_of_the_model(single):
+    for wrong in (512, -1, True, 1 << 70, [1, 512]):
+        (single / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        refused(single, "generation_config.json", "eos_token_id = ")
+    (single / "generation_config.json").unlink()
+    edit(single, eos_token_id=512)
+    refused(single, "config.json: eos_token_id = 512", "vocab_size is 512")
+    edit(single, vocab_size=513)
+    assert eos_ids(single, read_architecture(single)) == (512,)
+
+
 def test_the_end_of_an_answer(single):
     architecture = read_architecture(single)
     assert eos_ids(single, architecture) == (1,)
