@@ -6,6 +6,7 @@ of being served wrongly. A family member with its own keys is one more entry of 
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,8 @@ def _rope(keys: _Keys) -> Rope:
     inner = _Keys(f"{keys.source}: rope_parameters", parameters)
     theta = inner.get("rope_theta", float | None, None) or keys.get("rope_theta", float | None, None) or 10000.0
     interleave = keys.get("rope_interleave", bool | None, True) or False
+    if not 0 < theta < math.inf:
+        raise inner.fail(f"rope_theta = {theta}: must be a number above 0")
     kind = inner.get("rope_type", str | None, None) or inner.get("type", str | None, None) or "default"
     if parameters.get("partial_rotary_factor", 1.0) != 1.0 or keys.document.get("partial_rotary_factor", 1.0) != 1.0:
         raise inner.fail("partial_rotary_factor is not supported for this model")
@@ -72,7 +75,17 @@ def _rope(keys: _Keys) -> Rope:
         attention_factor=inner.get("attention_factor", float | None, None),
         truncate=inner.get("truncate", bool, True),
     )
+    _check_yarn(inner, theta, yarn)
     return Rope(theta, interleave, yarn)
+
+
+def _check_yarn(keys: _Keys, theta: float, yarn: Yarn) -> None:
+    """What logarithms are taken of, and what is divided by."""
+    if theta <= 1:
+        raise keys.fail(f"rope_theta = {theta}: must be above 1 with YaRN")
+    for key in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
+        if not 0 < (value := getattr(yarn, key)) < math.inf:
+            raise keys.fail(f"{key} = {value}: must be a number above 0")
 
 
 def _quant_block(keys: _Keys) -> tuple[int, int] | None:

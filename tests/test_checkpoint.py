@@ -16,6 +16,8 @@ from nmoe.config_json import read_architecture
 from nmoe.errors import CheckpointError
 from tests.checkpoints import load_tensors, make_checkpoint, save_shards
 
+EMBEDDING = "model.embed_tokens.weight"
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
 INDEX = "model.safetensors.index.json"
 
 
@@ -163,6 +165,11 @@ def test_config_json_is_damaged(single, text, word):
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, ["'llama3' is not supported", "'yarn'"]),
         ({"rope_parameters": {"rope_type": "yarn"}}, ["'factor' is missing"]),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["'linear' is not supported"]),
+        ({"rope_parameters": {"rope_theta": -1.0}}, ["rope_theta = -1.0", "above 0"]),
+        ({"rope_parameters": YARN | {"rope_theta": 1.0}}, ["rope_theta = 1.0", "above 1"]),
+        ({"rope_parameters": YARN | {"factor": 0}}, ["factor = 0", "above 0"]),
+        ({"rope_parameters": YARN | {"original_max_position_embeddings": -64}}, ["= -64", "above 0"]),
+        ({"rope_parameters": YARN | {"beta_fast": -1}}, ["beta_fast = -1", "above 0"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["'awq' is not supported", "'fp8'"]),
         ({"quantization_config": {"quant_method": "fp8"}}, ["'weight_block_size' is missing"]),
     ],
