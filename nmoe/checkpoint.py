@@ -27,8 +27,10 @@ SCALE_SUFFIX = "_scale_inv"
 _FP8 = "F8_E4M3"
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, _FP8: 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 _WEIGHT_DTYPES = ("F32", "BF16", "F16", _FP8)
+_SCALE_DTYPES = ("F32", "BF16", "F16")
 _MAX_HEADER_BYTES = 100_000_000
 _HARMLESS = re.compile(r".*\.rotary_emb\.inv_freq")
+_FEWEST_TOKENS = 2  # of prompt and answer together
 _SHOWN = 3  # names of a list that an error message spells out
 
 
@@ -92,6 +94,11 @@ def _max_seq_len(config: Config, architecture: Architecture) -> int:
     if wanted > limit:
         raise CheckpointError(
             f"[model] max_seq_len = {wanted}: the model knows max_position_embeddings = {limit} positions; lower it"
+        )
+    if (wanted or limit) < _FEWEST_TOKENS:
+        raise CheckpointError(
+            f"[model] max_seq_len = {wanted or limit}: a prompt and an answer need {_FEWEST_TOKENS} tokens at least;"
+            " raise it"
         )
     return wanted or limit
 

@@ -196,6 +196,7 @@ def test_experts_must_divide_among_the_workers(originals, single):
 
 def test_limits_of_the_config(single):
     refused(single, "max_seq_len = 2000", "max_position_embeddings = 1024", max_seq_len=2000)
+    refused(single, "max_seq_len = 1", "2 tokens", "raise it", max_seq_len=1)
     refused(single, "attention_type = 'dsa'", "does not exist yet", attention_type="dsa")
 
 
