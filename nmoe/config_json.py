@@ -189,7 +189,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         document = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}; check [model] path") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         remedy = "run `git lfs pull` in its folder" if is_lfs_pointer(path) else "copy it again from the original"
         raise CheckpointError(f"{path}: is not valid JSON ({error}); {remedy}") from None
     if not isinstance(document, dict):
@@ -206,9 +206,15 @@ def is_lfs_pointer(path: pathlib.Path) -> bool:
 def config_file(path: str | pathlib.Path) -> pathlib.Path:
     """The config.json of a checkpoint folder, or `path` itself where it names a JSON file."""
     path = pathlib.Path(path)
-    if path.is_file() and path.suffix == ".json":
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError as error:  # who may not look into the folder above, or a name that is too long for one
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror}; see to [model] path and who may read it"
+        ) from None
+    if is_file and path.suffix == ".json":
         return path
-    if not path.is_dir():
+    if not is_folder:
         raise CheckpointError(f"{path}: no such folder; set [model] path to the checkpoint's folder")
     return path / "config.json"
 

@@ -1,5 +1,6 @@
 """What is refused about a model folder before anything is loaded, and how the message helps."""
 
+import errno
 import json
 import math
 import pathlib
@@ -135,7 +136,10 @@ def test_config_json_is_missing(single):
     refused(single, "config.json", "No such file")
 
 
-@pytest.mark.parametrize(("text", "word"), [("{", "not valid JSON"), ("[]", "not an object"), ("\xff", "not valid")])
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("{", "not valid JSON"), ("[]", "not an object"), ("\xff", "not valid"), ("[" * 100_000, "not valid")],
+)
 def test_config_json_is_damaged(single, text, word):
     (single / "config.json").write_bytes(text.encode("latin-1"))
     refused(single, "config.json", word)
@@ -237,6 +241,44 @@ def test_a_header_is_damaged(single):
     refused(single, file.name, "damaged")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: [header],
+        lambda header: header | {EMBEDDING: 5},
+        lambda header: header | {EMBEDDING: header[EMBEDDING] | {"dtype": [1]}},
+        lambda header: header | {EMBEDDING: header[EMBEDDING] | {"dtype": "BF16"}},
+        lambda header: header | {EMBEDDING: header[EMBEDDING] | {"shape": [512.0, 64.0]}},
+        lambda header: header | {EMBEDDING: header[EMBEDDING] | {"data_offsets": ["a", "b"]}},
+        lambda header: header | {EMBEDDING: header[EMBEDDING] | {"data_offsets": [-8, 8]}},
+        lambda header: header | {EMBEDDING: header[EMBEDDING] | {"data_offsets": [0, 8]}},
+    ],
+)
+def test_a_header_says_what_cannot_be(single, change):
+    file = single / "model.safetensors"
+    data = file.read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.dumps(change(json.loads(data[8:end]))).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header + data[end:])
+    refused(single, file.name, "header is damaged", "download it again")
+
+
+def test_files_that_cannot_be_read(single, sharded, monkeypatch):
+    refused(single / ("x" * 300), "cannot be read", "name too long", "[model] path")
+    (single / "model.safetensors").unlink()
+    (single / "model.safetensors").mkdir()
+    refused(single, "neither", "download the weights")
+
+    def forbidden(path, *arguments, **options):
+        if path.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opens(path, *arguments, **options)
+
+    opens = pathlib.Path.open
+    monkeypatch.setattr(pathlib.Path, "open", forbidden)  # who runs the tests may be allowed everything
+    refused(sharded, "model-00001-of-00003.safetensors", "Permission denied", "who may read it")
+
+
 def test_git_lfs_placeholders(single):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     (single / "model.safetensors").write_bytes(pointer)
@@ -267,7 +309,7 @@ def test_a_tensor_has_another_shape(single):
 
 def test_a_tensor_has_another_type(single):
     change_tensors(single, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64, dtype=torch.int32)}))
-    refused(single, "model.norm.weight is I32")
+    refused(single, "model.norm.weight is I32", "convert it to one of F32")
 
 
 def test_a_tensor_is_unknown(single):
@@ -286,6 +328,13 @@ def test_harmless_tensors_are_tolerated(single):
     assert extra.keys().isdisjoint(opened(single).tensors)
     edit(single, tie_word_embeddings=True)
     assert "lm_head.weight" not in opened(single).tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.bool, torch.uint8])
+def test_fp8_scales_of_another_type(fp8, dtype):
+    name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
+    change_tensors(fp8, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    refused(fp8, f"{name} is ", "not supported", "F32")
 
 
 def test_fp8_needs_its_scales_and_its_block(fp8, tmp_path):
