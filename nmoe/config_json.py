@@ -64,10 +64,11 @@ def _rope(keys: _Keys) -> Rope:
         return Rope(theta, interleave)
     if kind != "yarn":
         raise inner.fail(f"rope type {kind!r} is not supported; supported are 'default' and 'yarn'")
-    positions = keys.size("max_position_embeddings", 4096)
+    key = "original_max_position_embeddings"
+    positions = inner.get(key, int | None, None) or keys.get(key, int | None, None)
     yarn = Yarn(
         factor=inner.get("factor", float),
-        original_max_position_embeddings=inner.get("original_max_position_embeddings", int | None, None) or positions,
+        original_max_position_embeddings=positions or keys.size("max_position_embeddings", 4096),
         beta_fast=inner.get("beta_fast", float | None, None) or 32.0,
         beta_slow=inner.get("beta_slow", float | None, None) or 1.0,
         mscale=inner.get("mscale", float | None, None) or 0.0,
