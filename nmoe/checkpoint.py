@@ -6,13 +6,14 @@ little-endian length, then JSON) is that of https://github.com/huggingface/safet
 """
 
 import dataclasses
-import json
 import logging
 import math
 import pathlib
 import re
 import struct
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from nmoe.architecture import Architecture, expected_tensors
 from nmoe.config import Config
@@ -27,8 +28,10 @@ SCALE_SUFFIX = "_scale_inv"
 _FP8 = "F8_E4M3"
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, _FP8: 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 _WEIGHT_DTYPES = ("F32", "BF16", "F16", _FP8)
+_SCALE_DTYPES = ("F32", "BF16", "F16")
 _MAX_HEADER_BYTES = 100_000_000
 _HARMLESS = re.compile(r".*\.rotary_emb\.inv_freq")
+_FEWEST_TOKENS = 2  # of prompt and answer together
 _SHOWN = 3  # names of a list that an error message spells out
 
 
@@ -70,6 +73,7 @@ def open_checkpoint(config: Config) -> Checkpoint:
             f"{config_file(path)}: n_routed_experts = {architecture.num_experts} cannot be divided evenly among"
             f" [parallel] world_size = {config.parallel.world_size} workers; choose a world_size that divides it"
         )
+    eos_ids(path, architecture)
     tensors = {} if config.model.weights == "random" else _checked_tensors(path, architecture)
     return Checkpoint(
         path, architecture, tensors, _compute_dtype(config, architecture), _max_seq_len(config, architecture)
@@ -91,6 +95,11 @@ def _max_seq_len(config: Config, architecture: Architecture) -> int:
     if wanted > limit:
         raise CheckpointError(
             f"[model] max_seq_len = {wanted}: the model knows max_position_embeddings = {limit} positions; lower it"
+        )
+    if (wanted or limit) < _FEWEST_TOKENS:
+        raise CheckpointError(
+            f"[model] max_seq_len = {wanted or limit}: a prompt and an answer need {_FEWEST_TOKENS} tokens at least;"
+            " raise it"
         )
     return wanted or limit
 
@@ -163,8 +172,7 @@ def _check_tensor(
             f"{info.file}: {name} has shape {list(info.shape)}, but config.json asks for {list(shape)};"
             " config.json and the shards must come from the same model"
         )
-    if info.dtype not in _WEIGHT_DTYPES:
-        raise CheckpointError(f"{info.file}: {name} is {info.dtype}; supported are {', '.join(_WEIGHT_DTYPES)}")
+    _check_dtype(name, info, _WEIGHT_DTYPES)
     if info.dtype != _FP8:
         return
     if architecture.quant_block is None:
@@ -175,6 +183,7 @@ def _check_tensor(
     scale = tensors.get(name + SCALE_SUFFIX)
     if scale is None:
         raise CheckpointError(f"{info.file}: {name} is FP8, but its scales {name + SCALE_SUFFIX} are not there")
+    _check_dtype(name + SCALE_SUFFIX, scale, _SCALE_DTYPES)
     blocks = tuple(-(-size // block) for size, block in zip(shape, architecture.quant_block, strict=True))
     if scale.shape != blocks:
         raise CheckpointError(
@@ -183,13 +192,31 @@ def _check_tensor(
         )
 
 
+def _check_dtype(name: str, info: TensorInfo, supported: tuple[str, ...]) -> None:
+    if info.dtype not in supported:
+        raise CheckpointError(
+            f"{info.file}: {name} is {info.dtype}, which is not supported; convert it to one of {', '.join(supported)}"
+        )
+
+
 # --------------------------------------------------------------------------------------------------- safetensors files
+
+
+_Size = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Entry(msgspec.Struct):
+    """What a header says of a tensor; the offsets count from its end."""
+
+    dtype: str
+    shape: tuple[_Size, ...]
+    data_offsets: tuple[_Size, _Size]
 
 
 def _read_tensors(folder: pathlib.Path) -> dict[str, TensorInfo]:
     """Every tensor of the folder, by the index where there is one."""
     if not (folder / INDEX).exists():
-        if (folder / SINGLE).exists():
+        if (folder / SINGLE).is_file():
             return _read_header(folder / SINGLE)
         raise CheckpointError(f"{folder}: {_no_weights(folder)}")
     weight_map = read_json(folder / INDEX).get("weight_map")
@@ -219,47 +246,67 @@ def _no_weights(folder: pathlib.Path) -> str:
 
 def _read_header(file: pathlib.Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, whose length must be what its header says."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if is_lfs_pointer(file):
-            raise CheckpointError(f"{file}: is a Git LFS placeholder, not the file; run `git lfs pull` in its folder")
-        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(f"{file}: is truncated or not a safetensors file ({size} bytes); download it again")
-        try:
-            header: dict[str, Any] = json.loads(stream.read(length))
-            tensors = {
-                name: TensorInfo(file, entry["dtype"], tuple(entry["shape"]))
-                for name, entry in header.items()
-                if name != "__metadata__"
-            }
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise CheckpointError(f"{file}: its header is damaged ({error!r}); download it again") from None
-    expected = 8 + length + max(ends, default=0)
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            is_whole = 2 <= length <= min(size - 8, _MAX_HEADER_BYTES)
+            header = stream.read(length) if is_whole else b""
+        is_pointer = is_lfs_pointer(file)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: cannot be read: {error.strerror}; see to the file and who may read it"
+        ) from None
+    if is_pointer:
+        raise CheckpointError(f"{file}: is a Git LFS placeholder, not the file; run `git lfs pull` in its folder")
+    if not is_whole:
+        raise CheckpointError(f"{file}: is truncated or not a safetensors file ({size} bytes); download it again")
+    entries = _entries(file, header)
+    expected = 8 + length + max((entry.data_offsets[1] for entry in entries.values()), default=0)
     if expected != size:
         raise CheckpointError(
             f"{file}: has {size} bytes, but its header describes {expected}: truncated or damaged; download it again"
         )
-    return tensors
+    return {name: TensorInfo(file, entry.dtype, entry.shape) for name, entry in entries.items()}
+
+
+def _entries(file: pathlib.Path, header: bytes) -> dict[str, _Entry]:
+    """The tensors of a header, each as large as its shape says."""
+    try:
+        document = msgspec.json.decode(header, type=dict[str, Any])
+        document.pop("__metadata__", None)
+        entries = msgspec.convert(document, dict[str, _Entry])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: its header is damaged ({error}); download it again") from None
+    for name, entry in entries.items():
+        begin, end = entry.data_offsets
+        if entry.dtype in _ITEM_BYTES and end - begin != math.prod(entry.shape) * _ITEM_BYTES[entry.dtype]:
+            raise CheckpointError(
+                f"{file}: its header is damaged ({name} has {end - begin} bytes, too many or too few for {entry.dtype}"
+                f" {list(entry.shape)}); download it again"
+            )
+    return entries
 
 
 # -------------------------------------------------------------------------------------------------- beside the weights
 
 
 def eos_ids(path: str | pathlib.Path, architecture: Architecture) -> tuple[int, ...]:
-    """The token ids that end an answer: generation_config.json's, or else config.json's."""
-    file = config_file(path).parent / "generation_config.json"
-    if not file.exists():
-        return architecture.eos_token_ids
-    value = read_json(file).get("eos_token_id")
-    if value is None:
-        return architecture.eos_token_ids
-    ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(token, int) for token in ids):
-        raise CheckpointError(f"{file}: eos_token_id = {value!r}: must be a token id or a list of them")
-    return tuple(ids)
+    """The token ids that end an answer: generation_config.json's, or else config.json's. Raises CheckpointError."""
+    source, ids = config_file(path), architecture.eos_token_ids
+    file = source.parent / "generation_config.json"
+    if file.exists() and (value := read_json(file).get("eos_token_id")) is not None:
+        source, ids = file, tuple(value) if isinstance(value, list) else (value,)
+        if not all(type(token) is int for token in ids):
+            raise CheckpointError(f"{file}: eos_token_id = {value!r}: must be a token id or a list of them")
+    for token in ids:
+        if not 0 <= token < architecture.vocab_size:
+            raise CheckpointError(
+                f"{source}: eos_token_id = {token}: not a token of the model, whose vocab_size is"
+                f" {architecture.vocab_size} in config.json; both files must come from the same model"
+            )
+    return ids
 
 
 _OTHER_TOKENIZERS = {

@@ -6,6 +6,7 @@ are the doctor's (`nmoe/doctor.py`).
 
 import difflib
 import pathlib
+import re
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -13,6 +14,7 @@ import tomli
 
 from nmoe.errors import ConfigError
 
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 AtLeast0 = Annotated[int, msgspec.Meta(ge=0)]
 AtLeast1 = Annotated[int, msgspec.Meta(ge=1)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -151,12 +153,23 @@ def _contradictions(config: Config) -> list[str]:
         )
     if config.model.max_seq_len and engine.num_pages and engine.num_pages * engine.page_size < 2:
         problems.append("[engine] num_pages: the cache holds fewer than two tokens; raise num_pages or page_size")
-    if any(not key or key != key.strip() for key in config.server.api_keys):
+    if any(not key or key != key.strip() or _CONTROLS.search(key) for key in config.server.api_keys):
         problems.append(
-            "[server] api_keys: a key is empty or has spaces around it, which no client can send; remove it, or set"
-            " api_keys = [] to serve without authentication"
+            "[server] api_keys: a key is empty, or has control characters or spaces around it, which no client can"
+            " send; remove it, or set api_keys = [] to serve without authentication"
+        )
+    if not _can_name_a_host(config.server.host):
+        problems.append(
+            f"[server] host = {config.server.host!r}: cannot be a host's name; set it to an address of this machine"
         )
     return problems
+
+
+def _can_name_a_host(name: str) -> bool:
+    try:
+        return bool(name.encode("idna")) and not _CONTROLS.search(name)  # as sockets encode it
+    except UnicodeError:
+        return False
 
 
 def load_config(path: str | pathlib.Path) -> Config:

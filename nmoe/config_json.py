@@ -6,6 +6,7 @@ of being served wrongly. A family member with its own keys is one more entry of 
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,8 @@ def _rope(keys: _Keys) -> Rope:
     inner = _Keys(f"{keys.source}: rope_parameters", parameters)
     theta = inner.get("rope_theta", float | None, None) or keys.get("rope_theta", float | None, None) or 10000.0
     interleave = keys.get("rope_interleave", bool | None, True) or False
+    if not 0 < theta < math.inf:
+        raise inner.fail(f"rope_theta = {theta}: must be a number above 0")
     kind = inner.get("rope_type", str | None, None) or inner.get("type", str | None, None) or "default"
     if parameters.get("partial_rotary_factor", 1.0) != 1.0 or keys.document.get("partial_rotary_factor", 1.0) != 1.0:
         raise inner.fail("partial_rotary_factor is not supported for this model")
@@ -61,10 +64,11 @@ def _rope(keys: _Keys) -> Rope:
         return Rope(theta, interleave)
     if kind != "yarn":
         raise inner.fail(f"rope type {kind!r} is not supported; supported are 'default' and 'yarn'")
-    positions = keys.size("max_position_embeddings", 4096)
+    key = "original_max_position_embeddings"
+    positions = inner.get(key, int | None, None) or keys.get(key, int | None, None)
     yarn = Yarn(
         factor=inner.get("factor", float),
-        original_max_position_embeddings=inner.get("original_max_position_embeddings", int | None, None) or positions,
+        original_max_position_embeddings=positions or keys.size("max_position_embeddings", 4096),
         beta_fast=inner.get("beta_fast", float | None, None) or 32.0,
         beta_slow=inner.get("beta_slow", float | None, None) or 1.0,
         mscale=inner.get("mscale", float | None, None) or 0.0,
@@ -72,7 +76,17 @@ def _rope(keys: _Keys) -> Rope:
         attention_factor=inner.get("attention_factor", float | None, None),
         truncate=inner.get("truncate", bool, True),
     )
+    _check_yarn(inner, theta, yarn)
     return Rope(theta, interleave, yarn)
+
+
+def _check_yarn(keys: _Keys, theta: float, yarn: Yarn) -> None:
+    """What logarithms are taken of, and what is divided by."""
+    if theta <= 1:
+        raise keys.fail(f"rope_theta = {theta}: must be above 1 with YaRN")
+    for key in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
+        if not 0 < (value := getattr(yarn, key)) < math.inf:
+            raise keys.fail(f"{key} = {value}: must be a number above 0")
 
 
 def _quant_block(keys: _Keys) -> tuple[int, int] | None:
@@ -176,7 +190,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         document = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}; check [model] path") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         remedy = "run `git lfs pull` in its folder" if is_lfs_pointer(path) else "copy it again from the original"
         raise CheckpointError(f"{path}: is not valid JSON ({error}); {remedy}") from None
     if not isinstance(document, dict):
@@ -193,9 +207,15 @@ def is_lfs_pointer(path: pathlib.Path) -> bool:
 def config_file(path: str | pathlib.Path) -> pathlib.Path:
     """The config.json of a checkpoint folder, or `path` itself where it names a JSON file."""
     path = pathlib.Path(path)
-    if path.is_file() and path.suffix == ".json":
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError as error:  # who may not look into the folder above, or a name that is too long for one
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror}; see to [model] path and who may read it"
+        ) from None
+    if is_file and path.suffix == ".json":
         return path
-    if not path.is_dir():
+    if not is_folder:
         raise CheckpointError(f"{path}: no such folder; set [model] path to the checkpoint's folder")
     return path / "config.json"
 

@@ -6,6 +6,7 @@ fails.
 """
 
 import dataclasses
+import importlib
 import logging
 import os
 import pathlib
@@ -138,7 +139,12 @@ def _tokenizer(facts: Facts) -> Row | None:
     if model.weights == "random" and not (folder / "tokenizer.json").exists():
         return None  # as for a config.json
     try:
-        return Row("tokenizer", "ok", tokenizer_file(model.path).name)
+        file = tokenizer_file(model.path)
+        if not isinstance(facts.checkpoint, CheckpointError):
+            # By its name, as a child's module is: neither the root nor the command line has the frontend's libraries.
+            prompt = importlib.import_module("nmoe.frontend.prompt")
+            prompt.load_prompts(facts.config, (), facts.checkpoint.architecture.vocab_size)
+        return Row("tokenizer", "ok", file.name)
     except CheckpointError as error:
         return Row("tokenizer", "fail", *_split(error))
 
@@ -330,6 +336,16 @@ def _open_files(facts: Facts) -> Row:
     return Row("open files", "fail" if limit < 256 else "warn", detail, remedy)
 
 
+def _trace(facts: Facts) -> Row | None:
+    if not facts.config.trace.record:
+        return None
+    file = pathlib.Path(facts.config.trace.record)
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        remedy = "set [trace] record to a file in a folder that is there and that you may write"
+        return Row("trace", "fail", f"{file}: cannot be written", remedy)
+    return Row("trace", "ok", str(file))
+
+
 def _port(facts: Facts) -> Row:
     host, port = facts.config.server.host, facts.config.server.port
     try:
@@ -356,5 +372,6 @@ CHECKS: tuple[Check, ...] = (
     _kernel_cache,
     _shared_memory,
     _open_files,
+    _trace,
     _port,
 )

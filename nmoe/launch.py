@@ -201,12 +201,14 @@ class _Server:
 
 
 class _LoadingBars:
-    """One progress bar per worker that loads, on standard error."""
+    """One progress bar per worker that loads, on standard error where that is a terminal: anywhere else nothing but the
+    full bars would arrive, and what cannot be written (full disk, pipe without a reader) must not end the start."""
 
     def __init__(self) -> None:
         # No refresh thread: the launcher forks and must stay single-threaded.
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
+        console = Console(stderr=True)
+        self._progress = Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal)
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> "_LoadingBars":

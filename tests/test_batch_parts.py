@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import sys
 import tempfile
 import tracemalloc
 
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from nmoe.batch import command, folder, results
+from nmoe.batch import command, folder, progress, results
 from nmoe.batch.driver import Driver, remaining, room_of
 from nmoe.batch.lines import BadLine, Line, parse_line, read_lines
 from nmoe.batch.progress import Display, Tally
@@ -464,6 +465,17 @@ async def test_an_engine_that_ends_ends_the_batch_with_what_is_finished(tmp_path
     with pytest.raises(NmoeError, match=r"engine ended \(exit code 1\).*same command again"):
         await driver.run(requests(1000), engine, Display(tally))
     assert 0 < len(read_output(tmp_path)) < 20
+
+
+def test_progress_that_cannot_be_written_ends_nothing(monkeypatch, caplog):
+    monkeypatch.setattr(progress, "_LINE_S", 0.0)
+    tally = Tally(num_lines=5, done=2, errors=1)
+    with open("/dev/full", "w", buffering=1) as full, caplog.at_level("INFO"):
+        monkeypatch.setattr(sys, "stderr", full)
+        with Display(tally) as display:
+            tally.add(ok=True, tokens=7)
+            display.show()
+    assert caplog.messages[0].startswith("3 of 5 lines, ") and "1 errors" in caplog.messages[0]
 
 
 async def test_a_disk_that_is_full_ends_the_batch_with_the_remedy(tmp_path, monkeypatch):

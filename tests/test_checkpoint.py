@@ -1,5 +1,6 @@
 """What is refused about a model folder before anything is loaded, and how the message helps."""
 
+import errno
 import json
 import math
 import pathlib
@@ -16,6 +17,8 @@ from nmoe.config_json import read_architecture
 from nmoe.errors import CheckpointError
 from tests.checkpoints import load_tensors, make_checkpoint, save_shards
 
+EMBEDDING = "model.embed_tokens.weight"
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
 INDEX = "model.safetensors.index.json"
 
 
@@ -133,7 +136,10 @@ def test_config_json_is_missing(single):
     refused(single, "config.json", "No such file")
 
 
-@pytest.mark.parametrize(("text", "word"), [("{", "not valid JSON"), ("[]", "not an object"), ("\xff", "not valid")])
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("{", "not valid JSON"), ("[]", "not an object"), ("\xff", "not valid"), ("[" * 100_000, "not valid")],
+)
 def test_config_json_is_damaged(single, text, word):
     (single / "config.json").write_bytes(text.encode("latin-1"))
     refused(single, "config.json", word)
@@ -163,6 +169,11 @@ def test_config_json_is_damaged(single, text, word):
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, ["'llama3' is not supported", "'yarn'"]),
         ({"rope_parameters": {"rope_type": "yarn"}}, ["'factor' is missing"]),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["'linear' is not supported"]),
+        ({"rope_parameters": {"rope_theta": -1.0}}, ["rope_theta = -1.0", "above 0"]),
+        ({"rope_parameters": YARN | {"rope_theta": 1.0}}, ["rope_theta = 1.0", "above 1"]),
+        ({"rope_parameters": YARN | {"factor": 0}}, ["factor = 0", "above 0"]),
+        ({"rope_parameters": YARN | {"original_max_position_embeddings": -64}}, ["= -64", "above 0"]),
+        ({"rope_parameters": YARN | {"beta_fast": -1}}, ["beta_fast = -1", "above 0"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["'awq' is not supported", "'fp8'"]),
         ({"quantization_config": {"quant_method": "fp8"}}, ["'weight_block_size' is missing"]),
     ],
@@ -189,6 +200,7 @@ def test_experts_must_divide_among_the_workers(originals, single):
 
 def test_limits_of_the_config(single):
     refused(single, "max_seq_len = 2000", "max_position_embeddings = 1024", max_seq_len=2000)
+    refused(single, "max_seq_len = 1", "2 tokens", "raise it", max_seq_len=1)
     refused(single, "attention_type = 'dsa'", "does not exist yet", attention_type="dsa")
 
 
@@ -229,6 +241,44 @@ def test_a_header_is_damaged(single):
     refused(single, file.name, "damaged")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: [header],
+        lambda header: header | {EMBEDDING: 5},
+        lambda header: header | {EMBEDDING: header[EMBEDDING] | {"dtype": [1]}},
+        lambda header: header | {EMBEDDING: header[EMBEDDING] | {"dtype": "BF16"}},
+        lambda header: header | {EMBEDDING: header[EMBEDDING] | {"shape": [512.0, 64.0]}},
+        lambda header: header | {EMBEDDING: header[EMBEDDING] | {"data_offsets": ["a", "b"]}},
+        lambda header: header | {EMBEDDING: header[EMBEDDING] | {"data_offsets": [-8, 8]}},
+        lambda header: header | {EMBEDDING: header[EMBEDDING] | {"data_offsets": [0, 8]}},
+    ],
+)
+def test_a_header_says_what_cannot_be(single, change):
+    file = single / "model.safetensors"
+    data = file.read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.dumps(change(json.loads(data[8:end]))).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header + data[end:])
+    refused(single, file.name, "header is damaged", "download it again")
+
+
+def test_files_that_cannot_be_read(single, sharded, monkeypatch):
+    refused(single / ("x" * 300), "cannot be read", "name too long", "[model] path")
+    (single / "model.safetensors").unlink()
+    (single / "model.safetensors").mkdir()
+    refused(single, "neither", "download the weights")
+
+    def forbidden(path, *arguments, **options):
+        if path.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opens(path, *arguments, **options)
+
+    opens = pathlib.Path.open
+    monkeypatch.setattr(pathlib.Path, "open", forbidden)  # who runs the tests may be allowed everything
+    refused(sharded, "model-00001-of-00003.safetensors", "Permission denied", "who may read it")
+
+
 def test_git_lfs_placeholders(single):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     (single / "model.safetensors").write_bytes(pointer)
@@ -259,7 +309,7 @@ def test_a_tensor_has_another_shape(single):
 
 def test_a_tensor_has_another_type(single):
     change_tensors(single, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64, dtype=torch.int32)}))
-    refused(single, "model.norm.weight is I32")
+    refused(single, "model.norm.weight is I32", "convert it to one of F32")
 
 
 def test_a_tensor_is_unknown(single):
@@ -280,6 +330,13 @@ def test_harmless_tensors_are_tolerated(single):
     assert "lm_head.weight" not in opened(single).tensors
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.bool, torch.uint8])
+def test_fp8_scales_of_another_type(fp8, dtype):
+    name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
+    change_tensors(fp8, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    refused(fp8, f"{name} is ", "not supported", "F32")
+
+
 def test_fp8_needs_its_scales_and_its_block(fp8, tmp_path):
     name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
     edit(fp8, quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]})
@@ -289,6 +346,17 @@ def test_fp8_needs_its_scales_and_its_block(fp8, tmp_path):
     edit(fp8, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
     change_tensors(fp8, lambda tensors: tensors.pop(name))
     refused(fp8, name, "are not there")
+
+
+def test_an_end_that_is_no_token_of_the_model(single):
+    for wrong in (512, -1, True, 1 << 70, [1, 512]):
+        (single / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        refused(single, "generation_config.json", "eos_token_id = ")
+    (single / "generation_config.json").unlink()
+    edit(single, eos_token_id=512)
+    refused(single, "config.json: eos_token_id = 512", "vocab_size is 512")
+    edit(single, vocab_size=513)
+    assert eos_ids(single, read_architecture(single)) == (512,)
 
 
 def test_the_end_of_an_answer(single):

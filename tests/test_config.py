@@ -170,10 +170,21 @@ def test_a_whole_number_is_a_number_of_seconds(tmp_path):
     assert load(tmp_path, '[model]\npath = "m"\n[server]\ndrain_timeout_s = 5').server.drain_timeout_s == 5.0
 
 
-@pytest.mark.parametrize("keys", ['[""]', '["secret", " padded"]'])
+@pytest.mark.parametrize("keys", ['[""]', '["secret", " padded"]', r'["a\nb"]'])
 def test_a_key_that_no_client_can_send_is_refused(tmp_path, keys):
     (problem,) = problems(tmp_path, f'[model]\npath = "m"\n[server]\napi_keys = {keys}')
     assert problem.startswith("[server] api_keys") and "api_keys = []" in problem
+
+
+@pytest.mark.parametrize("host", ["", "a..b", r"a\u0000b", "x" * 300])
+def test_what_is_no_host_is_named(tmp_path, host):
+    (problem,) = problems(tmp_path, f'[model]\npath = "m"\n[server]\nhost = "{host}"')
+    assert problem.startswith("[server] host = ") and "cannot be a host's name" in problem
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "fe80::1%eth0", "localhost", "höst.example"])
+def test_a_host_may_be_a_name_or_an_address(tmp_path, host):
+    assert load(tmp_path, f'[model]\npath = "m"\n[server]\nhost = "{host}"').server.host == host
 
 
 def test_what_is_no_path_is_named(tmp_path):

@@ -113,6 +113,33 @@ def test_tokenizer(tmp_path):
     assert found.status == "fail" and "tiktoken" in found.detail and "save_pretrained" in found.remedy
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("tokenizer.json", '{"model": {}}', "not a tokenizer of the tokenizers library"),
+        ("tokenizer_config.json", '{"chat_template": "{% if %}"}', "the chat template is not valid: line 1"),
+        ("tokenizer_config.json", "{", "is not valid JSON"),
+    ],
+)
+def test_a_tokenizer_that_the_frontend_would_refuse(tmp_path, name, content, says):
+    for each in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / each).symlink_to(pathlib.Path(DEMO) / each)
+    config = vary(CPU, model={"path": str(tmp_path)})
+    assert row(doctor.checks(config), "tokenizer").status == "ok"
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_text(content)
+    found = row(doctor.checks(config), "tokenizer")
+    assert found.status == "fail" and name in found.detail and says in found.detail and "again" in found.remedy
+
+
+def test_a_trace_that_cannot_be_written(tmp_path):
+    for record in (tmp_path, tmp_path / "no" / "trace.jsonl"):
+        found = row(doctor.checks(vary(CPU, trace={"record": str(record)})), "trace")
+        assert found.status == "fail" and str(record) in found.detail and "[trace] record" in found.remedy
+    assert row(doctor.checks(vary(CPU, trace={"record": str(tmp_path / "trace.jsonl")})), "trace").status == "ok"
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("path", ["", "config.json"])
 def test_random_weights_need_no_tokenizer(tmp_path, path):
     (tmp_path / "config.json").symlink_to(pathlib.Path(DEMO) / "config.json")

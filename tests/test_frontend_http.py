@@ -16,7 +16,7 @@ from nmoe import ipc
 from nmoe.config import Config, Model, Parallel, Server
 from nmoe.errors import CheckpointError
 from nmoe.frontend.http import Router
-from nmoe.frontend.server import load_prompts
+from nmoe.frontend.prompt import load_prompts
 from nmoe.messages import Abort, Serving, Submit
 from nmoe.metrics import row_index
 from tests.scripted import MAX_SEQ_LEN, VOCAB_SIZE, Rig, events, run, write_model

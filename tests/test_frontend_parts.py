@@ -179,6 +179,34 @@ def test_template_renders_as_transformers_does(tmp_path):
     assert ours.render(Conversation([ChatMessage(**message) for message in messages])) == expected
 
 
+def test_generation_blocks_are_as_if_unmarked(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    source = """{% set mark = 'outside' %}
+{% for message in messages %}
+    {% generation %}
+    {% set mark = 'inside' %}
+    {{ loop.index }} {{ message.content }} {{ mark }}
+    {% endgeneration %}
+    {{- mark }}
+{% endfor %}"""
+    theirs = PreTrainedTokenizerFast(tokenizer_object=TOKENIZER)
+    expected = theirs.apply_chat_template(
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], chat_template=source, tokenize=False
+    )
+    assert expected.count("inside") == expected.count("outside") == 2
+    ours = template_of(tmp_path, source)
+    assert ours.render(Conversation([say("user", "a"), say("assistant", "b")])) == expected
+
+
+def test_special_tokens_may_lie_in_a_file_of_their_own(tmp_path):
+    older = {"bos_token": "<b>", "eos_token": {"content": "<e>", "lstrip": False}, "pad_token": "<p>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(older))
+    source = "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ image_token }}"
+    newer = {"bos_token": None, "pad_token": "<pad>", "extra_special_tokens": {"image_token": "<i>"}}
+    assert template_of(tmp_path, source, **newer).render(Conversation([say("user", "a")])) == "<b><e><pad><i>"
+
+
 def test_template_of_its_own_file_comes_first(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("file {{ messages[0].content }}")
     assert template_of(tmp_path, "config").render(Conversation([say("user", "a")])) == "file a"
@@ -209,6 +237,14 @@ def test_a_template_that_refuses_is_a_400(tmp_path, source):
 def test_a_broken_template_is_the_checkpoints_fault(tmp_path):
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: the chat template is not valid: line 1"):
         template_of(tmp_path, "{% if %}")
+    for source in (5, ["a"], [{"nam": "default"}]):
+        with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: chat_template is neither a text nor"):
+            template_of(tmp_path, source)
+    with pytest.raises(CheckpointError, match=r"a special token of tokenizer_config\.json .* neither a text nor"):
+        template_of(tmp_path, "a", bos_token={"x": 1})
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe{{")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: cannot be read"):
+        template_of(tmp_path, "a")
 
 
 # ---------------------------------------------------------------------------------------------------------------- trace

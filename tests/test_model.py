@@ -112,6 +112,16 @@ def test_logits_are_those_of_transformers(variant, tmp_path):
     close(torch.cat(outs), expected)
 
 
+@pytest.mark.parametrize("beside", [{}, {"original_max_position_embeddings": 64}])
+def test_yarn_whose_positions_are_not_among_its_parameters(tmp_path, beside):
+    """As transformers itself does not write it: then those beside it count, or else all that the model has."""
+    folder = make_checkpoint(tmp_path, rope_parameters=YARN)
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]["original_max_position_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config | beside))
+    close(at_once(ours(folder), PROMPT), theirs(folder, PROMPT))
+
+
 def test_bfloat16(tmp_path):
     """As near to the float32 model as transformers' bfloat16 model is."""
     folder = make_checkpoint(tmp_path / "narrow", dtype=torch.bfloat16)

@@ -102,7 +102,7 @@ def test_what_a_killed_server_leaves_is_removed_by_the_next(tmp_path: pathlib.Pa
             holder.end()
 
 
-@pytest.mark.parametrize("redirection", ["<&- >&- 2>&-", "| true"])
+@pytest.mark.parametrize("redirection", ["<&- >&- 2>&-", "| true", "2>&1 | true", "> /dev/full 2>&1"])
 def test_nobody_has_to_read_what_the_server_prints(
     checkpoint: pathlib.Path, tmp_path: pathlib.Path, redirection
 ) -> None:

@@ -1,10 +1,12 @@
 """How far a batch is, on standard error: a bar on a terminal, else a line now and then."""
 
+import logging
 import time
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+_log = logging.getLogger("nmoe.batch")
 _LINE_S = 30.0  # between two lines where there is no terminal
 
 
@@ -68,7 +70,8 @@ class Display:
             self._bar.refresh()
         elif time.monotonic() >= self._next_line:
             self._next_line += _LINE_S
-            self._console.print(f"{tally.done} of {tally.num_lines} lines, {counts}{self._left()}", highlight=False)
+            # Logged, because a line that cannot be written (full disk, pipe without a reader) must not end a batch.
+            _log.info("%d of %d lines, %s%s", tally.done, tally.num_lines, counts, self._left())
 
     def _left(self) -> str:
         tally = self._tally

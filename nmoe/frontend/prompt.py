@@ -8,10 +8,13 @@ import random
 
 import msgspec
 
-from nmoe.errors import RequestError
+from nmoe.checkpoint import tokenizer_file
+from nmoe.config import Config
+from nmoe.config_json import config_file
+from nmoe.errors import CheckpointError, RequestError
 from nmoe.frontend.openai import Call
 from nmoe.frontend.schema import Conversation
-from nmoe.frontend.template import ChatTemplate
+from nmoe.frontend.template import ChatTemplate, load_template
 from nmoe.frontend.tokenizer import Tokenizer
 from nmoe.messages import Sampling, Submit, bias_fields
 
@@ -108,6 +111,20 @@ class Prompts:
         assert self.tokenizer is not None
         detokenizer = self.tokenizer.detokenizer()
         return "".join(map(detokenizer.feed, ids)) + detokenizer.flush()
+
+
+def load_prompts(config: Config, eos: tuple[int, ...], vocab_size: int) -> Prompts:
+    """Tokenizer and chat template of the checkpoint; random weights may do without. Raises CheckpointError."""
+    folder = config_file(config.model.path).parent
+    if config.model.weights == "random" and not (folder / "tokenizer.json").exists():
+        return Prompts(None, None, vocab_size)
+    tokenizer = Tokenizer(tokenizer_file(config.model.path), eos)
+    if tokenizer.largest_id >= vocab_size:
+        raise CheckpointError(
+            f"{folder}: tokenizer.json has token ids up to {tokenizer.largest_id}, but vocab_size = {vocab_size} in"
+            " config.json; tokenizer and model must come from the same repository"
+        )
+    return Prompts(tokenizer, load_template(folder), vocab_size)
 
 
 def _check_length(num_tokens: int, field: str, most: int) -> None:

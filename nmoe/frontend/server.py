@@ -17,20 +17,17 @@ import uvloop
 from aiohttp import web
 
 from nmoe import ipc
-from nmoe.checkpoint import eos_ids, tokenizer_file
-from nmoe.config import Config
-from nmoe.config_json import config_file, read_architecture
-from nmoe.errors import CheckpointError, RequestError
+from nmoe.checkpoint import eos_ids
+from nmoe.config_json import read_architecture
+from nmoe.errors import RequestError
 from nmoe.frontend.endpoints import Endpoints
 from nmoe.frontend.generation import Generations
 from nmoe.frontend.health import Health
 from nmoe.frontend.http import HttpServer, Router
 from nmoe.frontend.link import Link
-from nmoe.frontend.prompt import Prompts
+from nmoe.frontend.prompt import load_prompts
 from nmoe.frontend.requests import Requests
 from nmoe.frontend.streams import Streams
-from nmoe.frontend.template import load_template
-from nmoe.frontend.tokenizer import Tokenizer
 from nmoe.ipc import Boot
 from nmoe.messages import Hello, SchedulerToFrontend, Serving, Tokens
 from nmoe.metrics import row_index
@@ -49,20 +46,6 @@ def main(boot: Boot) -> None:
     sys.setswitchinterval(_SWITCH_S)
     gc.freeze()  # a full collection that looks at all that was imported takes as long as ten steps
     uvloop.run(Frontend.run(boot))
-
-
-def load_prompts(config: Config, eos: tuple[int, ...], vocab_size: int) -> Prompts:
-    """Tokenizer and chat template of the checkpoint; random weights may do without. Raises CheckpointError."""
-    folder = config_file(config.model.path).parent
-    if config.model.weights == "random" and not (folder / "tokenizer.json").exists():
-        return Prompts(None, None, vocab_size)
-    tokenizer = Tokenizer(tokenizer_file(config.model.path), eos)
-    if tokenizer.largest_id >= vocab_size:
-        raise CheckpointError(
-            f"{folder}: tokenizer.json has token ids up to {tokenizer.largest_id}, but vocab_size = {vocab_size} in"
-            " config.json; tokenizer and model must come from the same repository"
-        )
-    return Prompts(tokenizer, load_template(folder), vocab_size)
 
 
 class Frontend:

@@ -1,7 +1,8 @@
 """The checkpoint's chat template: messages to the text that the model was trained on.
 
-Templates are Hugging Face's: Jinja with `trim_blocks`, `lstrip_blocks`, loop controls, a `tojson` that leaves HTML
-alone, `raise_exception` and `strftime_now` (transformers, utils/chat_template_utils.py). They run sandboxed.
+Templates are Hugging Face's: Jinja with `trim_blocks`, `lstrip_blocks`, loop controls, `generation` blocks, a `tojson`
+that leaves HTML alone, `raise_exception` and `strftime_now` (transformers, utils/chat_template_utils.py). They run
+sandboxed.
 """
 
 import datetime
@@ -11,6 +12,8 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 import msgspec
 
@@ -19,12 +22,39 @@ from nmoe.errors import CheckpointError, RequestError
 from nmoe.frontend.schema import ChatMessage, Conversation
 
 
+class _Named(msgspec.Struct):
+    """One of several templates."""
+
+    name: str
+    template: str
+
+
+class _AddedToken(msgspec.Struct):
+    """A token that is written with its fields."""
+
+    content: str
+
+
+class _GenerationBlocks(jinja2.ext.Extension):
+    """`{% generation %}` marks for training what the assistant says; a prompt has what is inside as if unmarked."""
+
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        self.tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        """The block's body, with variables of its own."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
 class ChatTemplate:
     """A compiled template and the special tokens that it may name. `render` may be called from several threads."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationBlocks]
         )
         environment.filters["tojson"] = _tojson
         environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
@@ -80,26 +110,55 @@ def load_template(folder: pathlib.Path) -> ChatTemplate | None:
     """
     config_file, template_file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     config = read_json(config_file) if config_file.exists() else {}
-    source = template_file.read_text(encoding="utf-8") if template_file.exists() else config.get("chat_template")
-    if isinstance(source, list):  # several, named
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    if source is None:
-        return None
     where = template_file if template_file.exists() else config_file
     try:
-        return ChatTemplate(source, _special_tokens(config))
+        source = where.read_text(encoding="utf-8") if where == template_file else _default(where, config)
+        if source is None:
+            return None
+        return ChatTemplate(source, _special_tokens(folder, config))
     except jinja2.TemplateSyntaxError as error:
-        raise CheckpointError(f"{where}: the chat template is not valid: line {error.lineno}: {error}") from error
+        raise CheckpointError(
+            f"{where}: the chat template is not valid: line {error.lineno}: {error}; copy it again from the original"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{where}: cannot be read: {error}; copy it again from the original") from None
 
 
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """bos_token and the like, written as a string or as an added token's fields."""
-    tokens = {}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        value = config.get(name)
-        if value is not None:
-            tokens[name] = value["content"] if isinstance(value, dict) else value
-    return tokens
+def _default(where: pathlib.Path, config: dict[str, Any]) -> str | None:
+    """The template of a tokenizer_config.json, which may have several."""
+    try:
+        source: str | list[_Named] | None = msgspec.convert(config.get("chat_template"), str | list[_Named] | None)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(
+            f"{where}: chat_template is neither a text nor a list of named ones ({error}); copy it again from the"
+            " original"
+        ) from None
+    if isinstance(source, list):
+        return {entry.name: entry.template for entry in source}.get("default")
+    return source
+
+
+def _special_tokens(folder: pathlib.Path, config: dict[str, Any]) -> dict[str, str]:
+    """bos_token and the like, written as a string or as an added token's fields; older checkpoints have them in a file
+    of their own, and a model's own ones have their names in `extra_special_tokens`."""
+    map_file = folder / "special_tokens_map.json"
+    older = read_json(map_file) if map_file.exists() else {}
+    extra = config.get("extra_special_tokens")
+    extra = extra if isinstance(extra, dict) else {}
+    given = older | {name: token for name, token in config.items() if token is not None} | extra
+    names = ("bos_token", "eos_token", "unk_token", "pad_token", *extra)
+    try:
+        found = {name: msgspec.convert(given.get(name), str | _AddedToken | None) for name in names}
+    except msgspec.ValidationError as error:
+        raise CheckpointError(
+            f"{folder}: a special token of tokenizer_config.json or special_tokens_map.json is neither a text nor an"
+            f" object with its content ({error}); copy both again from the original"
+        ) from None
+    return {
+        name: token.content if isinstance(token, _AddedToken) else token
+        for name, token in found.items()
+        if token is not None
+    }
 
 
 def _tojson(
