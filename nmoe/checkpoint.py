@@ -33,6 +33,7 @@ _MAX_HEADER_BYTES = 100_000_000
 _HARMLESS = re.compile(r".*\.rotary_emb\.inv_freq")
 _FEWEST_TOKENS = 2  # of prompt and answer together
 _SHOWN = 3  # names of a list that an error message spells out
+_MOST_SHOWN = 200  # characters of each
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -223,17 +224,26 @@ def _read_tensors(folder: pathlib.Path) -> dict[str, TensorInfo]:
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{folder / INDEX}: has no 'weight_map' from tensor to file; copy it again")
     shards = sorted(set(weight_map.values()))
-    absent = [shard for shard in shards if not (folder / shard).is_file()]
+    absent = [shard for shard in shards if not _is_file(folder / shard)]
     if absent:
+        shown = [shard if shard.isprintable() else ascii(shard) for shard in absent[:_SHOWN]]
         raise CheckpointError(
             f"{folder}: {len(absent)} of {len(shards)} shards that {INDEX} names are missing:"
-            f" {', '.join(absent[:_SHOWN])}{', ...' if len(absent) > _SHOWN else ''}; download them again"
+            f" {', '.join(name[:_MOST_SHOWN] for name in shown)}{', ...' if len(absent) > _SHOWN else ''};"
+            " download them again"
         )
     held = {shard: _read_header(folder / shard) for shard in shards}
     for name, shard in weight_map.items():
         if name not in held[shard]:
             raise CheckpointError(f"{folder / shard}: lacks {name}, which {INDEX} says it holds; download both again")
     return {name: held[shard][name] for name, shard in weight_map.items()}
+
+
+def _is_file(path: pathlib.Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for one
+        return False
 
 
 def _no_weights(folder: pathlib.Path) -> str:

@@ -209,6 +209,12 @@ def test_a_shard_is_missing(sharded):
     refused(sharded, "1 of 3 shards", "model-00002-of-00003.safetensors", "download")
 
 
+@pytest.mark.parametrize(("name", "shown"), [("x" * 5000, "x" * 200 + ";"), ("\ud800", "\\ud800")])
+def test_the_index_names_what_cannot_be_a_file(sharded, name, shown):
+    (sharded / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    refused(sharded, "1 of 1 shards", shown, "download")
+
+
 def test_the_index_is_missing(sharded):
     (sharded / INDEX).unlink()
     refused(sharded, "shards but no", INDEX)

@@ -71,8 +71,8 @@ WRONG = [
     ("frequency_penalty", 2.1, "<= 2"),
     ("repetition_penalty", 0.001, ">= 0.01"),
     ("logit_bias", {"1": 101}, "<= 100"),
-    ("logit_bias", {"a": 1}, "matching regex"),
-    ("logit_bias", {"1\n": 1}, "matching regex"),
+    ("logit_bias", {"a": 1}, "its keys are token ids"),
+    ("logit_bias", {"1\n": 1}, "its keys are token ids"),
     ("logit_bias", {"1": 1, "01": 1}, "more than once"),
     ("min_tokens", -1, ">= 0"),
     ("stop_token_ids", [*range(17)], "<= 16"),
@@ -151,6 +151,11 @@ def test_wrong_fields_are_named(endpoint, field, value, says):
 def test_wrong_prompts_and_contradictions(endpoint, document, param):
     error = refused(endpoint, **document)
     assert error.param == param and str(error).startswith(param)
+
+
+def test_an_unknown_role_is_told_the_known_ones():
+    error = refused("chat", messages=[{"role": "robot", "content": "a"}])
+    assert str(error).endswith("one of system, developer, user, assistant, tool")
 
 
 def test_two_names_of_one_length():

@@ -235,7 +235,7 @@ def test_conversations(client, server):
     assert prompt_of([user], add_generation_prompt=False) == "<|bos|><|user|>a<|end|>"
     assert prompt_of([user, said], continue_final_message=True) == "<|bos|><|user|>a<|end|><|assistant|>so"
     roles = [{"role": role, "content": "x"} for role in ("system", "developer", "user", "assistant", "tool")]
-    assert prompt_of(roles, chat_template_kwargs={"unused": 1}) == (
+    assert prompt_of(roles, chat_template_kwargs={"unused": 1, "self": 2}) == (
         "<|bos|><|system|>x<|end|><|system|>x<|end|><|user|>x<|end|><|assistant|>x<|end|><|tool|>x<|end|><|assistant|>"
     )
 

@@ -6,7 +6,7 @@ OpenAI's clients send it. What does not exist here is refused, never ignored.
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
@@ -20,6 +20,7 @@ from nmoe.frontend.schema import (
     TOKENIZE,
     Conversation,
     Endpoint,
+    Role,
 )
 from nmoe.outputs import Returns
 from nmoe.profiles import PROFILES, Profile
@@ -183,6 +184,10 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         message, _, path = str(error).partition(" - at ")
         # A key of an object has no path of its own: "`key` in `$`".
         param = name + path.rpartition(" in ")[2].strip("`").removeprefix("$")
+        if "matching regex" in message:
+            message = "Its keys are token ids, written in decimal digits"
+        elif param.endswith(".role") and message.startswith("Invalid enum value"):
+            message += f"; one of {', '.join(get_args(Role))}"
         raise RequestError(f"{param}: {message[0].lower()}{message[1:]}", param=param) from None
     except RecursionError:
         raise RequestError(f"{name}: nested too deeply", param=name) from None

@@ -40,10 +40,13 @@ class ToolCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     type: Literal["function"] = "function"
 
 
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One message of a conversation. The content may only be absent beside `tool_calls`."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Role
     content: str | list[TextPart] | None = None
     tool_calls: list[ToolCall] = []  # the assistant's
     tool_call_id: str | None = None  # a tool's: which call it answers

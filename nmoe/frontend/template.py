@@ -68,14 +68,9 @@ class ChatTemplate:
         """
         plain = [_plain(message) for message in conversation.messages]
         try:
-            text = self._template.render(
-                messages=plain,
-                tools=None,
-                documents=None,
-                add_generation_prompt=conversation.add_generation_prompt,
-                **self._special_tokens,
-                **conversation.template_kwargs,
-            )
+            names = self._special_tokens | conversation.template_kwargs  # in a dict any name may be there
+            names |= {"messages": plain, "tools": None, "documents": None}
+            text = self._template.render(names | {"add_generation_prompt": conversation.add_generation_prompt})
         except Exception as error:  # a template is a program whose input is the client's
             raise RequestError(f"messages: the chat template refuses them: {error}", param="messages") from error
         return _cut_after(text, plain[-1]["content"]) if conversation.continue_final_message else text
