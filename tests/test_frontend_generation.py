@@ -2,6 +2,7 @@
 
 import array
 import asyncio
+import json
 
 import pytest
 import pytest_asyncio
@@ -128,6 +129,20 @@ async def test_stream(rig, is_chat):
     assert texts == ["h", "", "é", "llo", ""]  # one event for each of the scheduler's
     assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["stop"]
     assert not any("usage" in chunk for chunk in found)
+
+
+async def test_an_event_is_one_line_to_every_client(rig):
+    text = "a\x85b\u2028c\u2029dé"
+
+    async def read():
+        async with rig.post(COMPLETIONS, stream=True, prompt="hi") as response:
+            return await response.text()
+
+    reading = run(read())
+    await rig.tokens(await rig.next(Submit), text, "length")
+    lines = [line.removeprefix("data: ") for line in (await reading).splitlines() if line]
+    assert lines.pop() == "[DONE]"
+    assert "".join(json.loads(line)["choices"][0]["text"] for line in lines) == text
 
 
 @pytest.mark.parametrize("is_chat", [False, True])
