@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from nmoe.architecture import Architecture
 
 _HOPPER = (9, 0)
-_FP8_BLOCK = 128  # rows and columns that share a scale
+FP8_BLOCK = 128  # rows and columns that share a scale
 
 
 def refusals(architecture: Architecture, dtype: str, page_size: int, capability: tuple[int, int]) -> list[str]:
@@ -52,8 +52,8 @@ def _sizes(a: Architecture) -> Iterator[str]:
 def _fp8_sizes(a: Architecture) -> Iterator[str]:
     if not a.quant_block:
         return
-    if a.quant_block != (_FP8_BLOCK, _FP8_BLOCK):
-        yield f"weight_block_size = {list(a.quant_block)}: FP8 weights need {[_FP8_BLOCK, _FP8_BLOCK]}"
+    if a.quant_block != (FP8_BLOCK, FP8_BLOCK):
+        yield f"weight_block_size = {list(a.quant_block)}: FP8 weights need {[FP8_BLOCK, FP8_BLOCK]}"
     for name, size in (
         ("hidden_size", a.hidden_size),
         ("moe_intermediate_size", a.moe_intermediate_size),
@@ -61,7 +61,7 @@ def _fp8_sizes(a: Architecture) -> Iterator[str]:
         ("q_lora_rank", a.q_lora_rank or a.num_heads * a.qk_head_dim),
         ("num_attention_heads x v_head_dim", a.num_heads * a.v_head_dim),
     ):
-        if size % _FP8_BLOCK:
-            yield f"{name} = {size}: FP8 needs a multiple of {_FP8_BLOCK}"
+        if size % FP8_BLOCK:
+            yield f"{name} = {size}: FP8 needs a multiple of {FP8_BLOCK}"
     if a.rope.interleave and (a.qk_rope_head_dim != 64 or a.qk_nope_head_dim % 64):
         yield "FP8 with interleaved rope needs qk_rope_head_dim = 64 and qk_nope_head_dim a multiple of it"

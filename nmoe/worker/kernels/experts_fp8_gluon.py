@@ -36,6 +36,12 @@ from nmoe.worker.kernels.fp8_warps_gluon import (
 
 
 @gluon.jit
+def _up_items(num_tiles_ptr, F: gl.constexpr):
+    """How many pieces of work the first product has."""
+    return gl.load(num_tiles_ptr) * (F // 128)
+
+
+@gluon.jit
 def _up_work(item, tile_expert_ptr, F: gl.constexpr):
     """Piece of work `item`: a block of the gate and the same of up."""
     BLOCKS: gl.constexpr = F // 128
@@ -49,7 +55,7 @@ def _up_work(item, tile_expert_ptr, F: gl.constexpr):
 def _produce_up(ring, w_desc, tiles, C: gl.constexpr, F: gl.constexpr, STAGES: gl.constexpr):
     tile_expert_ptr, num_tiles_ptr = tiles[1], tiles[2]
     at = 0
-    for item in range(gl.program_id(0), gl.load(num_tiles_ptr) * (F // 128), gl.num_programs(0)):
+    for item in range(gl.program_id(0), _up_items(num_tiles_ptr, F), gl.num_programs(0)):
         work = _up_work(item, tile_expert_ptr, F)
         at = produce(ring, w_desc, work, at, C, STAGES)
 
@@ -69,7 +75,7 @@ def _load_up(ring, x, tiles, C: gl.constexpr, F: gl.constexpr, K: gl.constexpr, 
     ROWS: gl.constexpr = ring.x.shape[1]
     lane, scale_lane = row_lanes(ROWS)
     at = 0
-    for item in range(gl.program_id(0), gl.load(num_tiles_ptr) * (F // 128), gl.num_programs(0)):
+    for item in range(gl.program_id(0), _up_items(num_tiles_ptr, F), gl.num_programs(0)):
         work = _up_work(item, tile_expert_ptr, F)
         pair = gl.load(sorted_ptr + work.tile * ROWS + lane)
         rows = (x_ptr + _token_of(pair, slots_ptr, K) * (C * 128), pair >= 0)
@@ -97,7 +103,7 @@ def _multiply_up(
     out_ptr, out_scales_ptr = out
     ROWS: gl.constexpr = ring.x.shape[1]
     at = 0
-    for item in range(gl.program_id(0), gl.load(num_tiles_ptr) * (F // 128), gl.num_programs(0)):
+    for item in range(gl.program_id(0), _up_items(num_tiles_ptr, F), gl.num_programs(0)):
         work = _up_work(item, tile_expert_ptr, F)
         gate_0, gate_1, up_0, up_1, at = multiply(ring, w_scales_ptr, work, at, C, STAGES, mine)
         hidden_0 = gate_0 / (1.0 + gl.exp(-gate_0)) * up_0
@@ -162,6 +168,12 @@ def _load_now(ptr):
 
 
 @gluon.jit
+def _down_items(num_tiles_ptr, D: gl.constexpr):
+    """How many pieces of work the second product has."""
+    return _load_now(num_tiles_ptr) * ((D // 128 + 1) // 2)
+
+
+@gluon.jit
 def _down_work(item, tile_expert_ptr, D: gl.constexpr):
     """Piece of work `item` of the second product; a last block without a neighbour is computed twice, stored once."""
     BLOCKS: gl.constexpr = D // 128
@@ -176,9 +188,8 @@ def _down_work(item, tile_expert_ptr, D: gl.constexpr):
 @gluon.jit
 def _produce_down(ring, w_desc, tiles, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
     tile_expert_ptr, num_tiles_ptr = tiles[1], tiles[2]
-    PER_TILE: gl.constexpr = (D // 128 + 1) // 2
     at = 0
-    for item in range(gl.program_id(0), _load_now(num_tiles_ptr) * PER_TILE, gl.num_programs(0)):
+    for item in range(gl.program_id(0), _down_items(num_tiles_ptr, D), gl.num_programs(0)):
         work = _down_work(item, tile_expert_ptr, D)
         at = produce(ring, w_desc, work, at, C, STAGES)
 
@@ -189,10 +200,9 @@ def _load_down(ring, hidden, tiles, num_rows, C: gl.constexpr, D: gl.constexpr, 
     hidden_ptr, hidden_scales_ptr = hidden
     sorted_ptr, tile_expert_ptr, num_tiles_ptr = tiles
     ROWS: gl.constexpr = ring.x.shape[1]
-    PER_TILE: gl.constexpr = (D // 128 + 1) // 2
     lane, scale_lane = row_lanes(ROWS)
     at = 0
-    for item in range(gl.program_id(0), _load_now(num_tiles_ptr) * PER_TILE, gl.num_programs(0)):
+    for item in range(gl.program_id(0), _down_items(num_tiles_ptr, D), gl.num_programs(0)):
         work = _down_work(item, tile_expert_ptr, D)
         row = work.tile * ROWS + lane
         rows = (hidden_ptr + row.to(gl.int64) * (C * 128), gl.load(sorted_ptr + row) >= 0)
@@ -216,9 +226,8 @@ def _multiply_down(
     """Warpgroup `mine`, 0 or 1: its half of a tile's rows."""
     sorted_ptr, tile_expert_ptr, num_tiles_ptr = tiles
     ROWS: gl.constexpr = ring.x.shape[1]
-    PER_TILE: gl.constexpr = (D // 128 + 1) // 2
     at = 0
-    for item in range(gl.program_id(0), _load_now(num_tiles_ptr) * PER_TILE, gl.num_programs(0)):
+    for item in range(gl.program_id(0), _down_items(num_tiles_ptr, D), gl.num_programs(0)):
         work = _down_work(item, tile_expert_ptr, D)
         first_0, first_1, second_0, second_1, at = multiply(ring, w_scales_ptr, work, at, C, STAGES, mine)
         row = work.tile * ROWS + mine * (ROWS // 2) + gl.arange(0, ROWS // 2, gl.SliceLayout(0, first_0.type.layout))
@@ -287,9 +296,8 @@ def grouped_mlp(
     pairs = tokens * slots
     if not pairs:
         return parts_TKD
-    arrived = x if isinstance(x, Arrived) else None
+    arrived, (values_TD, scales) = (x, (x.values_CD, x.scales_CG)) if isinstance(x, Arrived) else (None, quantise(x))
     rows = _rows(arrived.per_expert if arrived else pairs / num_experts)
-    values_TD, scales = (x.values_CD, x.scales_CG) if isinstance(x, Arrived) else quantise(x)
     order, tile_expert, num_tiles = sort_pairs(ids_TK, num_experts, rows, arrived)
     most, programs = len(tile_expert), multiprocessors(ids_TK.device)
     hidden_NF = torch.empty(most * rows, inter, dtype=torch.float8_e4m3fn, device=ids_TK.device)

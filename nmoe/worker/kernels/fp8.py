@@ -12,7 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-BLOCK = 128
+from nmoe.gpu_limits import FP8_BLOCK
+
+BLOCK = FP8_BLOCK
 LARGEST = 448.0  # of float8_e4m3fn
 
 

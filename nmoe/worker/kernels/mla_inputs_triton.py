@@ -165,14 +165,13 @@ def _inputs_kernel(
 
 
 def _tile(tokens: int, heads: int, latent: int) -> _Tile:
-    """The largest tile of which there are enough to fill the multiprocessors."""
-    if not tokens:
-        return _NO_TILE
-    for rows, columns in _TILES:
-        count = heads * triton.cdiv(latent, columns) * triton.cdiv(tokens, rows)
-        if columns <= latent and rows < 2 * max(tokens, 16) and (count >= _LEAST or (rows, columns) == _TILES[-1]):
-            return _Tile(rows, columns, count)
-    raise AssertionError(latent)
+    """The largest tile of which there are enough to fill the multiprocessors, or the smallest one."""
+    tiles = [
+        _Tile(rows, columns, heads * triton.cdiv(latent, columns) * triton.cdiv(tokens, rows))
+        for rows, columns in _TILES
+        if columns <= latent and rows < 2 * max(tokens, 16)
+    ]
+    return next((tile for tile in tiles if tile.programs >= _LEAST), tiles[-1])
 
 
 def enter(
