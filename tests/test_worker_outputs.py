@@ -16,7 +16,7 @@ from nmoe.outputs import Returns, RoutingLayout, cells_of, pack, read_records, u
 from nmoe.profiles import Numerics
 from nmoe.worker import outputs
 from nmoe.worker.cache import make_cache
-from nmoe.worker.kernels.records import make_records
+from nmoe.worker.kernels.records import likeliest, make_records
 from nmoe.worker.model import load_model
 from nmoe.worker.slots import MalformedStep
 from tests.checkpoints import make_checkpoint
@@ -388,6 +388,18 @@ def test_a_record_has_the_same_bits_in_any_batch(data, rows, vocab):
         told = [record.logprob, *record.top_logprobs, *record.scored]
         expected = logprobs_V[[int(token), *order, *scored_NI[row].tolist()]]
         torch.testing.assert_close(torch.tensor(told, dtype=torch.float64), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_likeliest_are_in_the_order_of_a_stable_sort():
+    """Minus zero is zero, any NaN is the largest, and of equal ones the lower id is first."""
+    levels = torch.tensor([torch.nan, -torch.nan, torch.inf, 2.5, 0.0, -0.0, -1.0, -torch.inf])
+    generator = torch.Generator().manual_seed(0)
+    logits_SV = levels[torch.randint(0, len(levels), (7, 300), generator=generator)]
+    rows_N = torch.tensor([4, 0, 6])
+    for dtype in (torch.float32, torch.bfloat16):
+        order_NV = logits_SV[rows_N].sort(descending=True, stable=True).indices
+        for count in (1, 128, 300):
+            assert torch.equal(likeliest(logits_SV.to(dtype), rows_N, count), order_NV[:, :count])
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 ONE = 2.0**40  # the weight of a row's likeliest token
-_ID_BITS = 20  # a sort key is a weight, or another number, above a token id; 41 + 20 bits fit in an int64
+ID_BITS = 20  # a sort key is a weight, or another number, above a token id; 41 + 20 bits fit in an int64
 NO_TOKEN = -1
 COLDEST = 1e-6  # below this a draw is greedy in all but name; keeps 1 / temperature finite in float32
 
@@ -51,8 +51,8 @@ def make_plan(
     temperature: Array, top_k: Array, top_p: Array, min_p: Array, vocab_size: int, device: torch.device
 ) -> Plan:
     """The plan for rows with these parameters (host arrays [S]; meanings as in `nmoe.messages.Sampling`)."""
-    if vocab_size > 1 << _ID_BITS:
-        raise ValueError(f"a vocabulary of {vocab_size} does not fit in {_ID_BITS} bits")
+    if vocab_size > 1 << ID_BITS:
+        raise ValueError(f"a vocabulary of {vocab_size} does not fit in {ID_BITS} bits")
 
     def put(array: Array, dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(array).to(device, dtype)
@@ -167,11 +167,11 @@ def largest(values_NV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Te
 
     One int64 key holds both, so keys are distinct and any selection algorithm gives the same list.
     """
-    last = (1 << _ID_BITS) - 1
+    last = (1 << ID_BITS) - 1
     ids_V = torch.arange(values_NV.shape[1], device=values_NV.device)
-    keys_NV = (values_NV << _ID_BITS).add_(last - ids_V)
+    keys_NV = (values_NV << ID_BITS).add_(last - ids_V)
     keys_NK = keys_NV.topk(count).values
-    return keys_NK >> _ID_BITS, last - (keys_NK & last)
+    return keys_NK >> ID_BITS, last - (keys_NK & last)
 
 
 def _pick(weights_NV: torch.Tensor, uniforms_N1: torch.Tensor, logprobs_N: torch.Tensor | None) -> torch.Tensor:

@@ -10,7 +10,7 @@ from nmoe.config import Config, Engine, Model, Parallel
 from nmoe.messages import Sampling, bias_fields
 from nmoe.outputs import Returns, read_records
 from nmoe.profiles import Numerics
-from nmoe.worker.kernels import records, routing
+from nmoe.worker.kernels import likeliest_triton, records, routing
 from nmoe.worker.model import load_model
 from tests.checkpoints import make_checkpoint
 from tests.returning import GREEDY, NOTHING, Driver, Request, drawn_logprob, told
@@ -121,6 +121,39 @@ def test_records_are_the_reference(dtype, rows, vocab, top_k, scored):
     one = [tensor[:1] for tensor in given[1:]]
     alone = records.make_records(given[0], *one, top_k, scored_NI[:1].to(GPU)).cpu()
     assert torch.equal(alone[0], actual[0]), "bits depend on the batch"
+
+
+def hard_rows(vocab, dtype):
+    """Logits that differ, that tie, that all are the same, that are no numbers; the greatest in one block, or apart."""
+    generator = torch.Generator().manual_seed(vocab)
+    logits_SV = torch.randn(12, vocab, generator=generator) * 4
+    logits_SV[1] = torch.randint(-3, 3, (vocab,), generator=generator)
+    logits_SV[2] = 1.5
+    logits_SV[3] = -torch.inf
+    logits_SV[4, :-3] = -torch.inf
+    logits_SV[5, [5, 9, 11]] = torch.tensor([torch.nan, -torch.nan, torch.inf])
+    logits_SV[6] = torch.where(torch.arange(vocab) % 2 == 0, 0.0, -0.0)
+    logits_SV[7] = torch.arange(vocab)
+    logits_SV[8] = -logits_SV[7]
+    logits_SV[9, 60:200] += 100
+    logits_SV[10, -150:] += 100
+    return logits_SV.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [129, 4099, 163840])
+@pytest.mark.parametrize("top_k", [1, 10, 32, 128])
+def test_the_likeliest_are_the_reference_in_any_company(dtype, vocab, top_k):
+    logits_SV = hard_rows(vocab, dtype)
+    rows_N = torch.randperm(12, generator=torch.Generator().manual_seed(top_k))
+    expected = records.likeliest(logits_SV, rows_N, top_k)
+    given, rows = logits_SV.to(GPU), rows_N.to(GPU)
+    assert torch.equal(likeliest_triton.likeliest(given, rows, top_k).cpu(), expected)
+    many = likeliest_triton.likeliest(given, rows.repeat(50), top_k)
+    assert torch.equal(many.cpu(), expected.repeat(50, 1))
+    for n in range(12):
+        alone = likeliest_triton.likeliest(given, rows[n : n + 1], top_k)
+        assert torch.equal(alone[0].cpu(), expected[n])
 
 
 @pytest.mark.parametrize(("dtype", "experts"), [(torch.uint8, 256), (torch.int16, 384)])

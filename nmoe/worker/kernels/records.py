@@ -16,13 +16,15 @@ _TILE = 1 << 24  # keys that are made at once
 
 
 def likeliest(logits_SV: torch.Tensor, rows_N: torch.Tensor, count: int) -> torch.Tensor:
-    """The ids of the `count` largest logits of each of these rows, int64 [N, K]; of equal ones the lower id first."""
+    """The ids of the `count` largest logits of each of these rows, int64 [N, K]; of equal ones the lower id first. One
+    that is no number is the largest."""
     ids_NK = torch.empty(len(rows_N), count, dtype=torch.int64, device=logits_SV.device)
     size = max(1, _TILE // logits_SV.shape[1])
     for begin in range(0, len(rows_N), size):
         rows, out = rows_N[begin : begin + size], ids_NK[begin : begin + size]
-        bits = (logits_SV[rows].float() + 0.0).view(torch.int32)  # 0.0: minus zero is zero
-        ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+        logits = logits_SV[rows].float() + 0.0  # 0.0: minus zero is zero
+        bits = logits.view(torch.int32)
+        ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).masked_fill_(logits.isnan(), 0x7FFFFFFF).long()
         out.copy_(largest(ordered, count)[1])
     return ids_NK
 
@@ -66,9 +68,10 @@ def make_records(
     scored_NI: torch.Tensor,
 ) -> torch.Tensor:
     """The records of these tokens, as `records` gives them, with the K likeliest and the ids `scored_NI`, int64."""
-    ids_NC = torch.cat((likeliest(logits_SV, rows_N, top_k), scored_NI), 1) if top_k else scored_NI
+    choose, make = likeliest, records
     if logits_SV.is_cuda:
-        from nmoe.worker.kernels import records_triton
+        from nmoe.worker.kernels import likeliest_triton, records_triton
 
-        return records_triton.records(logits_SV, rows_N, tokens_N, drawn_N, ids_NC, top_k)
-    return records(logits_SV, rows_N, tokens_N, drawn_N, ids_NC, top_k)
+        choose, make = likeliest_triton.likeliest, records_triton.records
+    ids_NC = torch.cat((choose(logits_SV, rows_N, top_k), scored_NI), 1) if top_k else scored_NI
+    return make(logits_SV, rows_N, tokens_N, drawn_N, ids_NC, top_k)
