@@ -60,7 +60,7 @@ def layout_of(architecture: Architecture, world_size: int, tokens: int) -> SlabL
 
 def make_mlp(a: Architecture, num_experts: int, device: torch.device) -> Callable[..., torch.Tensor]:
     """One rank's experts with random weights."""
-    from nmoe.worker.kernels import experts_fp8_gluon, experts_triton
+    from nmoe.worker.kernels import experts_fp8_gluon, experts_gluon
     from nmoe.worker.kernels.fp8 import BlockFP8
 
     shapes = (
@@ -69,7 +69,7 @@ def make_mlp(a: Architecture, num_experts: int, device: torch.device) -> Callabl
     )
     if not a.quant_block:
         dense = [torch.randn(shape, device=device, dtype=BF16).mul_(0.02) for shape in shapes]
-        return lambda x, ids, weights: experts_triton.grouped_mlp(x, ids, weights, *dense)
+        return lambda x, ids, weights: experts_gluon.grouped_mlp(x, ids, weights, *dense)
     quantised = [
         BlockFP8(
             torch.randint(0, 120, shape, device=device, dtype=torch.uint8).view(torch.float8_e4m3fn),

@@ -17,6 +17,7 @@ from nmoe.worker.batch import Batch
 from nmoe.worker.cache import make_cache
 from nmoe.worker.kernels import (
     experts_fp8_gluon,
+    experts_gluon,
     experts_triton,
     fp8_triton,
     linear_exact_triton,
@@ -102,7 +103,7 @@ def test_experts(num_experts, skew, fp8):
         grouped_mlp = experts_fp8_gluon.grouped_mlp
     else:
         gate_up, down = random(num_experts, 2 * inter, hidden, std=0.05), random(num_experts, hidden, inter, std=0.05)
-        grouped_mlp = experts_triton.grouped_mlp
+        grouped_mlp = experts_gluon.grouped_mlp
     same_rows(lambda rows: grouped_mlp(x[rows], ids[rows].contiguous(), weights[rows].contiguous(), gate_up, down))
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from nmoe.errors import PeerSilent
 from nmoe.messages import CHANNEL_DECODE, CHANNEL_PREFILL
-from nmoe.worker.kernels import experts_fp8_gluon, experts_triton, norm_triton
+from nmoe.worker.kernels import experts_fp8_gluon, experts_gluon, experts_triton, norm_triton
 from nmoe.worker.kernels.experts import Arrived, Returned
 from nmoe.worker.kernels.fp8 import BlockFP8
 from nmoe.worker.kernels.fp8_triton import quantise
@@ -355,7 +355,7 @@ def test_experts_of_arrived_rows(num_rows, quantised):
     else:
         gate_up, down = gate_up.to(BF16), down.to(BF16)
         arrived = Arrived(x, None, where, count, first, per_expert)
-        mlp = experts_triton.grouped_mlp
+        mlp = experts_gluon.grouped_mlp
     parts = mlp(arrived, given, weights, gate_up, down)
     dense = mlp(x[where.long()], ids, weights, gate_up, down)
     here = ~elsewhere[:num_rows]

@@ -82,6 +82,7 @@ def _exact_reference() -> Ops:
 def _triton() -> Ops:
     from nmoe.worker.kernels import (
         experts_fp8_gluon,
+        experts_gluon,
         experts_triton,
         fp8_triton,
         linear_triton,
@@ -100,7 +101,7 @@ def _triton() -> Ops:
         if isinstance(w_gate_up, BlockFP8) and isinstance(w_down, BlockFP8):
             return experts_fp8_gluon.grouped_mlp(x, ids_TK, weights_TK, w_gate_up, w_down)
         assert isinstance(w_gate_up, _Tensor) and isinstance(w_down, _Tensor)
-        return experts_triton.grouped_mlp(x, ids_TK, weights_TK, w_gate_up, w_down)
+        return experts_gluon.grouped_mlp(x, ids_TK, weights_TK, w_gate_up, w_down)
 
     return Ops(
         rms_norm=norm_triton.rms_norm,

@@ -1,94 +1,112 @@
 """The experts in FP8 on the GPU: the products of experts_triton.py with block-quantised weights and activations, by
-warps with roles of their own, in Gluon; see fp8_warps_gluon.py.
+warps with roles of their own, in Gluon; see warps_gluon.py and experts_warps_gluon.py.
 
-As many programs as multiprocessors take the tiles that exist in turn. The first product quantises what it gives as it
-stores it: a program's 128 columns are one block. A value has the same bits in a tile of any size.
+The two warpgroups have half of a tile's rows each, 64 outputs at a time: while one applies scales, the other
+multiplies. The arithmetic is scaled_product's in products_triton.py: 128 inputs from zero, times the scales, added in
+float32 in the order of the inputs. The first product quantises what it gives as it stores it: a program's 128 columns
+are one block. A value has the same bits in a tile of any size.
 
-Shape suffixes: T tokens, K experts per token, D hidden, F intermediate, E experts, G = 2F.
+Shape suffixes: T tokens, K experts per token, D hidden, F intermediate, E experts, G = 2F; of a tile N rows, C blocks
+of 128 inputs; layout S of products, outputs times rows.
 """
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
-from nmoe.worker.kernels.device import multiprocessors
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.experts import Arrived
 from nmoe.worker.kernels.experts_triton import sort_pairs
+from nmoe.worker.kernels.experts_warps_gluon import (
+    down_count,
+    down_work,
+    load_down,
+    load_now,
+    load_up,
+    produce_down,
+    produce_up,
+    up_count,
+    up_work,
+)
 from nmoe.worker.kernels.fp8 import BLOCK, BlockFP8
 from nmoe.worker.kernels.fp8_triton import quantise
-from nmoe.worker.kernels.fp8_warps_gluon import (
+from nmoe.worker.kernels.items_gluon import make_items, told
+from nmoe.worker.kernels.warps_gluon import (
     OUTPUTS,
-    WORKER_REGISTERS,
     WORKER_WARPS,
-    Work,
+    Form,
     descriptor,
-    load_rows,
     make_ring,
-    multiply,
-    produce,
-    row_lanes,
-    stages_of,
+    make_scales,
     store,
     store_rows,
     wait_for_kernel_before,
 )
 
-
-@gluon.jit
-def _up_items(num_tiles_ptr, F: gl.constexpr):
-    """How many pieces of work the first product has."""
-    return gl.load(num_tiles_ptr) * (F // 128)
-
-
-@gluon.jit
-def _up_work(item, tile_expert_ptr, F: gl.constexpr):
-    """Piece of work `item`: a block of the gate and the same of up."""
-    BLOCKS: gl.constexpr = F // 128
-    tile = item // BLOCKS
-    block = item % BLOCKS
-    gate = gl.load(tile_expert_ptr + tile) * (2 * BLOCKS) + block
-    return Work(tile, block, gate, gate + BLOCKS)
+# benchmarks/LOG.md has the times of these and others.
+_FEW = Form(32, 6, 88, 104, 56, together=2)
+_SOME = Form(64, 5, 112, 136, 64, together=2, left=8)
+_MANY = Form(128, 4, 168, 216, 56)
 
 
 @gluon.jit
-def _produce_up(ring, w_desc, tiles, C: gl.constexpr, F: gl.constexpr, STAGES: gl.constexpr):
-    tile_expert_ptr, num_tiles_ptr = tiles[1], tiles[2]
-    at = 0
-    for item in range(gl.program_id(0), _up_items(num_tiles_ptr, F), gl.num_programs(0)):
-        work = _up_work(item, tile_expert_ptr, F)
-        at = produce(ring, w_desc, work, at, C, STAGES)
+def _add(ring, stage, part: gl.constexpr, x, scale, acc, product):
+    """`acc` [64, N / 2] and 128 inputs of 64 outputs, `part` of the stage's four, times the rows `x` times `scale`.
+    `product`: registers for the product, given and returned."""
+    w = ring.w.index(stage * 4 + part)
+    product = warpgroup_mma_wait(0, deps=[warpgroup_mma(w, x, product, use_acc=False, is_async=True)])
+    # The second wait waits for nothing: it keeps the addition before the next product, which takes the same registers.
+    return warpgroup_mma_wait(0, deps=[acc + product * scale[None, :], product])
 
 
 @gluon.jit
-def _token_of(pair, slots_ptr, K: gl.constexpr):
-    token = pair // K
-    if slots_ptr is not None:
-        token = gl.load(slots_ptr + token, mask=pair >= 0, other=0)
-    return token.to(gl.int64)
-
-
-@gluon.jit
-def _load_up(ring, x, tiles, C: gl.constexpr, F: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr):
-    x_ptr, x_scales_ptr, slots_ptr, block_stride = x
-    sorted_ptr, tile_expert_ptr, num_tiles_ptr = tiles
-    ROWS: gl.constexpr = ring.x.shape[1]
-    lane, scale_lane = row_lanes(ROWS)
-    at = 0
-    for item in range(gl.program_id(0), _up_items(num_tiles_ptr, F), gl.num_programs(0)):
-        work = _up_work(item, tile_expert_ptr, F)
-        pair = gl.load(sorted_ptr + work.tile * ROWS + lane)
-        rows = (x_ptr + _token_of(pair, slots_ptr, K) * (C * 128), pair >= 0)
-        pair = gl.load(sorted_ptr + work.tile * ROWS + scale_lane)
-        scale = _token_of(pair, slots_ptr, K)
-        if slots_ptr is not None:
-            scale = scale * C
-        at = load_rows(ring, rows, (x_scales_ptr + scale, pair >= 0), block_stride, at, C, STAGES)
+def _multiply(ring, scales, w_scales_ptr, work, at, C: gl.constexpr, STAGES: gl.constexpr, mine: gl.constexpr):
+    """Warpgroup `mine`: both blocks' outputs for its half of the rows, as four of float32 [64, N / 2]. `at` as in
+    `load_rows`."""
+    HALF: gl.constexpr = ring.x.shape[1] // 2
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 32])
+    first_ptr = w_scales_ptr + work.first * C
+    second_ptr = w_scales_ptr + work.second * C
+    first_0 = gl.zeros([64, HALF], gl.float32, S)
+    first_1 = gl.zeros([64, HALF], gl.float32, S)
+    second_0 = gl.zeros([64, HALF], gl.float32, S)
+    second_1 = gl.zeros([64, HALF], gl.float32, S)
+    product = gl.zeros([64, HALF], gl.float32, S)
+    next_first = gl.load(first_ptr)
+    next_second = gl.load(second_ptr)
+    for c in range(C):
+        stage = at % STAGES
+        first_scale = next_first
+        second_scale = next_second
+        ahead = gl.minimum(c + 1, C - 1)
+        next_first = gl.load(first_ptr + ahead)
+        next_second = gl.load(second_ptr + ahead)
+        mbarrier.wait(ring.filled.index(stage), at // STAGES & 1)
+        fence_async_shared()  # the loader's copies are not TMA's
+        x = ring.x.index(stage).slice(mine * HALF, HALF).permute((1, 0))
+        row_scale = scales.index(stage).slice(mine * HALF, HALF).load(gl.SliceLayout(0, S))
+        scale = row_scale * first_scale
+        first_0, product = _add(ring, stage, 0, x, scale, first_0, product)
+        first_1, product = _add(ring, stage, 1, x, scale, first_1, product)
+        scale = row_scale * second_scale
+        second_0, product = _add(ring, stage, 2, x, scale, second_0, product)
+        second_1, product = _add(ring, stage, 3, x, scale, second_1, product)
+        mbarrier.arrive(ring.free.index(stage), count=1)
+        at += 1
+    return first_0, first_1, second_0, second_1, at
 
 
 @gluon.jit
 def _multiply_up(
     ring,
+    scales,
+    items,
     w_scales_ptr,
     tiles,
     out,
@@ -102,15 +120,18 @@ def _multiply_up(
     tile_expert_ptr, num_tiles_ptr = tiles[1], tiles[2]
     out_ptr, out_scales_ptr = out
     ROWS: gl.constexpr = ring.x.shape[1]
+    count = up_count(num_tiles_ptr, F)
+    nth = 0
     at = 0
-    for item in range(gl.program_id(0), _up_items(num_tiles_ptr, F), gl.num_programs(0)):
-        work = _up_work(item, tile_expert_ptr, F)
-        gate_0, gate_1, up_0, up_1, at = multiply(ring, w_scales_ptr, work, at, C, STAGES, mine)
+    item = told(items, nth, 4)
+    while item < count:
+        work = up_work(item, tile_expert_ptr, F)
+        gate_0, gate_1, up_0, up_1, at = _multiply(ring, scales, w_scales_ptr, work, at, C, STAGES, mine)
         hidden_0 = gate_0 / (1.0 + gl.exp(-gate_0)) * up_0
         hidden_1 = gate_1 / (1.0 + gl.exp(-gate_1)) * up_1
         peak = gl.maximum(gl.max(gl.abs(hidden_0), 0), gl.max(gl.abs(hidden_1), 0))
         scale = gl.maximum(peak, 1e-12) / 448.0  # `scales_of` in fp8_triton.py
-        row = store_rows(ring, work.tile, mine, 1)
+        row = store_rows(work.tile * ROWS + mine * (ROWS // 2), ROWS // 2, 1)
         rows_ptr = out_ptr + row.to(gl.int64) * F
         hidden_0 = (hidden_0 / scale[None, :]).to(gl.float8e4nv)
         store(rows_ptr, row >= 0, work.block * 128, F, hidden_0)
@@ -118,6 +139,8 @@ def _multiply_up(
         store(rows_ptr, row >= 0, work.block * 128 + 64, F, hidden_1)
         row = work.tile * ROWS + mine * (ROWS // 2) + gl.arange(0, ROWS // 2, scale.type.layout)
         gl.store(out_scales_ptr + work.block * num_rows + row, scale)
+        nth += 1
+        item = told(items, nth, 4)
 
 
 @gluon.jit(do_not_specialize=["block_stride", "num_rows"])
@@ -139,81 +162,37 @@ def _gate_up_kernel(
     K: gl.constexpr,
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
+    TOGETHER: gl.constexpr,
+    WORKER_REGISTERS: gl.constexpr,
+    OTHER_REGISTERS: gl.constexpr,
 ):
     """Rows of the sorted order: silu(x @ gate) * (x @ up), quantised. `slots_ptr`: where each token lies in x and its
     scales, which then lie side by side; without it tokens are in order, and a block's scales lie side by side."""
-    wait_for_kernel_before()
     C: gl.constexpr = D // 128
     ring = make_ring(w_desc, ROWS, STAGES)
+    scales = make_scales(ROWS, STAGES)
+    items = make_items(3)
+    wait_for_kernel_before()
     tiles = (sorted_ptr, tile_expert_ptr, num_tiles_ptr)
     out = (out_ptr, out_scales_ptr)
     x = (x_ptr, x_scales_ptr, slots_ptr, block_stride)
     gl.warp_specialize(
         [
-            (_multiply_up, (ring, w_scales_ptr, tiles, out, num_rows, C, F, STAGES, 0)),
-            (_multiply_up, (ring, w_scales_ptr, tiles, out, num_rows, C, F, STAGES, 1)),
-            (_produce_up, (ring, w_desc, tiles, C, F, STAGES)),
-            (_load_up, (ring, x, tiles, C, F, K, STAGES)),
+            (_multiply_up, (ring, scales, items, w_scales_ptr, tiles, out, num_rows, C, F, STAGES, 0)),
+            (_multiply_up, (ring, scales, items, w_scales_ptr, tiles, out, num_rows, C, F, STAGES, 1)),
+            (produce_up, (ring, items, w_desc, tiles, C, F, STAGES, TOGETHER)),
+            (load_up, (ring, scales, items, x, tiles, C, F, K, STAGES)),
         ],
         WORKER_WARPS,
-        WORKER_REGISTERS,
+        [WORKER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
     )
-
-
-@gluon.jit
-def _load_now(ptr):
-    """What a kernel before the last one has written, in warps that have not waited for the last one: it is there, but
-    the multiprocessor's own cache may hold what was there before."""
-    return gl.load(ptr, cache_modifier=".cg")
-
-
-@gluon.jit
-def _down_items(num_tiles_ptr, D: gl.constexpr):
-    """How many pieces of work the second product has."""
-    return _load_now(num_tiles_ptr) * ((D // 128 + 1) // 2)
-
-
-@gluon.jit
-def _down_work(item, tile_expert_ptr, D: gl.constexpr):
-    """Piece of work `item` of the second product; a last block without a neighbour is computed twice, stored once."""
-    BLOCKS: gl.constexpr = D // 128
-    PER_TILE: gl.constexpr = (BLOCKS + 1) // 2
-    tile = item // PER_TILE
-    block = item % PER_TILE * 2
-    first = _load_now(tile_expert_ptr + tile) * BLOCKS
-    second = gl.minimum(block + 1, BLOCKS - 1)
-    return Work(tile, block, first + block, first + second)
-
-
-@gluon.jit
-def _produce_down(ring, w_desc, tiles, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
-    tile_expert_ptr, num_tiles_ptr = tiles[1], tiles[2]
-    at = 0
-    for item in range(gl.program_id(0), _down_items(num_tiles_ptr, D), gl.num_programs(0)):
-        work = _down_work(item, tile_expert_ptr, D)
-        at = produce(ring, w_desc, work, at, C, STAGES)
-
-
-@gluon.jit
-def _load_down(ring, hidden, tiles, num_rows, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
-    wait_for_kernel_before()
-    hidden_ptr, hidden_scales_ptr = hidden
-    sorted_ptr, tile_expert_ptr, num_tiles_ptr = tiles
-    ROWS: gl.constexpr = ring.x.shape[1]
-    lane, scale_lane = row_lanes(ROWS)
-    at = 0
-    for item in range(gl.program_id(0), _down_items(num_tiles_ptr, D), gl.num_programs(0)):
-        work = _down_work(item, tile_expert_ptr, D)
-        row = work.tile * ROWS + lane
-        rows = (hidden_ptr + row.to(gl.int64) * (C * 128), gl.load(sorted_ptr + row) >= 0)
-        row = work.tile * ROWS + scale_lane
-        row_scales = (hidden_scales_ptr + row, row >= 0)
-        at = load_rows(ring, rows, row_scales, num_rows, at, C, STAGES)
 
 
 @gluon.jit
 def _multiply_down(
     ring,
+    scales,
+    items,
     w_scales_ptr,
     weights_ptr,
     tiles,
@@ -226,19 +205,24 @@ def _multiply_down(
     """Warpgroup `mine`, 0 or 1: its half of a tile's rows."""
     sorted_ptr, tile_expert_ptr, num_tiles_ptr = tiles
     ROWS: gl.constexpr = ring.x.shape[1]
+    count = down_count(num_tiles_ptr, D)
+    nth = 0
     at = 0
-    for item in range(gl.program_id(0), _down_items(num_tiles_ptr, D), gl.num_programs(0)):
-        work = _down_work(item, tile_expert_ptr, D)
-        first_0, first_1, second_0, second_1, at = multiply(ring, w_scales_ptr, work, at, C, STAGES, mine)
+    item = told(items, nth, 4)
+    while item < count:
+        work = down_work(item, tile_expert_ptr, D)
+        first_0, first_1, second_0, second_1, at = _multiply(ring, scales, w_scales_ptr, work, at, C, STAGES, mine)
         row = work.tile * ROWS + mine * (ROWS // 2) + gl.arange(0, ROWS // 2, gl.SliceLayout(0, first_0.type.layout))
-        pair = _load_now(sorted_ptr + row)
+        pair = load_now(sorted_ptr + row)
         weight = gl.load(weights_ptr + pair, mask=pair >= 0, other=0.0, cache_modifier=".cg")[None, :]
-        pair = _load_now(sorted_ptr + store_rows(ring, work.tile, mine, 2))
+        pair = load_now(sorted_ptr + store_rows(work.tile * ROWS + mine * (ROWS // 2), ROWS // 2, 2))
         rows_ptr = out_ptr + pair.to(gl.int64) * D
         store(rows_ptr, pair >= 0, work.block * 128, D, first_0 * weight)
         store(rows_ptr, pair >= 0, work.block * 128 + 64, D, first_1 * weight)
         store(rows_ptr, pair >= 0, work.block * 128 + 128, D, second_0 * weight)
         store(rows_ptr, pair >= 0, work.block * 128 + 192, D, second_1 * weight)
+        nth += 1
+        item = told(items, nth, 4)
 
 
 @gluon.jit(do_not_specialize=["num_rows"])
@@ -257,30 +241,35 @@ def _down_kernel(
     F: gl.constexpr,
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
+    TOGETHER: gl.constexpr,
+    WORKER_REGISTERS: gl.constexpr,
+    OTHER_REGISTERS: gl.constexpr,
 ):
     """hidden @ down times the router's weight, back in the order of the pairs. Weights begin to come while the first
     product ends, which had waited for the tiles to be known; for what it computes the loader waits."""
     C: gl.constexpr = F // 128
     ring = make_ring(w_desc, ROWS, STAGES)
+    scales = make_scales(ROWS, STAGES)
+    items = make_items(3)
     tiles = (sorted_ptr, tile_expert_ptr, num_tiles_ptr)
     hidden = (hidden_ptr, hidden_scales_ptr)
     gl.warp_specialize(
         [
-            (_multiply_down, (ring, w_scales_ptr, weights_ptr, tiles, out_ptr, C, D, STAGES, 0)),
-            (_multiply_down, (ring, w_scales_ptr, weights_ptr, tiles, out_ptr, C, D, STAGES, 1)),
-            (_produce_down, (ring, w_desc, tiles, C, D, STAGES)),
-            (_load_down, (ring, hidden, tiles, num_rows, C, D, STAGES)),
+            (_multiply_down, (ring, scales, items, w_scales_ptr, weights_ptr, tiles, out_ptr, C, D, STAGES, 0)),
+            (_multiply_down, (ring, scales, items, w_scales_ptr, weights_ptr, tiles, out_ptr, C, D, STAGES, 1)),
+            (produce_down, (ring, items, w_desc, tiles, C, D, STAGES, TOGETHER)),
+            (load_down, (ring, scales, items, hidden, tiles, num_rows, C, D, STAGES)),
         ],
         WORKER_WARPS,
-        WORKER_REGISTERS,
+        [WORKER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
     )
 
 
-def _rows(rows_per_expert: float) -> int:
-    """Rows of a tile: as a rule all of an expert's, whose weights are then read once."""
+def _form(rows_per_expert: float) -> Form:
+    """Tiles take as a rule all of an expert's rows, whose weights are then read once."""
     if rows_per_expert <= 22:
-        return 32
-    return 64 if rows_per_expert <= 48 else 128
+        return _FEW
+    return _SOME if rows_per_expert <= 80 else _MANY
 
 
 def grouped_mlp(
@@ -297,12 +286,12 @@ def grouped_mlp(
     if not pairs:
         return parts_TKD
     arrived, (values_TD, scales) = (x, (x.values_CD, x.scales_CG)) if isinstance(x, Arrived) else (None, quantise(x))
-    rows = _rows(arrived.per_expert if arrived else pairs / num_experts)
-    order, tile_expert, num_tiles = sort_pairs(ids_TK, num_experts, rows, arrived)
-    most, programs = len(tile_expert), multiprocessors(ids_TK.device)
-    hidden_NF = torch.empty(most * rows, inter, dtype=torch.float8_e4m3fn, device=ids_TK.device)
-    hidden_scales = torch.empty(inter // BLOCK, most * rows, dtype=torch.float32, device=ids_TK.device)
-    _gate_up_kernel[(min(programs, most * (inter // BLOCK)),)](
+    form = _form(arrived.per_expert if arrived else pairs / num_experts)
+    order, tile_expert, num_tiles = sort_pairs(ids_TK, num_experts, form.rows, arrived)
+    most, num_rows = len(tile_expert), len(order)
+    hidden_NF = torch.empty(num_rows, inter, dtype=torch.float8_e4m3fn, device=ids_TK.device)
+    hidden_scales = torch.empty(inter // BLOCK, num_rows, dtype=torch.float32, device=ids_TK.device)
+    _gate_up_kernel[(form.programs(most * (inter // BLOCK), ids_TK.device),)](
         values_TD,
         scales,
         arrived.slots_S if arrived else None,
@@ -314,16 +303,14 @@ def grouped_mlp(
         hidden_NF,
         hidden_scales,
         1 if arrived else tokens,
-        most * rows,
+        num_rows,
         D=hidden,
         F=inter,
         K=slots,
-        ROWS=rows,
-        STAGES=stages_of(rows),
-        num_warps=4,
+        **form.options(hidden // BLOCK),
         launch_pdl=early(tokens),
     )
-    _down_kernel[(min(programs, most * -(-hidden // OUTPUTS)),)](
+    _down_kernel[(form.programs(most * -(-hidden // OUTPUTS), ids_TK.device),)](
         hidden_NF,
         hidden_scales,
         descriptor(w_down_EDF.values.flatten(0, 1)),
@@ -333,12 +320,10 @@ def grouped_mlp(
         tile_expert,
         num_tiles,
         parts_TKD,
-        most * rows,
+        num_rows,
         D=hidden,
         F=inter,
-        ROWS=rows,
-        STAGES=stages_of(rows),
-        num_warps=4,
+        **form.options(inter // BLOCK),
         launch_pdl=early(tokens),
     )
     return parts_TKD

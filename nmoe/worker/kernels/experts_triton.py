@@ -95,7 +95,8 @@ def _sort_kernel(
     mine = tl.sum(tl.where(bins == expert, tiles, 0), 0)
     count = tl.sum(tl.where(bins == expert, counts, 0), 0)
     if expert == 0:
-        tl.store(num_tiles_ptr, tl.sum(tiles, 0))
+        word = tl.arange(0, 4)
+        tl.store(num_tiles_ptr + word, tl.where(word == 0, tl.sum(tiles, 0), 0), mask=word < 3)
     out = sorted_ptr + first * ROWS
     seen = 0
     for start in range(0, num_pairs, BLOCK):
@@ -214,10 +215,11 @@ def sort_pairs(
     ids_TK: torch.Tensor, num_experts: int, rows: int, arrived: Arrived | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The pairs by expert, each expert's filled up with -1 to whole tiles of `rows`; the expert of each tile; how many
-    tiles there are. All int32, as long as any ids could need. `ids_TK` int32; of `arrived`, only rows that exist."""
+    tiles there are, and a counter for each of the two products, at zero. All int32, as long as any ids could need.
+    `ids_TK` int32; of `arrived`, only rows that exist."""
     pairs = ids_TK.numel()
     most = (pairs + min(num_experts, pairs) * (rows - 1)) // rows
-    order, tile_expert, num_tiles = (ids_TK.new_empty(size) for size in (most * rows, most, 1))
+    order, tile_expert, num_tiles = (ids_TK.new_empty(size) for size in (most * rows, most, 3))
     bins = triton.next_power_of_2(num_experts)
     _sort_kernel[(num_experts,)](
         ids_TK,

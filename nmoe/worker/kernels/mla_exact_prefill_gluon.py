@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from nmoe.worker.chunks import TILE as QUERY_TILE
 from nmoe.worker.chunks import Chunks
 from nmoe.worker.kernels.device import multiprocessors
+from nmoe.worker.kernels.items_gluon import make_items, tell, told
 from nmoe.worker.kernels.mla_exact_triton import MOST_SPANS, SPAN, form_of
 from nmoe.worker.kernels.mla_warps_gluon import (
     ROWS,
@@ -59,52 +60,11 @@ class _Group(NamedTuple):
     is_padding: gl.tensor
 
 
-class _Items(NamedTuple):
-    """Shared memory: which groups the producer has taken for the program, the last two."""
-
-    numbers: gl.shared_memory_descriptor  # [2, 1]
-    # Barriers
-    there: gl.shared_memory_descriptor  # [2]
-    free: gl.shared_memory_descriptor  # [2]
-
-
 @gluon.jit
 def _count(cut, QUERIES: gl.constexpr, PER_TILE: gl.constexpr):
     """How many groups there are, some of them empty: a tile of queries that begins between two groups' bounds has parts
     of one group more than fit."""
     return gl.load(cut[4]) * (PER_TILE // QUERIES + 1)
-
-
-@gluon.jit
-def _make_items():
-    """None taken yet."""
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    items = _Items(
-        numbers=gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0])),
-        there=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
-        free=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
-    )
-    for i in gl.static_range(2):
-        mbarrier.init(items.there.index(i), count=1)
-        mbarrier.init(items.free.index(i), count=2)
-    return items
-
-
-@gluon.jit
-def _tell(items, nth, item):
-    """Producer: which group is the program's `nth`."""
-    mbarrier.wait(items.free.index(nth % 2), (nth // 2 & 1) ^ 1)
-    items.numbers.index(nth % 2).store(gl.zeros([1], gl.int32, gl.BlockedLayout([1], [32], [1], [0])) + item)
-    mbarrier.arrive(items.there.index(nth % 2), count=1)
-
-
-@gluon.jit
-def _told(items, nth):
-    """Either warpgroup: the same."""
-    mbarrier.wait(items.there.index(nth % 2), nth // 2 & 1)
-    item = gl.max(items.numbers.index(nth % 2).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-    mbarrier.arrive(items.free.index(nth % 2), count=1)
-    return item
 
 
 @gluon.jit
@@ -151,7 +111,7 @@ def _produce(
     groups = 0
     at = 0
     while item < count:
-        _tell(items, nth, item)
+        tell(items, nth, item)
         nth += 1
         group = _group(item, count, cut, QUERIES, PER_TILE)
         item = gl.num_programs(0) + gl.atomic_add(next_ptr + gl.program_id(1), 1, sem="relaxed")
@@ -161,7 +121,7 @@ def _produce(
             groups += 1
         row_pages_ptr = pages_ptr + group.row.to(gl.int64) * max_pages
         at = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, 0, group.context, at, PAGE, STAGES)
-    _tell(items, nth, item)
+    tell(items, nth, item)
 
 
 @gluon.jit
@@ -250,7 +210,7 @@ def _attend(
     turn = 0
     their_turn = 0
     turns = (turn, their_turn)
-    item = _told(items, nth)
+    item = told(items, nth)
     while item < count:
         group = _group(item, count, cut, QUERIES, PER_TILE)
         if group.context > 0:
@@ -276,7 +236,7 @@ def _attend(
             nothing = gl.zeros([_M, 2 * QUARTER], gl.float32, O)
             _put(nothing, 2 * mine * QUARTER, group, out_ptr, HEADS, BLOCK_H, L)
         nth += 1
-        item = _told(items, nth)
+        item = told(items, nth)
 
 
 @gluon.jit(do_not_specialize=["max_pages"], do_not_specialize_on_alignment=[*_POINTERS, "pages_ptr"])
@@ -303,7 +263,7 @@ def _prefill_kernel(
     PAGE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    items = _make_items()
+    items = make_items(2)
     shared = make_shared(q_desc, q_rope_desc, latent_desc, rope_desc, STAGES)
     QUARTER: gl.constexpr = latent_desc.block_type.shape[1]
     program = gl.program_id(0) * gl.num_programs(1) + gl.program_id(1)

@@ -1,0 +1,257 @@
+"""The experts in bfloat16 on the GPU: the products of experts_triton.py by warps with roles of their own, in Gluon; see
+warps_gluon.py and experts_warps_gluon.py.
+
+The two warpgroups have half of a tile's outputs each, 64 of either block. An element's inputs are added in their order,
+16 at a time, in one accumulator, so its bits are those that experts_triton.py gives, in a tile of any size.
+
+Shape suffixes: T tokens, K experts per token, D hidden, F intermediate, E experts, G = 2F; of a tile N rows, C blocks
+of 64 inputs; layout S of products, outputs times rows.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from nmoe.worker.kernels import experts_triton
+from nmoe.worker.kernels.early import early
+from nmoe.worker.kernels.experts import Arrived
+from nmoe.worker.kernels.experts_triton import sort_pairs
+from nmoe.worker.kernels.experts_warps_gluon import (
+    down_count,
+    down_work,
+    load_down,
+    load_now,
+    load_up,
+    produce_down,
+    produce_up,
+    up_count,
+    up_work,
+)
+from nmoe.worker.kernels.items_gluon import make_items, told
+from nmoe.worker.kernels.warps_gluon import (
+    OUTPUTS,
+    WORKER_WARPS,
+    Form,
+    descriptor,
+    make_ring,
+    store,
+    store_rows,
+    wait_for_kernel_before,
+)
+
+# benchmarks/LOG.md has the times of these and others. What registers they leave is room for the shared experts' small
+# kernel.
+_FEW = Form(32, 6, 88, 104, 56, together=2)
+_SOME = Form(64, 5, 112, 136, 64, together=2)
+_MANY = Form(128, 4, 168, 216, 56)
+
+
+@gluon.jit
+def _multiply(ring, at, C: gl.constexpr, STAGES: gl.constexpr, mine: gl.constexpr):
+    """Warpgroup `mine`: its half of both blocks' outputs, two of float32 [64, N]. `at` as in `load_rows`."""
+    ROWS: gl.constexpr = ring.x.shape[1]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    # Many rows keep the matrix unit busy: a stage is given back when the products of the next one are under way. Few
+    # keep the memory busy, which waits for stages.
+    LATE: gl.constexpr = ROWS >= 128
+    first = gl.zeros([64, ROWS], gl.float32, S)
+    second = gl.zeros([64, ROWS], gl.float32, S)
+    for c in range(C):
+        stage = at % STAGES
+        mbarrier.wait(ring.filled.index(stage), at // STAGES & 1)
+        fence_async_shared()  # the loader's copies are not TMA's
+        x = ring.x.index(stage).permute((1, 0))
+        adding = warpgroup_mma(ring.w.index(stage * 4 + mine), x, first, is_async=True)
+        adding_too = warpgroup_mma(ring.w.index(stage * 4 + 2 + mine), x, second, is_async=True)
+        if LATE:
+            first, second = warpgroup_mma_wait(2, deps=[adding, adding_too])
+            mbarrier.arrive(ring.free.index((at + STAGES - 1) % STAGES), count=1, pred=c > 0)
+        else:
+            first, second = warpgroup_mma_wait(0, deps=[adding, adding_too])
+            mbarrier.arrive(ring.free.index(stage), count=1)
+        at += 1
+    if LATE:
+        first, second = warpgroup_mma_wait(0, deps=[first, second])
+        mbarrier.arrive(ring.free.index((at + STAGES - 1) % STAGES), count=1)
+    return first, second, at
+
+
+@gluon.jit
+def _multiply_up(
+    ring, items, tiles, out_ptr, C: gl.constexpr, F: gl.constexpr, STAGES: gl.constexpr, mine: gl.constexpr
+):
+    """Warpgroup `mine`, 0 or 1: silu(x @ gate) * (x @ up) of its half of a block's columns."""
+    sorted_ptr, tile_expert_ptr, num_tiles_ptr = tiles
+    ROWS: gl.constexpr = ring.x.shape[1]
+    count = up_count(num_tiles_ptr, F)
+    nth = 0
+    at = 0
+    item = told(items, nth, 4)
+    while item < count:
+        work = up_work(item, tile_expert_ptr, F)
+        row = store_rows(work.tile * ROWS, ROWS, 2)
+        exists = gl.load(sorted_ptr + row) >= 0
+        gate, up, at = _multiply(ring, at, C, STAGES, mine)
+        hidden = gate / (1.0 + gl.exp(-gate)) * up
+        store(out_ptr + row.to(gl.int64) * F, exists, work.block * 128 + mine * 64, F, hidden)
+        nth += 1
+        item = told(items, nth, 4)
+
+
+@gluon.jit
+def _gate_up_kernel(
+    x_ptr,
+    slots_ptr,
+    w_desc,
+    sorted_ptr,
+    tile_expert_ptr,
+    num_tiles_ptr,
+    out_ptr,
+    D: gl.constexpr,
+    F: gl.constexpr,
+    K: gl.constexpr,
+    ROWS: gl.constexpr,
+    STAGES: gl.constexpr,
+    TOGETHER: gl.constexpr,
+    WORKER_REGISTERS: gl.constexpr,
+    OTHER_REGISTERS: gl.constexpr,
+):
+    """Rows of the sorted order: silu(x @ gate) * (x @ up). `slots_ptr`: where each token lies in x, if not in order."""
+    C: gl.constexpr = D // 64
+    ring = make_ring(w_desc, ROWS, STAGES)
+    items = make_items(3)
+    wait_for_kernel_before()
+    tiles = (sorted_ptr, tile_expert_ptr, num_tiles_ptr)
+    x = (x_ptr, None, slots_ptr, None)
+    gl.warp_specialize(
+        [
+            (_multiply_up, (ring, items, tiles, out_ptr, C, F, STAGES, 0)),
+            (_multiply_up, (ring, items, tiles, out_ptr, C, F, STAGES, 1)),
+            (produce_up, (ring, items, w_desc, tiles, C, F, STAGES, TOGETHER)),
+            (load_up, (ring, None, items, x, tiles, C, F, K, STAGES)),
+        ],
+        WORKER_WARPS,
+        [WORKER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
+    )
+
+
+@gluon.jit
+def _multiply_down(
+    ring, items, weights_ptr, tiles, out_ptr, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, mine: gl.constexpr
+):
+    """Warpgroup `mine`, 0 or 1: its half of both blocks' columns."""
+    sorted_ptr, tile_expert_ptr, num_tiles_ptr = tiles
+    ROWS: gl.constexpr = ring.x.shape[1]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    count = down_count(num_tiles_ptr, D)
+    nth = 0
+    at = 0
+    item = told(items, nth, 4)
+    while item < count:
+        work = down_work(item, tile_expert_ptr, D)
+        pair = load_now(sorted_ptr + work.tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, S)))
+        factor = gl.load(weights_ptr + pair, mask=pair >= 0, other=0.0, cache_modifier=".cg")[None, :]
+        pair = load_now(sorted_ptr + store_rows(work.tile * ROWS, ROWS, 2))
+        first, second, at = _multiply(ring, at, C, STAGES, mine)
+        rows_ptr = out_ptr + pair.to(gl.int64) * D
+        store(rows_ptr, pair >= 0, work.block * 128 + mine * 64, D, first * factor)
+        store(rows_ptr, pair >= 0, work.block * 128 + 128 + mine * 64, D, second * factor)
+        nth += 1
+        item = told(items, nth, 4)
+
+
+@gluon.jit
+def _down_kernel(
+    hidden_ptr,
+    w_desc,
+    weights_ptr,
+    sorted_ptr,
+    tile_expert_ptr,
+    num_tiles_ptr,
+    out_ptr,
+    D: gl.constexpr,
+    F: gl.constexpr,
+    ROWS: gl.constexpr,
+    STAGES: gl.constexpr,
+    TOGETHER: gl.constexpr,
+    WORKER_REGISTERS: gl.constexpr,
+    OTHER_REGISTERS: gl.constexpr,
+):
+    """hidden @ down times the router's weight, back in the order of the pairs."""
+    C: gl.constexpr = F // 64
+    ring = make_ring(w_desc, ROWS, STAGES)
+    items = make_items(3)
+    tiles = (sorted_ptr, tile_expert_ptr, num_tiles_ptr)
+    gl.warp_specialize(
+        [
+            (_multiply_down, (ring, items, weights_ptr, tiles, out_ptr, C, D, STAGES, 0)),
+            (_multiply_down, (ring, items, weights_ptr, tiles, out_ptr, C, D, STAGES, 1)),
+            (produce_down, (ring, items, w_desc, tiles, C, D, STAGES, TOGETHER)),
+            (load_down, (ring, None, items, (hidden_ptr, None), tiles, None, C, D, STAGES)),
+        ],
+        WORKER_WARPS,
+        [WORKER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
+    )
+
+
+def _form(rows_per_expert: float) -> Form | None:
+    """Tiles of few rows take as a rule all of an expert's, whose weights are then read once. None where not all experts
+    are chosen: then the small tiles of experts_triton.py make more programs."""
+    if rows_per_expert < 1:
+        return None
+    if rows_per_expert <= 16:
+        return _FEW
+    return _SOME if rows_per_expert <= 64 else _MANY
+
+
+def grouped_mlp(
+    x: torch.Tensor | Arrived,
+    ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    w_gate_up_EGD: torch.Tensor,
+    w_down_EDF: torch.Tensor,
+) -> torch.Tensor:
+    """See experts_triton.py, whose kernels take what does not lie in blocks of 128."""
+    arrived, x_TD = (x, x.values_CD) if isinstance(x, Arrived) else (None, x)
+    (tokens, slots), (num_experts, hidden, inter) = ids_TK.shape, w_down_EDF.shape
+    form = _form(arrived.per_expert if arrived else tokens * slots / num_experts)
+    if form is None or hidden % 128 or inter % 128 or not tokens:
+        return experts_triton.grouped_mlp(x, ids_TK, weights_TK, w_gate_up_EGD, w_down_EDF)
+    parts_TKD = x_TD.new_empty(tokens, slots, hidden)
+    order, tile_expert, num_tiles = sort_pairs(ids_TK, num_experts, form.rows, arrived)
+    most = len(tile_expert)
+    hidden_NF = x_TD.new_empty(most * form.rows, inter)
+    _gate_up_kernel[(form.programs(most * (inter // 128), x_TD.device),)](
+        x_TD,
+        arrived.slots_S if arrived else None,
+        descriptor(w_gate_up_EGD.flatten(0, 1)),
+        order,
+        tile_expert,
+        num_tiles,
+        hidden_NF,
+        D=hidden,
+        F=inter,
+        K=slots,
+        **form.options(hidden // 64),
+        launch_pdl=early(tokens),
+    )
+    _down_kernel[(form.programs(most * -(-hidden // OUTPUTS), x_TD.device),)](
+        hidden_NF,
+        descriptor(w_down_EDF.flatten(0, 1)),
+        weights_TK,
+        order,
+        tile_expert,
+        num_tiles,
+        parts_TKD,
+        D=hidden,
+        F=inter,
+        **form.options(inter // 64),
+        launch_pdl=early(tokens),
+    )
+    return parts_TKD

@@ -1,0 +1,193 @@
+"""Products of experts by warps with roles of their own, in Gluon: what experts_gluon.py and experts_fp8_gluon.py are
+made of.
+
+A program computes tiles of 2 x 128 outputs for some rows of activations, one after the other. The weights are the wide
+side of the matrix unit's products, the rows the narrow one.
+
+    producer, one warp    weights, by TMA, into a ring of 128 bytes of inputs a stage: 64 in bfloat16, 128 in FP8
+    loader, two warps     the rows, in FP8 with their scales, from wherever they lie, into the same ring
+    two warpgroups        the products, each a half of the tile
+
+The ring runs on from tile to tile, so the memory is busy while results are stored.
+
+Shape suffixes: N rows of a tile, I inputs of a stage, C stages of a tile; layout S of products, outputs times rows.
+"""
+
+from typing import NamedTuple
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from nmoe.worker.kernels.device import multiprocessors
+
+OUTPUTS = 256  # of a tile: two blocks of 128, which need not be neighbours
+LOADERS = gl.constexpr(2)  # warps
+WORKER_WARPS = gl.constexpr([4, 1, 2])  # the second warpgroup, the producer, the loader
+# Their names before Triton 3.9 are the second ones.
+_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_gather = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+
+class Form(NamedTuple):
+    """What a program takes of a multiprocessor, for tiles of so many rows. Registers are a thread's: as the program
+    begins, when all 384 have as many; of the warpgroups, which take some of the others'; of producer and loader.
+    Weights are asked for so many stages at a time, of which the memory then reads neighbouring bytes together. Some
+    multiprocessors are left to the shared experts."""
+
+    rows: int
+    stages: int
+    registers: int
+    worker_registers: int
+    other_registers: int
+    together: int = 1
+    left: int = 0
+
+    def programs(self, pieces: int, device: torch.device) -> int:
+        """How many to launch for at most so many pieces of work."""
+        return min(pieces, multiprocessors(device) - self.left)
+
+    def options(self, stages_of_tile: int) -> dict[str, int]:
+        """Of a kernel's launch."""
+        registers = {"WORKER_REGISTERS": self.worker_registers, "OTHER_REGISTERS": self.other_registers}
+        together = self.together if stages_of_tile % self.together == 0 else 1
+        ring = {"ROWS": self.rows, "STAGES": self.stages, "TOGETHER": together}
+        return {**ring, **registers, "maxnreg": self.registers, "num_warps": 4}
+
+
+class Ring(NamedTuple):
+    """Shared memory of a program."""
+
+    w: gl.shared_memory_descriptor  # [stages * 4, 64, I]: halves of the first block, halves of the second
+    x: gl.shared_memory_descriptor  # [stages, N, I]
+    filled: gl.shared_memory_descriptor  # [stages] barriers
+    free: gl.shared_memory_descriptor  # [stages] barriers
+
+
+class Work(NamedTuple):
+    """A program's piece of work: a tile of rows, and two blocks of outputs."""
+
+    tile: gl.tensor
+    block: gl.tensor  # the first one
+    first: gl.tensor  # the same, counted over all weights
+    second: gl.tensor
+
+
+@gluon.jit
+def make_ring(w_desc, ROWS: gl.constexpr, STAGES: gl.constexpr):
+    """The shared memory of a program, ready for its warps; `w_desc` is `descriptor`'s."""
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    INPUTS: gl.constexpr = w_desc.block_type.shape[1]
+    X: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, INPUTS], w_desc.dtype)
+    ring = Ring(
+        w=gl.allocate_shared_memory(w_desc.dtype, [STAGES * 4, 64, INPUTS], w_desc.layout),
+        x=gl.allocate_shared_memory(w_desc.dtype, [STAGES, ROWS, INPUTS], X),
+        filled=gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
+        free=gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
+    )
+    for i in gl.static_range(STAGES):
+        # The producer and every thread of the loader; both warpgroups.
+        mbarrier.init(ring.filled.index(i), count=1 + 32 * LOADERS)
+        mbarrier.init(ring.free.index(i), count=2)
+    fence_async_shared()
+    return ring
+
+
+@gluon.jit
+def make_scales(ROWS: gl.constexpr, STAGES: gl.constexpr):
+    """What the ring of an FP8 program has besides: the rows' scales, [stages, N]."""
+    return gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+
+
+@gluon.jit
+def produce(ring, w_desc, work, at, C: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr):
+    """Producer: a tile's weights, C a multiple of TOGETHER; `at`: how many stages there were so far, given and
+    returned."""
+    INPUTS: gl.constexpr = ring.w.shape[2]
+    for c in range(0, C, TOGETHER):
+        for i in gl.static_range(TOGETHER):
+            mbarrier.wait(ring.free.index((at + i) % STAGES), ((at + i) // STAGES & 1) ^ 1)
+            mbarrier.expect(ring.filled.index((at + i) % STAGES), 4 * 64 * 128)
+        for part in gl.static_range(4):
+            if part < 2:
+                row = work.first * 128 + part * 64
+            else:
+                row = work.second * 128 + (part - 2) * 64
+            for i in gl.static_range(TOGETHER):
+                stage = (at + i) % STAGES
+                _copy(w_desc, [row, (c + i) * INPUTS], ring.filled.index(stage), ring.w.index(stage * 4 + part))
+        at += TOGETHER
+    return at
+
+
+@gluon.jit
+def row_lanes(ring):
+    """The loader's lanes over a tile's rows: for their values, and for their scales."""
+    ROWS: gl.constexpr = ring.x.shape[1]
+    EACH: gl.constexpr = ring.x.shape[2] // 8
+    VALUES: gl.constexpr = gl.BlockedLayout([1, EACH], [4, 8], [LOADERS, 1], [1, 0])
+    SCALES: gl.constexpr = gl.BlockedLayout([1], [32], [LOADERS], [0])
+    return gl.arange(0, ROWS, gl.SliceLayout(1, VALUES)), gl.arange(0, ROWS, SCALES)
+
+
+@gluon.jit
+def load_rows(ring, scales, rows, row_scales, block_stride, at, C: gl.constexpr, STAGES: gl.constexpr):
+    """Loader: a tile's rows. `rows`: where the first inputs of each lie, and which exist; `row_scales` the same of the
+    scales in FP8, which lie `block_stride` apart; in bfloat16 `scales` is None. `at` as in `produce`."""
+    INPUTS: gl.constexpr = ring.x.shape[2]
+    x_ptr, exists = rows
+    scale_ptr, has_scale = row_scales
+    lane = gl.arange(0, INPUTS, gl.SliceLayout(0, x_ptr.type.layout.parent))
+    values_ptr = x_ptr[:, None] + lane[None, :]
+    mask = exists[:, None] & (lane >= 0)[None, :]
+    for c in range(C):
+        stage = at % STAGES
+        mbarrier.wait(ring.free.index(stage), (at // STAGES & 1) ^ 1)
+        _gather(ring.x.index(stage), values_ptr + c * INPUTS, mask=mask)
+        if scales is not None:
+            _gather(scales.index(stage), scale_ptr, mask=has_scale)
+            scale_ptr += block_stride
+        async_copy.mbarrier_arrive(ring.filled.index(stage), increment_count=False)
+        at += 1
+    return at
+
+
+@gluon.jit
+def store(out_ptr, exists, column, columns, values):
+    """64 outputs of some rows, `values` [64, rows], from `column` on where they are below `columns`, in the rows that
+    begin at `out_ptr` and exist; both have the layout `store_rows` gives."""
+    LAYOUT: gl.constexpr = out_ptr.type.layout.parent
+    lane = column + gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))
+    values = gl.convert_layout(gl.permute(values.to(out_ptr.dtype.element_ty), (1, 0)), LAYOUT)
+    gl.store(out_ptr[:, None] + lane[None, :], values, mask=exists[:, None] & (lane < columns)[None, :])
+
+
+@gluon.jit
+def store_rows(first, ROWS: gl.constexpr, BYTES: gl.constexpr):
+    """So many rows from `first` on, as a warpgroup stores values of so many bytes."""
+    PER_ROW: gl.constexpr = 64 * BYTES // 16
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16 // BYTES], [32 // PER_ROW, PER_ROW], [4, 1], [1, 0])
+    return first + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+
+
+@gluon.jit
+def wait_for_kernel_before():
+    """`gdc_wait` and `gdc_launch_dependents`; see early.py."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; griddepcontrol.launch_dependents; // dummy $0",
+        "=r",
+        [],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+def descriptor(weight_OI: torch.Tensor) -> TensorDescriptor:
+    """For copies of half a block of outputs, of all weights' outputs, and a stage's inputs."""
+    fp8 = weight_OI.dtype == torch.float8_e4m3fn
+    block = [64, 128 if fp8 else 64]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv if fp8 else gl.bfloat16)
+    return TensorDescriptor.from_tensor(weight_OI, block, layout)
