@@ -2,11 +2,14 @@
 
 Every tile adds along the inputs in their order, 16 at a time, into one float32 accumulator; measured on Hopper, the
 matrix unit then gives an element the same bits in tiles of any shape, transposed or not, by wgmma or by mma.sync. So
-the tiles may follow the number of tokens, and nothing is ever split along the inputs.
+the tiles may follow the number of tokens, and nothing is ever split along the inputs. That is as true of the library's
+products, once they are forbidden to split; they take more than few tokens.
 
 Shape suffixes: T tokens, O outputs, I inputs.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,39 +22,38 @@ from nmoe.worker.kernels.products_triton import add_product, by_rows, empty_tile
 
 
 class _Tile(NamedTuple):
+    """The first of which there are enough to fill the multiprocessors is taken."""
+
     rows: int  # tokens
     columns: int  # outputs
     depth: int
     warps: int
     stages: int
     transposed: bool
-    least: int = 0  # tiles that there must be, or the next one is taken
+    least: int = 0
 
 
-# Measured on an H200 at moonlight's shapes; benchmarks/LOG.md has the table.
-_UP_TO_16 = (
+_MOST = 16  # tokens; beyond, the library
+_TILES = (
     _Tile(16, 128, 64, 4, 5, True, least=120),
     _Tile(16, 32, 256, 4, 4, False, least=120),
     _Tile(16, 16, 256, 2, 4, False),
 )
-_UP_TO_64 = (
-    _Tile(64, 128, 64, 4, 4, True, least=120),
-    _Tile(64, 32, 128, 4, 4, False, least=120),
-    _Tile(64, 32, 256, 4, 3, False),
-)
-_UP_TO_256 = (
-    _Tile(256, 128, 64, 8, 3, True, least=1000),
-    _Tile(128, 128, 64, 8, 4, False, least=80),
-    _Tile(64, 128, 64, 4, 4, True, least=100),
-    _Tile(64, 64, 128, 4, 4, False),
-)
-_MORE = (_Tile(128, 256, 64, 8, 3, False, least=120), _Tile(128, 128, 64, 8, 4, False))
 
 
-def _tile(tokens: int, outputs: int) -> _Tile:
-    """The largest tile of which there are enough to fill the multiprocessors."""
-    tiles = _UP_TO_16 if tokens <= 16 else _UP_TO_64 if tokens <= 64 else _UP_TO_256 if tokens <= 256 else _MORE
-    return next(tile for tile in tiles if -(-tokens // tile.rows) * -(-outputs // tile.columns) >= tile.least)
+@contextlib.contextmanager
+def _unsplit() -> Iterator[None]:
+    """The library's products within add along all inputs in one accumulator. It fails rather than split: only cuBLASLt
+    can be told, by the kinds of reduction that it may use."""
+    blas, matmul = torch.backends.cuda.preferred_blas_library(), torch.backends.cuda.matmul
+    allowed = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction_split_k
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    matmul.allow_bf16_reduced_precision_reduction = False, False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = allowed
+        torch.backends.cuda.preferred_blas_library(blas)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -73,7 +75,7 @@ def _linear_kernel(
     tl.extra.cuda.gdc_launch_dependents()
     column = tl.program_id(0) * COLUMNS
     output = column + tl.arange(0, COLUMNS)
-    token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    token = tl.arange(0, ROWS)
     exists = (token < tokens)[:, None]
     lane = tl.arange(0, DEPTH)
     x_at = x_ptr + token.to(tl.int64)[:, None] * X_STRIDE + lane[None, :]
@@ -95,8 +97,12 @@ def linear_into(x_TI: torch.Tensor, weight_OI: torch.Tensor, out_TO: torch.Tenso
     tokens, (outputs, inputs) = len(x_TI), weight_OI.shape
     if not tokens:
         return
-    tile = _tile(tokens, outputs)
-    _linear_kernel[(triton.cdiv(outputs, tile.columns), triton.cdiv(tokens, tile.rows))](
+    if tokens > _MOST:
+        with _unsplit():
+            torch.mm(x_TI, weight_OI.t(), out=out_TO)
+        return
+    tile = next(tile for tile in _TILES if -(-outputs // tile.columns) >= tile.least)
+    _linear_kernel[(triton.cdiv(outputs, tile.columns),)](
         x_TI,
         TensorDescriptor.from_tensor(weight_OI, [tile.columns, tile.depth]),
         out_TO,
