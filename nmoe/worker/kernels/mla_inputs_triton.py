@@ -17,17 +17,20 @@ import triton.language as tl
 from nmoe.worker.kernels.early import early
 
 _HEADS = 16  # per program
-_TILES = ((128, 128), (64, 128), (64, 64), (64, 32), (16, 128), (16, 64), (16, 32))  # tokens and latent dimensions
-_LEAST = 200  # tiles that there must be, or a smaller one is taken
+_LEAST = 200  # programs that there must be, or a smaller tile is taken
 
 
 class _Tile(NamedTuple):
     rows: int  # tokens
     columns: int  # latent dimensions
-    programs: int
+    tiles: int = 1  # of a program
+
+    def programs(self, tokens: int, heads: int, latent: int) -> int:
+        return heads * (latent // (self.columns * self.tiles)) * -(-tokens // self.rows)
 
 
-_NO_TILE = _Tile(*_TILES[-1], 0)
+_LARGE = _Tile(128, 128, 4), _Tile(128, 128)
+_SMALL = _Tile(64, 128), _Tile(64, 64), _Tile(64, 32), _Tile(16, 128), _Tile(16, 64), _Tile(16, 32)
 
 
 @triton.jit
@@ -80,23 +83,31 @@ def _absorb(
     LATENT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    """A tile of a head's q_nope @ W_UK. The weights, which no kernel writes, are on their way before the wait."""
+    """A head's q_nope @ W_UK, tiles of the same tokens one after the other. The first one's weights, which no kernel
+    writes, are on their way before the wait."""
+    PER_HEAD: tl.constexpr = LATENT // (COLUMNS * TILES)
     head = (program % HEADS).to(tl.int64)
-    column = (program // HEADS) % (LATENT // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
-    token = ((program // (HEADS * (LATENT // COLUMNS))) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = (program // HEADS) % PER_HEAD * (COLUMNS * TILES) + tl.arange(0, COLUMNS)
+    token = ((program // (HEADS * PER_HEAD)) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     nope = tl.arange(0, NOPE)
-    w = tl.load(w_uk_ptr + head * W_HEAD + nope[:, None] * LATENT + column[None, :])
+    w_at = w_uk_ptr + head * W_HEAD + nope[:, None] * LATENT + column[None, :]
+    w = tl.load(w_at)
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
     exists = (token < num_absorbed)[:, None]
     q = tl.load(q_ptr + token[:, None] * Q_STRIDE + head * (NOPE + ROPE) + nope[None, :], mask=exists, other=0.0)
     out = absorbed_ptr + token[:, None] * out_token + head * out_head + column[None, :]
-    tl.store(out, tl.dot(q, w).to(absorbed_ptr.dtype.element_ty), mask=exists)
+    for i in tl.static_range(TILES):
+        absorbed = tl.dot(q, w).to(absorbed_ptr.dtype.element_ty)
+        if i + 1 < TILES:
+            w = tl.load(w_at + (i + 1) * COLUMNS)
+        tl.store(out + i * COLUMNS, absorbed, mask=exists)
 
 
 @triton.jit(
-    do_not_specialize=["num_absorbed", "tiles"],
+    do_not_specialize=["num_absorbed", "num_absorbing"],
     do_not_specialize_on_alignment=["positions_ptr", "places_ptr"],
 )
 def _inputs_kernel(
@@ -110,7 +121,7 @@ def _inputs_kernel(
     w_uk_ptr,
     absorbed_ptr,
     num_absorbed,
-    tiles,
+    num_absorbing,
     out_token,
     out_head,
     eps,
@@ -124,9 +135,10 @@ def _inputs_kernel(
     LATENT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """The first programs absorb a tile each; of the others, one per token writes its cache row, and one its heads."""
-    if tl.program_id(0) < tiles:
+    if tl.program_id(0) < num_absorbing:
         _absorb(
             q_ptr,
             w_uk_ptr,
@@ -143,11 +155,12 @@ def _inputs_kernel(
             LATENT,
             ROWS,
             COLUMNS,
+            TILES,
         )
     else:
         # Positions, places and the table are older than the kernel before this one, so they are read before the wait.
         PARTS: tl.constexpr = 1 + (HEADS + BLOCK_H - 1) // BLOCK_H
-        work = tl.program_id(0) - tiles
+        work = tl.program_id(0) - num_absorbing
         token = (work // PARTS).to(tl.int64)
         part = work % PARTS
         half = tl.arange(0, ROPE // 2)
@@ -167,11 +180,11 @@ def _inputs_kernel(
 def _tile(tokens: int, heads: int, latent: int) -> _Tile:
     """The largest tile of which there are enough to fill the multiprocessors, or the smallest one."""
     tiles = [
-        _Tile(rows, columns, heads * triton.cdiv(latent, columns) * triton.cdiv(tokens, rows))
-        for rows, columns in _TILES
-        if columns <= latent and rows < 2 * max(tokens, 16)
+        tile
+        for tile in (*_LARGE, *_SMALL)
+        if latent % (tile.columns * tile.tiles) == 0 and tile.rows < 2 * max(tokens, 16)
     ]
-    return next((tile for tile in tiles if tile.programs >= _LEAST), tiles[-1])
+    return next((tile for tile in tiles if tile.programs(tokens, heads, latent) >= _LEAST), tiles[-1])
 
 
 def enter(
@@ -198,12 +211,13 @@ def enter(
         return
     tile = _tile(absorbed, heads, latent)
     others = tokens * (1 + triton.cdiv(heads, _HEADS))
-    if tile.rows == 128:  # so large that its programs' registers would be too many for the others
-        launches = [(tile, tile.programs, 8), (_NO_TILE, others, 4)]
+    programs = tile.programs(absorbed, heads, latent)
+    if tile in _LARGE:  # whose programs' registers would be too many for the others
+        launches = [(tile, programs, 0, 8), (_SMALL[-1], 0, others, 4)]
     else:
-        launches = [(tile, tile.programs + others, 4)]
-    for kind, programs, warps in launches:
-        _inputs_kernel[(programs,)](
+        launches = [(tile, programs, others, 4)]
+    for kind, absorbing, roping, warps in launches:
+        _inputs_kernel[(absorbing + roping,)](
             q_THQ,
             kv_TC,
             positions_T,
@@ -214,7 +228,7 @@ def enter(
             w_uk_HNL,
             absorbed_RHL,
             absorbed,
-            kind.programs,
+            absorbing,
             absorbed_RHL.stride(0),
             absorbed_RHL.stride(1),
             eps,
@@ -228,6 +242,7 @@ def enter(
             LATENT=latent,
             ROWS=kind.rows,
             COLUMNS=kind.columns,
+            TILES=kind.tiles,
             num_warps=warps,
             launch_pdl=early(tokens),
         )
