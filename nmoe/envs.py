@@ -25,6 +25,7 @@ def for_children(config: Config) -> dict[str, str]:
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
             "TRITON_CACHE_DIR": str(cache / "triton"),
             "TORCH_EXTENSIONS_DIR": str(cache / "extensions"),
+            "TORCH_BLAS_PREFER_CUBLASLT": "1",  # which exact products need; said here, torch does not warn
             "NCCL_SOCKET_IFNAME": "lo",  # one node: rendezvous never leaves it
             "GLOO_SOCKET_IFNAME": "lo",
             "NCCL_NVLS_ENABLE": "0",  # NVLink multicast stays off

@@ -43,17 +43,17 @@ _TILES = (
 
 @contextlib.contextmanager
 def _unsplit() -> Iterator[None]:
-    """The library's products within add along all inputs in one accumulator. It fails rather than split: only cuBLASLt
-    can be told, by the kinds of reduction that it may use."""
-    blas, matmul = torch.backends.cuda.preferred_blas_library(), torch.backends.cuda.matmul
+    """The library's products within add along all inputs in one accumulator. Only cuBLASLt can be told, by the kinds of
+    reduction that it may use; torch fails if another library is to be told."""
+    if torch.backends.cuda.preferred_blas_library() != torch._C._BlasBackend.Cublaslt:  # in the workers it is: envs.py
+        torch.backends.cuda.preferred_blas_library("cublaslt")
+    matmul = torch.backends.cuda.matmul
     allowed = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction_split_k
-    torch.backends.cuda.preferred_blas_library("cublaslt")
     matmul.allow_bf16_reduced_precision_reduction = False, False
     try:
         yield
     finally:
         matmul.allow_bf16_reduced_precision_reduction = allowed
-        torch.backends.cuda.preferred_blas_library(blas)
 
 
 @triton.jit(do_not_specialize=["tokens"])
