@@ -2,10 +2,11 @@
 
 A query's context is cut into spans at absolute positions; a span is attended in tiles of positions, in their order, and
 the spans are merged in theirs. A position alone says how long its spans are. Here decode rows have their spans computed
-side by side and merged by a second kernel; in mla_exact_prefill_gluon.py a program takes the queries of a few
-neighbouring positions and goes through their spans itself. Both do the same operations in the same order, compiled
-without fused multiply-adds, and the sum of the weights is a product with ones: the matrix unit adds in the order of the
-positions in tiles of any shape, a reduction over threads would not. `mla.py`'s `absorbed_chunk` is the reference.
+side by side, those of few rows from scores that were all computed before, and merged by another kernel; in
+mla_exact_prefill_gluon.py a program takes the queries of a few neighbouring positions and goes through their spans
+itself. All do the same operations in the same order, compiled without fused multiply-adds, and the sum of the weights
+is a product with ones: the matrix unit adds in the order of the positions in tiles of any shape, a reduction over
+threads would not. `mla.py`'s `absorbed_chunk` is the reference.
 
 Shape suffixes: R rows, H heads, L latent, P rope dimensions, Q a query's, C = L + P, K rows of the cache, B pages of a
 row (padded).
@@ -24,6 +25,9 @@ from nmoe.worker.kernels.mla_tiles_triton import block_of_rows, cache_row, conte
 from nmoe.worker.kernels.mla_warps_gluon import ROWS, TILE
 
 SPAN, MOST_SPANS = 512, 16  # spans are twice as long, and twice again, where a context would have more of them
+_FEW = 8  # rows; more have spans enough to fill the multiprocessors
+_MOST_SCORES = 1 << 25  # of few rows: 128 MB
+_COLUMNS, _STAGES = 64, 6  # of few rows: of the values, and tiles of them that are under way
 _SPAN, _MOST_SPANS = tl.constexpr(SPAN), tl.constexpr(MOST_SPANS)
 
 
@@ -36,40 +40,32 @@ def span_length(context):
 
 
 @triton.jit
-def attend(
-    state_peak,
-    state_weight,
-    state_acc,
-    q_latent,
-    q_rope,
-    k_latent,
-    k_rope,
-    position,
-    last,
-    scale_log2,
-    TILE: tl.constexpr,
-):
-    """A tile of positions added to a span: M queries, each up to its own `last` position; acc is unnormalised."""
+def _scores(q_latent, q_rope, k_latent, k_rope, position, context, scale_log2):
+    """Of the queries of some heads to a tile of positions, [H, TILE], scaled to the base 2."""
     s = tl.dot(q_latent, tl.trans(k_latent))
     s = tl.dot(q_rope, tl.trans(k_rope), s)
-    s = tl.where((position + tl.arange(0, TILE))[None, :] <= last[:, None], s * scale_log2, float("-inf"))
-    peak = tl.maximum(state_peak, tl.max(s, 1))
-    alpha = tl.exp2(state_peak - peak)
-    p = tl.exp2(s - peak[:, None]).to(k_latent.dtype)
-    ones = tl.full([TILE, 16], 1.0, k_latent.dtype)
-    weight = tl.dot(p, ones, state_weight * alpha[:, None])
-    return peak, weight, tl.dot(p, k_latent, state_acc * alpha[:, None])
+    return tl.where((position + tl.arange(0, k_latent.shape[0]))[None, :] < context, s * scale_log2, float("-inf"))
 
 
 @triton.jit
-def empty_span(M: tl.constexpr, LATENT: tl.constexpr):
+def _add_tile(peak, weight, acc, scores, values):
+    """A tile of positions after those of its span before it; neither weight nor acc is normalised."""
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    alpha = tl.exp2(peak - new_peak)
+    p = tl.exp2(scores - new_peak[:, None]).to(values.dtype)
+    ones = tl.full([values.shape[0], 16], 1.0, values.dtype)
+    return new_peak, tl.dot(p, ones, weight * alpha[:, None]), tl.dot(p, values, acc * alpha[:, None])
+
+
+@triton.jit
+def _empty_span(M: tl.constexpr, VALUES: tl.constexpr):
     """Peak, weight (16 times) and acc of nothing."""
     peak = tl.full([M], float("-inf"), tl.float32)
-    return peak, tl.zeros([M, 16], tl.float32), tl.zeros([M, LATENT], tl.float32)
+    return peak, tl.zeros([M, 16], tl.float32), tl.zeros([M, VALUES], tl.float32)
 
 
 @triton.jit
-def merge(peak, weight, span_peak, span_weight):
+def _merge(peak, weight, span_peak, span_weight):
     """A span after those before it: peak and weight of all, and what both accs are multiplied by before they are
     added."""
     new_peak = tl.maximum(peak, span_peak)
@@ -131,22 +127,107 @@ def _spans_kernel(
         stop = tl.minimum(begin + span, context)
         q_latent = tl.load(q_latent_ptr + (row * HEADS + head).to(tl.int64)[:, None] * LATENT + latent[None, :])
         q_rope = load_ropes(q_ptr, row, head, Q_STRIDE, NOPE, ROPE)
-        last = tl.zeros([BLOCK_H], tl.int32) + context - 1
-        peak, weight, acc = empty_span(BLOCK_H, LATENT)
+        peak, weight, acc = _empty_span(BLOCK_H, LATENT)
         for position in tl.range(begin, stop, TILE, num_stages=STAGES):
             k_row = cache_row(pages_ptr, row, max_pages, position, PAGE) + token
             k_at = rows_ptr + k_row[:, None] * (LATENT + ROPE)
             k_latent = tl.load(k_at + latent[None, :])
             k_rope = tl.load(k_at + LATENT + rope[None, :])
-            peak, weight, acc = attend(
-                peak, weight, acc, q_latent, q_rope, k_latent, k_rope, position, last, scale_log2, TILE
-            )
+            scores = _scores(q_latent, q_rope, k_latent, k_rope, position, context, scale_log2)
+            peak, weight, acc = _add_tile(peak, weight, acc, scores, k_latent)
         slot = item.to(tl.int64) * HEADS + head
         tl.store(peak_ptr + slot, peak)
         tl.store(weight_ptr + slot, tl.max(weight, 1))
         tl.store(partial_ptr + slot[:, None] * LATENT + latent[None, :], acc)
         item += 1
         row += (item >= tl.load(prefix_ptr + row + 1)).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["max_pages"], do_not_specialize_on_alignment=["pages_ptr"])
+def _scores_kernel(
+    q_latent_ptr,
+    q_ptr,
+    rows_ptr,
+    pages_ptr,
+    contexts_ptr,
+    scores_ptr,
+    max_pages,
+    positions,
+    scale_log2,
+    Q_STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    NOPE: tl.constexpr,
+    ROPE: tl.constexpr,
+    LATENT: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Decode of few rows: a row's scores [R, H, positions], a tile to each program, and again from the first."""
+    row = tl.program_id(0)
+    head = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
+    latent = tl.arange(0, LATENT)
+    rope = tl.arange(0, ROPE)
+    token = tl.arange(0, TILE)
+    context = tl.load(contexts_ptr + row)  # the plan: see above
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+    place = (row * HEADS + head).to(tl.int64)[:, None]
+    q_latent = tl.load(q_latent_ptr + place * LATENT + latent[None, :])
+    q_rope = load_ropes(q_ptr, row, head, Q_STRIDE, NOPE, ROPE)
+    for position in range(tl.program_id(1) * TILE, context, tl.num_programs(1) * TILE):
+        k_row = cache_row(pages_ptr, row, max_pages, position, PAGE) + token
+        k_at = rows_ptr + k_row[:, None] * (LATENT + ROPE)
+        k_latent = tl.load(k_at + latent[None, :])
+        k_rope = tl.load(k_at + LATENT + rope[None, :])
+        scores = _scores(q_latent, q_rope, k_latent, k_rope, position, context, scale_log2)
+        tl.store(scores_ptr + place * positions + position + token[None, :], scores)
+
+
+@triton.jit(do_not_specialize=["max_pages"], do_not_specialize_on_alignment=["pages_ptr"])
+def _weigh_kernel(
+    scores_ptr,
+    rows_ptr,
+    pages_ptr,
+    contexts_ptr,
+    prefix_ptr,
+    partial_ptr,
+    peak_ptr,
+    weight_ptr,
+    max_pages,
+    positions,
+    HEADS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    LATENT: tl.constexpr,
+    ROPE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Decode of few rows: from its scores, a span of a row, some of the latent's columns to each program."""
+    SLICES: tl.constexpr = LATENT // COLUMNS
+    row = tl.program_id(0)
+    head = tl.program_id(2) // SLICES * BLOCK_H + tl.arange(0, BLOCK_H)
+    column = tl.program_id(2) % SLICES * COLUMNS + tl.arange(0, COLUMNS)
+    token = tl.arange(0, TILE)
+    context, item = tl.load(contexts_ptr + row), tl.load(prefix_ptr + row) + tl.program_id(1)  # the plan: see above
+    span = span_length(context)
+    begin = tl.program_id(1) * span
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+    if begin < context:
+        scores_at = scores_ptr + (row * HEADS + head).to(tl.int64)[:, None] * positions + token[None, :]
+        peak, weight, acc = _empty_span(BLOCK_H, COLUMNS)
+        for position in tl.range(begin, tl.minimum(begin + span, context), TILE, num_stages=STAGES):
+            k_row = cache_row(pages_ptr, row, max_pages, position, PAGE) + token
+            values = tl.load(rows_ptr + k_row[:, None] * (LATENT + ROPE) + column[None, :])
+            peak, weight, acc = _add_tile(peak, weight, acc, tl.load(scores_at + position), values)
+        slot = item.to(tl.int64) * HEADS + head
+        tl.store(partial_ptr + slot[:, None] * LATENT + column[None, :], acc)
+        if tl.program_id(2) % SLICES == 0:
+            tl.store(peak_ptr + slot, peak)
+            tl.store(weight_ptr + slot, tl.max(weight, 1))
 
 
 @triton.jit
@@ -164,10 +245,26 @@ def _merge_kernel(partial_ptr, peak_ptr, weight_ptr, prefix_ptr, out_ptr, HEADS:
     for item in range(first, last):
         slot = head.to(tl.int64) + item * HEADS
         span_acc = tl.load(partial_ptr + slot[:, None] * LATENT + latent[None, :])
-        peak, weight, before, here = merge(peak, weight, tl.load(peak_ptr + slot), tl.load(weight_ptr + slot))
+        peak, weight, before, here = _merge(peak, weight, tl.load(peak_ptr + slot), tl.load(weight_ptr + slot))
         acc = acc * before + span_acc * here
     out = out_ptr + (row * HEADS + head).to(tl.int64)[:, None] * LATENT + latent[None, :]
     tl.store(out, (acc * (1.0 / weight)[:, None]).to(out_ptr.dtype.element_ty))
+
+
+class _Queries(NamedTuple):
+    latent_RHL: torch.Tensor
+    q_RHQ: torch.Tensor
+    scale_log2: float
+
+
+class _Cache(NamedTuple):
+    """What the rows attend to, and how it is cut."""
+
+    rows_KC: torch.Tensor
+    pages_RB: torch.Tensor
+    contexts_R: torch.Tensor
+    prefix: torch.Tensor
+    page_size: int
 
 
 class Form(NamedTuple):
@@ -208,39 +305,17 @@ def exact_decode(
     """Attended latents of one query per row into `out_RHL`. `contexts_R` and `prefix` are `span_prefix`'s; they are
     read before this waits, so some kernel ran in between."""
     rows, heads, latent = q_latent_RHL.shape
-    rope = rows_KC.shape[1] - latent
-    form = form_of(heads)
-    most = rows * min(MOST_SPANS, triton.cdiv(pages_RB.shape[1] * page_size, SPAN))
+    positions = pages_RB.shape[1] * page_size
+    most = rows * min(MOST_SPANS, triton.cdiv(positions, SPAN))
     partial = torch.empty(most, heads, latent, dtype=torch.float32, device=rows_KC.device)
     peaks, weights = torch.empty(2, most, heads, dtype=torch.float32, device=rows_KC.device)
-    blocks = heads // form.heads
-    programs = max(1, form.programs * multiprocessors(rows_KC.device) // blocks)
-    _spans_kernel[(min(programs, most), blocks)](
-        q_latent_RHL,
-        q_RHQ,
-        rows_KC,
-        pages_RB,
-        contexts_R,
-        prefix,
+    attend = _attend_few if rows <= _FEW and rows * heads * positions <= _MOST_SCORES else _attend_spans
+    attend(
+        _Queries(q_latent_RHL, q_RHQ, scale * math.log2(math.e)),
+        _Cache(rows_KC, pages_RB, contexts_R, prefix, page_size),
         partial,
         peaks,
         weights,
-        rows,
-        pages_RB.stride(0),
-        scale * math.log2(math.e),
-        Q_STRIDE=q_RHQ.stride(0),
-        BLOCK_R=block_of_rows(rows),
-        HEADS=heads,
-        BLOCK_H=form.heads,
-        NOPE=q_RHQ.shape[2] - rope,
-        ROPE=rope,
-        LATENT=latent,
-        PAGE=page_size,
-        TILE=TILE,
-        STAGES=form.stages,
-        num_warps=form.warps,
-        enable_fp_fusion=False,
-        launch_pdl=early(rows),
     )
     _merge_kernel[(rows, heads)](
         partial,
@@ -250,6 +325,99 @@ def exact_decode(
         out_RHL,
         HEADS=heads,
         LATENT=latent,
+        enable_fp_fusion=False,
+        launch_pdl=early(rows),
+    )
+
+
+def _attend_spans(
+    queries: _Queries, cache: _Cache, partial: torch.Tensor, peaks: torch.Tensor, weights: torch.Tensor
+) -> None:
+    """Each span's peak and weight, [N, H] of N spans, and acc, `partial` [N, H, L]."""
+    rows, heads, latent = queries.latent_RHL.shape
+    rope, form = cache.rows_KC.shape[1] - latent, form_of(heads)
+    blocks = heads // form.heads
+    programs = max(1, form.programs * multiprocessors(partial.device) // blocks)
+    _spans_kernel[(min(programs, len(partial)), blocks)](
+        queries.latent_RHL,
+        queries.q_RHQ,
+        cache.rows_KC,
+        cache.pages_RB,
+        cache.contexts_R,
+        cache.prefix,
+        partial,
+        peaks,
+        weights,
+        rows,
+        cache.pages_RB.stride(0),
+        queries.scale_log2,
+        Q_STRIDE=queries.q_RHQ.stride(0),
+        BLOCK_R=block_of_rows(rows),
+        HEADS=heads,
+        BLOCK_H=form.heads,
+        NOPE=queries.q_RHQ.shape[2] - rope,
+        ROPE=rope,
+        LATENT=latent,
+        PAGE=cache.page_size,
+        TILE=TILE,
+        STAGES=form.stages,
+        num_warps=form.warps,
+        enable_fp_fusion=False,
+        launch_pdl=early(rows),
+    )
+
+
+def _attend_few(
+    queries: _Queries, cache: _Cache, partial: torch.Tensor, peaks: torch.Tensor, weights: torch.Tensor
+) -> None:
+    """The same for few rows, whose spans would be few programs: first all scores, then the columns of the values."""
+    rows, heads, latent = queries.latent_RHL.shape
+    rope, form = cache.rows_KC.shape[1] - latent, form_of(heads)
+    blocks, positions = heads // form.heads, cache.pages_RB.shape[1] * cache.page_size
+    scores_RHT = torch.empty(rows, heads, positions, dtype=torch.float32, device=partial.device)
+    programs = max(1, form.programs * multiprocessors(partial.device) // (rows * blocks))
+    _scores_kernel[(rows, min(programs, triton.cdiv(positions, TILE)), blocks)](
+        queries.latent_RHL,
+        queries.q_RHQ,
+        cache.rows_KC,
+        cache.pages_RB,
+        cache.contexts_R,
+        scores_RHT,
+        cache.pages_RB.stride(0),
+        positions,
+        queries.scale_log2,
+        Q_STRIDE=queries.q_RHQ.stride(0),
+        HEADS=heads,
+        BLOCK_H=form.heads,
+        NOPE=queries.q_RHQ.shape[2] - rope,
+        ROPE=rope,
+        LATENT=latent,
+        PAGE=cache.page_size,
+        TILE=TILE,
+        num_warps=form.warps,
+        enable_fp_fusion=False,
+        launch_pdl=early(rows),
+    )
+    _weigh_kernel[(rows, len(partial) // rows, blocks * (latent // _COLUMNS))](
+        scores_RHT,
+        cache.rows_KC,
+        cache.pages_RB,
+        cache.contexts_R,
+        cache.prefix,
+        partial,
+        peaks,
+        weights,
+        cache.pages_RB.stride(0),
+        positions,
+        HEADS=heads,
+        BLOCK_H=form.heads,
+        LATENT=latent,
+        ROPE=rope,
+        COLUMNS=_COLUMNS,
+        PAGE=cache.page_size,
+        TILE=TILE,
+        STAGES=_STAGES,
+        num_warps=triton.cdiv(form.heads, 16),
         enable_fp_fusion=False,
         launch_pdl=early(rows),
     )
