@@ -27,7 +27,7 @@ from nmoe.worker.kernels.mla_warps_gluon import ROWS, TILE
 SPAN, MOST_SPANS = 512, 16  # spans are twice as long, and twice again, where a context would have more of them
 _FEW = 8  # rows; more have spans enough to fill the multiprocessors
 _MOST_SCORES = 1 << 25  # of few rows: 128 MB
-_COLUMNS, _STAGES = 64, 6  # of few rows: of the values, and tiles of them that are under way
+_COLUMNS, _STAGES = 32, 6  # of few rows: of the values, and tiles of them that are under way
 _SPAN, _MOST_SPANS = tl.constexpr(SPAN), tl.constexpr(MOST_SPANS)
 
 
