@@ -46,8 +46,8 @@ class Bench:
         self.a = checkpoint.architecture
         self.model: Any = load_model(checkpoint, self.config, 0, GPU, lambda *_: None)
         self.layers = [layer for layer in self.model._layers if hasattr(layer.mlp, "_gate")]
-        self.ops = ops_for(GPU, Numerics.FAST)
         self.fp8 = self.a.quant_block is not None
+        self.ops = ops_for(GPU, Numerics.FAST, fp8=self.fp8)
 
     def random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=GPU, dtype=torch.bfloat16)

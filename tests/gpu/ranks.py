@@ -127,8 +127,9 @@ def expected_sums(layout, ranks):
     tokens = []
     for x_TD, ids_TK, weights_TK in ranks:
         if layout.quantised:
-            values_TD, scales_CT = quantise(x_TD)
-            x_TD = values_TD.float() * scales_CT.t().repeat_interleave(128, 1)
+            sent = quantise(x_TD)
+            x_PD = sent.values_PI.float() * sent.scales_CP.t().repeat_interleave(128, 1)
+            x_TD = x_PD[: len(x_TD)]
         tokens.append((x_TD.cpu(), ids_TK.cpu().long(), weights_TK.cpu()))
     return exchange([local(rank) for rank in range(len(ranks))], layout.num_experts, tokens)
 

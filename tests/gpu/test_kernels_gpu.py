@@ -182,14 +182,37 @@ def rounded(x):
 @pytest.mark.parametrize(("tokens", "columns"), [(1, 7168), (77, 1536), (3000, 256)])
 def test_quantised_activations(tokens, columns):
     x = random(tokens, columns + 128)[:, :columns] * torch.logspace(-3, 3, tokens, device=GPU, dtype=BF16)[:, None]
-    values, scales = fp8_triton.quantise(x)
+    quantised = fp8_triton.quantise(x)
     expected_values, expected_scales = quantise_rows(x)
-    torch.testing.assert_close(scales.t(), expected_scales, rtol=1e-6, atol=0)
-    assert (values.float() == expected_values.float()).double().mean() > 0.999  # a division may round the other way
+    torch.testing.assert_close(quantised.scales_CP.t()[:tokens], expected_scales, rtol=1e-6, atol=0)
+    same = quantised.values_PI[:tokens].float() == expected_values.float()
+    assert same.double().mean() > 0.999  # a division may round the other way
 
 
-@pytest.mark.parametrize("tokens", [1, 17, 40, 64, 200, 700])
-@pytest.mark.parametrize(("outputs", "inputs"), [(2112, 7168), (7168, 2048), (1024, 256), (576, 128)])
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 7168), (77, 1536), (300, 256)])
+def test_what_norms_and_activations_quantise(tokens, hidden):
+    """The bits that quantising their results gives."""
+    x, delta, weight = random(tokens, hidden), random(tokens, hidden), random(hidden)
+    parts = random(tokens, 8, hidden)
+    for given in (None, delta, experts_triton.Terms(parts, delta)):
+        plain = norm_triton.add_rms_norm(x, given, weight, 1e-6)
+        both = norm_triton.add_rms_norm(x, given, weight, 1e-6, quantised=True)
+        assert torch.equal(both[0], plain[0])
+        same_quantised(both[1], plain[1])
+    gate_up = random(tokens, 2 * hidden)
+    same_quantised(experts_triton.silu_mul(gate_up, quantised=True), experts_triton.silu_mul(gate_up))
+
+
+def same_quantised(quantised, plain):
+    """Whether it is what `quantise` makes of `plain`, which a sum in another order may give in other bits."""
+    close(quantised.x_TI, plain, 1e-3)
+    expected, tokens = fp8_triton.quantise(quantised.x_TI), len(plain)
+    assert torch.equal(quantised.values_PI[:tokens].float(), expected.values_PI[:tokens].float())
+    assert torch.equal(quantised.scales_CP[:, :tokens], expected.scales_CP[:, :tokens])
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 40, 64, 67, 200, 256, 701])
+@pytest.mark.parametrize(("outputs", "inputs"), [(2112, 7168), (24576, 1536), (7168, 2048), (1024, 256), (576, 128)])
 def test_fp8_linear(tokens, outputs, inputs):
     x = random(tokens, inputs)
     weight, real = quantised(outputs, inputs, std=0.02)

@@ -349,8 +349,8 @@ def test_experts_of_arrived_rows(num_rows, quantised):
             BlockFP8(w.to(torch.float8_e4m3fn), torch.rand(experts, w.shape[1] // 128, w.shape[2] // 128, device=GPU))
             for w in (gate_up, down)
         )
-        values, scales = quantise(x)
-        arrived = Arrived(values, scales.t().contiguous(), where, count, first, per_expert)
+        sent = quantise(x)
+        arrived = Arrived(sent.values_PI, sent.scales_CP.t().contiguous(), where, count, first, per_expert)
         mlp = experts_fp8_gluon.grouped_mlp
     else:
         gate_up, down = gate_up.to(BF16), down.to(BF16)

@@ -6,6 +6,7 @@ takes the form that they read.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,29 +15,31 @@ import torch
 from nmoe.architecture import Architecture
 from nmoe.profiles import Numerics
 from nmoe.worker.kernels.experts import Arrived
-from nmoe.worker.kernels.fp8 import BlockFP8, Weight
+from nmoe.worker.kernels.fp8 import Activations, BlockFP8, Weight, unquantised
 
 _Tensor = torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ops:
-    """What a layer is made of, as the reference functions say. `sum_experts` gives what `add_rms_norm` adds."""
+    """What a layer is made of, as the reference functions say. `sum_experts` gives what `add_rms_norm` adds. What goes
+    into products comes quantised, too, where they take it so."""
 
-    rms_norm: Callable[[_Tensor, _Tensor, float], _Tensor]
-    add_rms_norm: Callable[[_Tensor, Any, _Tensor, float], tuple[_Tensor, _Tensor]]
+    rms_norm: Callable[..., Activations]
+    add_rms_norm: Callable[..., tuple[_Tensor, Activations]]
     route: Callable[[_Tensor, _Tensor, _Tensor, Architecture], tuple[_Tensor, _Tensor]]
-    linear: Callable[[_Tensor, Any], _Tensor]
+    linear: Callable[[Any, Any], _Tensor]
     linear_into: Callable[[_Tensor, _Tensor, _Tensor], None]  # the last head: x, weight, where the product goes
-    silu_mul: Callable[[_Tensor], _Tensor]
+    silu_mul: Callable[..., Activations]
     grouped_mlp: Callable[..., _Tensor]
     sum_experts: Callable[[Any, _Tensor], Any]
 
 
-def ops_for(device: torch.device, numerics: Numerics) -> Ops:
-    """The operations of a device and a numerics class."""
+def ops_for(device: torch.device, numerics: Numerics, *, fp8: bool = False) -> Ops:
+    """The operations of a device and a numerics class, for weights that are quantised or not."""
     if device.type == "cuda":
-        return _exact_triton() if numerics is Numerics.EXACT else _triton()
+        ops = _exact_triton() if numerics is Numerics.EXACT else _triton()
+        return _quantising(ops) if fp8 else ops
     return _exact_reference() if numerics is Numerics.EXACT else _reference()
 
 
@@ -90,17 +93,17 @@ def _triton() -> Ops:
         router_triton,
     )
 
-    def linear(x_TI: _Tensor, weight: Weight) -> _Tensor:
+    def linear(x: Activations, weight: Weight) -> _Tensor:
         if isinstance(weight, BlockFP8):
-            return fp8_triton.linear(x_TI, weight)
-        return linear_triton.linear(x_TI, weight)
+            return fp8_triton.linear(x, weight)
+        return linear_triton.linear(unquantised(x), weight)
 
     def grouped_mlp(
-        x: _Tensor | Arrived, ids_TK: _Tensor, weights_TK: _Tensor, w_gate_up: Weight, w_down: Weight
+        x: Activations | Arrived, ids_TK: _Tensor, weights_TK: _Tensor, w_gate_up: Weight, w_down: Weight
     ) -> _Tensor:
         if isinstance(w_gate_up, BlockFP8) and isinstance(w_down, BlockFP8):
             return experts_fp8_gluon.grouped_mlp(x, ids_TK, weights_TK, w_gate_up, w_down)
-        assert isinstance(w_gate_up, _Tensor) and isinstance(w_down, _Tensor)
+        assert isinstance(x, _Tensor | Arrived) and isinstance(w_gate_up, _Tensor) and isinstance(w_down, _Tensor)
         return experts_gluon.grouped_mlp(x, ids_TK, weights_TK, w_gate_up, w_down)
 
     return Ops(
@@ -119,12 +122,22 @@ def _exact_triton() -> Ops:
     """The fast class's kernels, where they give a row the same bits in any company, and products that do."""
     from nmoe.worker.kernels import fp8_triton, linear_exact_triton
 
-    def linear(x_TI: _Tensor, weight: Weight) -> _Tensor:
+    def linear(x: Activations, weight: Weight) -> _Tensor:
         if isinstance(weight, BlockFP8):
-            return fp8_triton.linear_exact(x_TI, weight)
-        return linear_exact_triton.linear(x_TI, weight)
+            return fp8_triton.linear_exact(x, weight)
+        return linear_exact_triton.linear(unquantised(x), weight)
 
     return dataclasses.replace(_triton(), linear=linear, linear_into=linear_exact_triton.linear_into)
+
+
+def _quantising(ops: Ops) -> Ops:
+    """The same, but what goes into products is quantised by whoever makes it."""
+    return dataclasses.replace(
+        ops,
+        rms_norm=functools.partial(ops.rms_norm, quantised=True),
+        add_rms_norm=functools.partial(ops.add_rms_norm, quantised=True),
+        silu_mul=functools.partial(ops.silu_mul, quantised=True),
+    )
 
 
 def _library_product(x_TI: _Tensor, weight_OI: _Tensor, out_TO: _Tensor) -> None:

@@ -34,7 +34,7 @@ from nmoe.worker.kernels.experts_warps_gluon import (
     up_count,
     up_work,
 )
-from nmoe.worker.kernels.fp8 import BLOCK, BlockFP8
+from nmoe.worker.kernels.fp8 import BLOCK, Activations, BlockFP8
 from nmoe.worker.kernels.fp8_triton import quantise
 from nmoe.worker.kernels.items_gluon import make_items, told
 from nmoe.worker.kernels.warps_gluon import (
@@ -273,7 +273,7 @@ def _form(rows_per_expert: float) -> Form:
 
 
 def grouped_mlp(
-    x: torch.Tensor | Arrived,
+    x: Activations | Arrived,
     ids_TK: torch.Tensor,
     weights_TK: torch.Tensor,
     w_gate_up_EGD: BlockFP8,
@@ -285,14 +285,19 @@ def grouped_mlp(
     pairs = tokens * slots
     if not pairs:
         return parts_TKD
-    arrived, (values_TD, scales) = (x, (x.values_CD, x.scales_CG)) if isinstance(x, Arrived) else (None, quantise(x))
+    if isinstance(x, Arrived):
+        arrived, values, scales, block_stride = x, x.values_CD, x.scales_CG, 1
+    else:
+        quantised = quantise(x)
+        arrived, values, scales = None, quantised.values_PI, quantised.scales_CP
+        block_stride = scales.stride(0)
     form = _form(arrived.per_expert if arrived else pairs / num_experts)
     order, tile_expert, num_tiles = sort_pairs(ids_TK, num_experts, form.rows, arrived)
     most, num_rows = len(tile_expert), len(order)
     hidden_NF = torch.empty(num_rows, inter, dtype=torch.float8_e4m3fn, device=ids_TK.device)
     hidden_scales = torch.empty(inter // BLOCK, num_rows, dtype=torch.float32, device=ids_TK.device)
     _gate_up_kernel[(form.programs(most * (inter // BLOCK), ids_TK.device),)](
-        values_TD,
+        values,
         scales,
         arrived.slots_S if arrived else None,
         descriptor(w_gate_up_EGD.values.flatten(0, 1)),
@@ -302,7 +307,7 @@ def grouped_mlp(
         num_tiles,
         hidden_NF,
         hidden_scales,
-        1 if arrived else tokens,
+        block_stride,
         num_rows,
         D=hidden,
         F=inter,

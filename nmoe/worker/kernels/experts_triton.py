@@ -19,6 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.experts import Arrived, Returned
+from nmoe.worker.kernels.fp8 import Activations
+from nmoe.worker.kernels.fp8_triton import room_for, store_quantised
 from nmoe.worker.kernels.products_triton import add_product, by_rows, empty_tile
 
 _SORT_BLOCK = 1024
@@ -199,8 +201,8 @@ def _down_kernel(
         tl.store(out, value, mask=exists[:, None])
 
 
-@triton.jit
-def _silu_mul_kernel(x_ptr, out_ptr, F: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["scales_stride"])
+def _silu_mul_kernel(x_ptr, out_ptr, values_ptr, scales_ptr, scales_stride, F: tl.constexpr, BLOCK: tl.constexpr):
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
@@ -208,7 +210,12 @@ def _silu_mul_kernel(x_ptr, out_ptr, F: tl.constexpr, BLOCK: tl.constexpr):
     inside = lane < F
     gate = tl.load(x_ptr + token * (2 * F) + lane, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + token * (2 * F) + F + lane, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * F + lane, (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty), mask=inside)
+    hidden = (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * F + lane, hidden, mask=inside)
+    if values_ptr is not None:
+        group = tl.program_id(1) * (BLOCK // 128) + tl.arange(0, BLOCK // 128)
+        blocks = tl.reshape(hidden.to(tl.float32), [BLOCK // 128, 128])
+        store_quantised(blocks, group, group < F // 128, values_ptr, scales_ptr, token, scales_stride, F // 128)
 
 
 def sort_pairs(
@@ -247,15 +254,23 @@ def launched_tiles(tiles: int, rows: int, num_experts: int, arrived: Arrived | N
     return min(tiles, 2 * num_experts * math.ceil(arrived.per_expert / rows))
 
 
-def silu_mul(gate_up_TG: torch.Tensor) -> torch.Tensor:
-    """See experts.py."""
+def silu_mul(gate_up_TG: torch.Tensor, *, quantised: bool = False) -> Activations:
+    """See experts.py. `quantised`: what products in FP8 take, besides."""
     tokens, intermediate = len(gate_up_TG), gate_up_TG.shape[1] // 2
     out_TF = gate_up_TG.new_empty(tokens, intermediate)
+    out = room_for(out_TF) if quantised else None
     if tokens:
         _silu_mul_kernel[(tokens, triton.cdiv(intermediate, 1024))](
-            gate_up_TG, out_TF, F=intermediate, BLOCK=1024, launch_pdl=early(tokens)
+            gate_up_TG,
+            out_TF,
+            out and out.values_PI,
+            out and out.scales_CP,
+            out.scales_CP.stride(0) if out else 0,
+            F=intermediate,
+            BLOCK=1024,
+            launch_pdl=early(tokens),
         )
-    return out_TF
+    return out_TF if out is None else out
 
 
 def grouped_mlp(

@@ -16,6 +16,7 @@ from nmoe.gpu_limits import FP8_BLOCK
 
 BLOCK = FP8_BLOCK
 LARGEST = 448.0  # of float8_e4m3fn
+ALIGNED_ROWS = 4  # whose scales are 16 bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,7 +27,23 @@ class BlockFP8:
     scales: torch.Tensor  # float32 [..., B, C]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Quantised:
+    """Activations, and what products in FP8 take of them, for P tokens: T rounded up to a multiple of `ALIGNED_ROWS`.
+    What stands there beyond T means nothing."""
+
+    x_TI: torch.Tensor
+    values_PI: torch.Tensor  # float8_e4m3fn
+    scales_CP: torch.Tensor  # float32; a tile of tokens finds its own side by side
+
+
 Weight = torch.Tensor | BlockFP8
+Activations = torch.Tensor | Quantised
+
+
+def unquantised(x: Activations) -> torch.Tensor:
+    """The activations themselves, [T, I]."""
+    return x.x_TI if isinstance(x, Quantised) else x
 
 
 def empty_weight(like: torch.Tensor, *shape: int, fp8: bool) -> Weight:

@@ -1,22 +1,30 @@
 """FP8 products on the GPU: activations quantised per token and 128 columns; `fp8.py` is the reference.
 
-A product of few tokens is cut along its inputs as well, so that every multiprocessor reads weights; the pieces are
-added in their order.
+Few tokens are multiplied here, more by the warps of fp8_gluon.py, and by the library where there are tiles for most
+multiprocessors. Where there are not, a product is cut along its inputs as well, so that every multiprocessor reads
+weights; the pieces are added in their order.
 
 Shape suffixes: T tokens, O outputs, I inputs, B and C blocks of O and of I.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nmoe.worker.kernels.device import multiprocessors
 from nmoe.worker.kernels.early import early
-from nmoe.worker.kernels.fp8 import BLOCK, BlockFP8
+from nmoe.worker.kernels.fp8 import ALIGNED_ROWS, BLOCK, Activations, BlockFP8, Quantised
+from nmoe.worker.kernels.fp8_gluon import MANY, SOME, Form, product
 from nmoe.worker.kernels.products_triton import by_rows, empty_tile, scaled_product
 
 _GROUPS = 16  # of 128 columns, per program of the quantisation
+_ADDED = 512  # elements, per program of the sum of the splits
+# Measured at V3's shapes; benchmarks/LOG.md has the table.
+_FEW = 16  # tokens
+_SPLITS_OF_LIBRARY = 2  # of a product that could be cut into more, the library's is slower
+_LEAST_TILES = 0.4  # per multiprocessor, of an exact product by warps
 
 
 @triton.jit
@@ -25,8 +33,17 @@ def scales_of(x):
     return tl.maximum(tl.max(tl.abs(x), 1), 1e-12) / 448.0
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def _quantise_kernel(x_ptr, out_ptr, scales_ptr, x_stride, tokens, C: tl.constexpr, GROUPS: tl.constexpr):
+@triton.jit
+def store_quantised(x, group, inside, values_ptr, scales_ptr, token, scales_stride, C: tl.constexpr):
+    """Blocks of a token, float32 [N, 128], which are its `group`, [N], where they are `inside`: see `Quantised`."""
+    scale = scales_of(x)
+    at = values_ptr + token * (C * 128) + group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    tl.store(at, (x / scale[:, None]).to(tl.float8e4nv), mask=inside[:, None])
+    tl.store(scales_ptr + group.to(tl.int64) * scales_stride + token, scale, mask=inside)
+
+
+@triton.jit(do_not_specialize=["scales_stride"])
+def _quantise_kernel(x_ptr, out_ptr, scales_ptr, x_stride, scales_stride, C: tl.constexpr, GROUPS: tl.constexpr):
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
@@ -34,12 +51,10 @@ def _quantise_kernel(x_ptr, out_ptr, scales_ptr, x_stride, tokens, C: tl.constex
     inside = group < C
     lane = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     x = tl.load(x_ptr + token * x_stride + lane, mask=inside[:, None], other=0.0).to(tl.float32)
-    scale = scales_of(x)
-    tl.store(out_ptr + token * (C * 128) + lane, (x / scale[:, None]).to(tl.float8e4nv), mask=inside[:, None])
-    tl.store(scales_ptr + group.to(tl.int64) * tokens + token, scale, mask=inside)
+    store_quantised(x, group, inside, out_ptr, scales_ptr, token, scales_stride, C)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "scales_stride"])
 def _linear_kernel(
     x_desc,
     x_scales_ptr,
@@ -47,6 +62,7 @@ def _linear_kernel(
     w_scales_ptr,
     out_ptr,
     tokens,
+    scales_stride,
     O: tl.constexpr,  # noqa: E741 as everywhere here
     C: tl.constexpr,
     PER_SPLIT: tl.constexpr,
@@ -66,7 +82,7 @@ def _linear_kernel(
     for c in tl.range(split * PER_SPLIT, tl.minimum(split * PER_SPLIT + PER_SPLIT, C), num_stages=STAGES):
         x = x_desc.load([row, c * 128])
         w = w_desc.load([column, c * 128])
-        scale = tl.load(x_scales_ptr + c * tokens + token, mask=token < tokens, other=0.0)
+        scale = tl.load(x_scales_ptr + c * scales_stride + token, mask=token < tokens, other=0.0)
         scale *= tl.load(w_scales_ptr + column // 128 * C + c)
         acc += scaled_product(x, w, scale, TRANSPOSED)
     acc = by_rows(acc, TRANSPOSED)
@@ -74,91 +90,144 @@ def _linear_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(token < tokens)[:, None] & (output < O)[None, :])
 
 
-@triton.jit(do_not_specialize=["size"])
-def _add_kernel(parts_ptr, out_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["tokens"])
+def _add_kernel(parts_ptr, out_ptr, tokens, O: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):  # noqa: E741
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
+    size = tokens.to(tl.int64) * O
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)
     for split in tl.static_range(SPLITS):
-        acc += tl.load(parts_ptr + split * size.to(tl.int64) + at, mask=at < size, other=0.0)
+        acc += tl.load(parts_ptr + split * size + at, mask=at < size, other=0.0)
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=at < size)
 
 
-def quantise(x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """See fp8.py's `quantise_rows`, but the scales are [C, T]: a tile of tokens finds its own side by side.
-
-    Rows of `x_TI` may lie apart.
-    """
+def room_for(x_TI: torch.Tensor) -> Quantised:
+    """Memory for its quantised form."""
     tokens, inputs = x_TI.shape
-    values_TI = torch.empty(tokens, inputs, dtype=torch.float8_e4m3fn, device=x_TI.device)
-    scales_CT = torch.empty(inputs // BLOCK, tokens, dtype=torch.float32, device=x_TI.device)
+    rows = triton.cdiv(tokens, ALIGNED_ROWS) * ALIGNED_ROWS
+    values_PI = x_TI.new_empty(rows, inputs, dtype=torch.float8_e4m3fn)
+    return Quantised(x_TI, values_PI, x_TI.new_empty(inputs // BLOCK, rows, dtype=torch.float32))
+
+
+def quantise(x: Activations) -> Quantised:
+    """See fp8.py's `quantise_rows`. Rows may lie apart; nothing is done twice."""
+    if isinstance(x, Quantised):
+        return x
+    (tokens, inputs), out = x.shape, room_for(x)
     if tokens:
         grid = (tokens, triton.cdiv(inputs // BLOCK, _GROUPS))
         _quantise_kernel[grid](
-            x_TI,
-            values_TI,
-            scales_CT,
-            x_TI.stride(0),
-            tokens,
+            x,
+            out.values_PI,
+            out.scales_CP,
+            x.stride(0),
+            out.scales_CP.stride(0),
             C=inputs // BLOCK,
             GROUPS=_GROUPS,
             launch_pdl=early(tokens),
         )
-    return values_TI, scales_CT
+    return out
 
 
-def _rows(tokens: int) -> int:
-    """Tokens of a tile."""
-    return 128 if tokens > 64 else max(16, 1 << (tokens - 1).bit_length())
-
-
-def linear(x_TI: torch.Tensor, weight: BlockFP8) -> torch.Tensor:
+def linear(x: Activations, weight: BlockFP8) -> torch.Tensor:
     """x @ weight^T in x's dtype, [T, O]."""
-    blocks, tiles = weight.scales.shape[1], _tiles(x_TI, weight, BLOCK)
-    most = max(1, 2 * multiprocessors(x_TI.device) // max(1, tiles))
-    return _product(x_TI, weight, BLOCK, max(4, triton.cdiv(blocks, most)))
+    quantised, (outputs, inputs) = quantise(x), weight.values.shape
+    tokens, blocks, programs = len(quantised.x_TI), inputs // BLOCK, multiprocessors(weight.values.device)
+    if tokens <= _FEW:
+        most = max(1, 2 * programs // triton.cdiv(outputs, BLOCK))
+        return _by_tiles(quantised, weight, BLOCK, max(4, triton.cdiv(blocks, most)))
+    form = SOME if tokens <= SOME.rows else MANY
+    splits = max(1, programs // form.tiles(tokens, outputs))
+    if form is MANY and splits <= _SPLITS_OF_LIBRARY and _library_takes(weight):
+        return _library_product(quantised, weight)
+    return _by_warps(quantised, weight, form, triton.cdiv(blocks, splits))
 
 
-def linear_exact(x_TI: torch.Tensor, weight: BlockFP8) -> torch.Tensor:
+def linear_exact(x: Activations, weight: BlockFP8) -> torch.Tensor:
     """The same, never split along the inputs: a row's bits depend on nothing else. See linear_exact_triton.py."""
-    narrow = _tiles(x_TI, weight, BLOCK) < multiprocessors(x_TI.device)
-    return _product(x_TI, weight, BLOCK // 2 if narrow else BLOCK, weight.scales.shape[1])
+    quantised, (outputs, inputs) = quantise(x), weight.values.shape
+    tokens, blocks, programs = len(quantised.x_TI), inputs // BLOCK, multiprocessors(weight.values.device)
+    if _FEW < tokens <= SOME.rows:
+        return _by_warps(quantised, weight, SOME, blocks)
+    if tokens > _FEW and MANY.tiles(tokens, outputs) >= _LEAST_TILES * programs:
+        return _by_warps(quantised, weight, MANY, blocks)
+    narrow = tokens > _FEW or triton.cdiv(outputs, BLOCK) < programs
+    return _by_tiles(quantised, weight, BLOCK // 2 if narrow else BLOCK, blocks)
 
 
-def _tiles(x_TI: torch.Tensor, weight: BlockFP8, columns: int) -> int:
-    return -(-len(weight.values) // columns) * -(-len(x_TI) // _rows(len(x_TI)))
-
-
-def _product(x_TI: torch.Tensor, weight: BlockFP8, columns: int, per_split: int) -> torch.Tensor:
+def _by_tiles(x: Quantised, weight: BlockFP8, columns: int, per_split: int) -> torch.Tensor:
     """In tiles of `columns` outputs, `per_split` blocks of the inputs in each."""
-    tokens, (outputs, inputs) = len(x_TI), weight.values.shape
-    out_TO = x_TI.new_empty(tokens, outputs)
-    if not tokens:
-        return out_TO
-    values_TI, scales_CT = quantise(x_TI)
-    rows, blocks = _rows(tokens), inputs // BLOCK
+    tokens, (outputs, inputs) = len(x.x_TI), weight.values.shape
+    rows, blocks = 16 if tokens <= _FEW else 128, inputs // BLOCK
     splits = triton.cdiv(blocks, per_split)
-    into = out_TO if splits == 1 else x_TI.new_empty(splits, tokens, outputs, dtype=torch.float32)
-    _linear_kernel[(triton.cdiv(outputs, columns), triton.cdiv(tokens, rows), splits)](
-        TensorDescriptor.from_tensor(values_TI, [rows, BLOCK]),
-        scales_CT,
-        TensorDescriptor.from_tensor(weight.values, [columns, BLOCK]),
-        weight.scales,
-        into,
-        tokens,
-        O=outputs,
-        C=blocks,
-        PER_SPLIT=per_split,
-        ROWS=rows,
-        COLUMNS=columns,
-        STAGES=4,
-        TRANSPOSED=rows < 128,
-        num_warps=4 if rows <= 32 or columns < BLOCK else 8,
-        launch_pdl=early(tokens),
-    )
-    if splits > 1:
-        _add_kernel[(triton.cdiv(tokens * outputs, 1024),)](
-            into, out_TO, tokens * outputs, SPLITS=splits, BLOCK=1024, launch_pdl=early(tokens)
+    into = _room(x, outputs, splits)
+    if tokens:
+        _linear_kernel[(triton.cdiv(outputs, columns), triton.cdiv(tokens, rows), splits)](
+            TensorDescriptor.from_tensor(x.values_PI, [rows, BLOCK]),
+            x.scales_CP,
+            TensorDescriptor.from_tensor(weight.values, [columns, BLOCK]),
+            weight.scales,
+            into,
+            tokens,
+            x.scales_CP.stride(0),
+            O=outputs,
+            C=blocks,
+            PER_SPLIT=per_split,
+            ROWS=rows,
+            COLUMNS=columns,
+            STAGES=4,
+            TRANSPOSED=rows < 128,
+            num_warps=4,
+            launch_pdl=early(tokens),
+        )
+    return _summed(into, x.x_TI.dtype)
+
+
+def _by_warps(x: Quantised, weight: BlockFP8, form: Form, per_split: int) -> torch.Tensor:
+    """The same in the tiles of fp8_gluon.py."""
+    outputs, inputs = weight.values.shape
+    into = _room(x, outputs, triton.cdiv(inputs // BLOCK, per_split))
+    product(x, weight, into, form, per_split)
+    return _summed(into, x.x_TI.dtype)
+
+
+def _room(x: Quantised, outputs: int, splits: int) -> torch.Tensor:
+    """For the product, [T, O], or for each split's, float32 [splits, T, O]."""
+    tokens = len(x.x_TI)
+    if splits == 1:
+        return x.x_TI.new_empty(tokens, outputs)
+    return x.x_TI.new_empty(splits, tokens, outputs, dtype=torch.float32)
+
+
+def _summed(into: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The product, of what `_room` gave."""
+    if into.dim() == 2:
+        return into
+    splits, tokens, outputs = into.shape
+    out_TO = into.new_empty(tokens, outputs, dtype=dtype)
+    if tokens:
+        _add_kernel[(triton.cdiv(tokens * outputs, _ADDED),)](
+            into, out_TO, tokens, O=outputs, SPLITS=splits, BLOCK=_ADDED, launch_pdl=early(tokens)
         )
     return out_TO
+
+
+def _library_takes(weight: BlockFP8) -> bool:
+    """Scales in sixteen bytes, outputs too."""
+    outputs, inputs = weight.values.shape
+    return inputs % (4 * BLOCK) == 0 and outputs % 16 == 0
+
+
+def _library_product(x: Quantised, weight: BlockFP8) -> torch.Tensor:
+    """cuBLAS's, whose neighbouring multiprocessors share what they read: half of what other tiles want of the L2."""
+    out_PO = F.scaled_mm(
+        x.values_PI,
+        weight.values.t(),
+        x.scales_CP.t(),
+        F.ScalingType.BlockWise1x128,
+        weight.scales.t(),
+        F.ScalingType.BlockWise128x128,
+        output_dtype=x.x_TI.dtype,
+    )
+    return out_PO[: len(x.x_TI)]

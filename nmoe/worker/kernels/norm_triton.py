@@ -10,11 +10,13 @@ import triton.language as tl
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.experts import Returned
 from nmoe.worker.kernels.experts_triton import Terms
+from nmoe.worker.kernels.fp8 import Activations, Quantised, unquantised
+from nmoe.worker.kernels.fp8_triton import room_for, store_quantised
 
 _REGISTERS = 128  # per thread; told so, the compiler has a row of up to 4096 under way before it adds anything
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scales_stride"])
 def _norm_kernel(
     x_ptr,
     delta_ptr,
@@ -23,6 +25,9 @@ def _norm_kernel(
     weight_ptr,
     sum_ptr,
     out_ptr,
+    values_ptr,
+    scales_ptr,
+    scales_stride,
     x_stride,
     token_stride,
     part_stride,
@@ -51,7 +56,12 @@ def _norm_kernel(
         tl.store(sum_ptr + row * D + lane, rounded, mask=inside)
         x = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
-    tl.store(out_ptr + row * D + lane, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)
+    normed = (x * scale * weight).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * D + lane, normed, mask=inside)
+    if values_ptr is not None:
+        group = tl.arange(0, BLOCK // 128)
+        blocks = tl.reshape(normed.to(tl.float32), [BLOCK // 128, 128])
+        store_quantised(blocks, group, group < D // 128, values_ptr, scales_ptr, row, scales_stride, D // 128)
 
 
 def _launch(
@@ -59,9 +69,10 @@ def _launch(
     delta: torch.Tensor | Terms | None,
     weight_D: torch.Tensor,
     sum_TD: torch.Tensor | None,
-    out_TD: torch.Tensor,
+    out: Activations,
     eps: float,
 ) -> None:
+    quantised = out if isinstance(out, Quantised) else None
     tokens, hidden = x_TD.shape
     block = triton.next_power_of_2(hidden)
     delta_TD, parts = (delta.shared_TD, delta.parts_TKD) if isinstance(delta, Terms) else (delta, None)
@@ -74,7 +85,10 @@ def _launch(
             owners_T,
             weight_D,
             sum_TD,
-            out_TD,
+            unquantised(out),
+            quantised and quantised.values_PI,
+            quantised and quantised.scales_CP,
+            quantised.scales_CP.stride(0) if quantised else 0,
             x_TD.stride(0),
             0 if parts_TKD is None else parts_TKD.stride(0),
             0 if parts_TKD is None else parts_TKD.stride(1),
@@ -88,19 +102,29 @@ def _launch(
         )
 
 
-def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-    """See norm.py; rows of `x_TD` may lie apart."""
+def _result(x_TD: torch.Tensor, *, quantised: bool) -> Activations:
     out_TD = x_TD.new_empty(x_TD.shape)
-    _launch(x_TD, None, weight_D, None, out_TD, eps)
-    return out_TD
+    return room_for(out_TD) if quantised else out_TD
+
+
+def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, *, quantised: bool = False) -> Activations:
+    """See norm.py; rows of `x_TD` may lie apart. `quantised`: what products in FP8 take, besides."""
+    out = _result(x_TD, quantised=quantised)
+    _launch(x_TD, None, weight_D, None, out, eps)
+    return out
 
 
 def add_rms_norm(
-    x_TD: torch.Tensor, delta: torch.Tensor | Terms | None, weight_D: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See norm.py; an expert layer's delta may come in its terms, which are added first."""
+    x_TD: torch.Tensor,
+    delta: torch.Tensor | Terms | None,
+    weight_D: torch.Tensor,
+    eps: float,
+    *,
+    quantised: bool = False,
+) -> tuple[torch.Tensor, Activations]:
+    """See norm.py; an expert layer's delta may come in its terms, which are added first. `quantised` as above."""
     if delta is None:
-        return x_TD, rms_norm(x_TD, weight_D, eps)
-    sum_TD, out_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
-    _launch(x_TD, delta, weight_D, sum_TD, out_TD, eps)
-    return sum_TD, out_TD
+        return x_TD, rms_norm(x_TD, weight_D, eps, quantised=quantised)
+    sum_TD, out = torch.empty_like(x_TD), _result(x_TD, quantised=quantised)
+    _launch(x_TD, delta, weight_D, sum_TD, out, eps)
+    return sum_TD, out

@@ -12,6 +12,7 @@ from nmoe.architecture import Architecture
 from nmoe.profiles import Numerics
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.kernels import ops_for
+from nmoe.worker.kernels.fp8 import unquantised
 from nmoe.worker.kernels.rope import rope_table
 from nmoe.worker.kernels.routing import keep_routing
 from nmoe.worker.model.mla import Attention, plan_attention
@@ -45,7 +46,9 @@ class DeepseekV3:
         """Load from `source`, layer by layer; `experts` are the ids that live on this rank."""
         a = self.architecture = architecture
         self.dtype, self.device, self.exchange = dtype, device, exchange
-        self._ops = {numerics: ops_for(device, numerics) for numerics in Numerics}
+        # The CPU's products take no FP8, so there a quantised checkpoint is expanded.
+        self._fp8 = a.quant_block is not None and device.type == "cuda"
+        self._ops = {numerics: ops_for(device, numerics, fp8=self._fp8) for numerics in Numerics}
         like_D = torch.empty(a.hidden_size, dtype=dtype, device=device)
         self._embed_VD = like_D.new_empty(a.vocab_size, a.hidden_size)
         source.fill(self._embed_VD, "model.embed_tokens.weight")
@@ -64,14 +67,12 @@ class DeepseekV3:
         a, prefix = self.architecture, f"model.layers.{layer}"
         attention_norm_D, mlp_norm_D = torch.empty_like(like_D), torch.empty_like(like_D)
         source.fill(attention_norm_D, f"{prefix}.input_layernorm.weight")
-        # The CPU's products take no FP8, so there a quantised checkpoint is expanded.
-        fp8 = a.quant_block is not None and self.device.type == "cuda"
-        attention = Attention(a, source, f"{prefix}.self_attn", like_D, fp8=fp8)
+        attention = Attention(a, source, f"{prefix}.self_attn", like_D, fp8=self._fp8)
         source.fill(mlp_norm_D, f"{prefix}.post_attention_layernorm.weight")
         mlp = (
-            DenseMLP(source, f"{prefix}.mlp", a.intermediate_size, like_D, fp8=fp8)
+            DenseMLP(source, f"{prefix}.mlp", a.intermediate_size, like_D, fp8=self._fp8)
             if a.is_dense(layer)
-            else MoE(a, source, f"{prefix}.mlp", experts, exchange, like_D, fp8=fp8)
+            else MoE(a, source, f"{prefix}.mlp", experts, exchange, like_D, fp8=self._fp8)
         )
         return _Layer(attention_norm_D, attention, mlp_norm_D, mlp)
 
@@ -83,17 +84,17 @@ class DeepseekV3:
         x_TD, delta_TD = F.embedding(batch.ids_T, self._embed_VD), None
         ids_LTK: list[torch.Tensor] = []
         for layer, rows_KC in zip(self._layers, cache.rows_LNSC.flatten(1, 2).unbind(), strict=True):
-            x_TD, input_TD = ops.add_rms_norm(x_TD, delta_TD, layer.attention_norm_D, eps)
-            delta_TD = layer.attention.forward(input_TD, plan, rows_KC, ops)
-            x_TD, input_TD = ops.add_rms_norm(x_TD, delta_TD, layer.mlp_norm_D, eps)
+            x_TD, inputs = ops.add_rms_norm(x_TD, delta_TD, layer.attention_norm_D, eps)
+            delta_TD = layer.attention.forward(inputs, plan, rows_KC, ops)
+            x_TD, inputs = ops.add_rms_norm(x_TD, delta_TD, layer.mlp_norm_D, eps)
             if isinstance(layer.mlp, MoE):
-                delta_TD, ids_TK = layer.mlp.forward(input_TD, ops)
+                delta_TD, ids_TK = layer.mlp.forward(inputs, ops)
                 ids_LTK.append(ids_TK)
             else:
-                delta_TD = layer.mlp.forward(input_TD, ops)
+                delta_TD = layer.mlp.forward(inputs, ops)
         if cache.routing_NSLK is not None:
             keep_routing(ids_LTK, batch.write_T, cache.routing_NSLK)
-        return ops.add_rms_norm(x_TD, delta_TD, self._norm_D, eps)[1]
+        return unquantised(ops.add_rms_norm(x_TD, delta_TD, self._norm_D, eps)[1])
 
     @torch.inference_mode()
     def logits(self, hidden_SD: torch.Tensor, numerics: Numerics) -> torch.Tensor:

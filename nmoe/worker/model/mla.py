@@ -13,7 +13,7 @@ from nmoe.architecture import Architecture
 from nmoe.profiles import Numerics
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.kernels import Ops
-from nmoe.worker.kernels.fp8 import Weight, empty_weight, rows_of, split_rows
+from nmoe.worker.kernels.fp8 import Activations, Weight, empty_weight, rows_of, split_rows
 from nmoe.worker.kernels.mla import (
     LATENT_EPS,
     Up,
@@ -179,10 +179,10 @@ class Attention:
         self._w_o = empty_weight(like, a.hidden_size, a.num_heads * a.v_head_dim, fp8=fp8)
         source.fill(self._w_o, f"{prefix}.o_proj.weight")
 
-    def forward(self, x_TD: torch.Tensor, plan: Plan, rows_KC: torch.Tensor, ops: Ops) -> torch.Tensor:
+    def forward(self, x: Activations, plan: Plan, rows_KC: torch.Tensor, ops: Ops) -> torch.Tensor:
         """Attention of normalised inputs, [T, D]. `rows_KC`: this layer's cache; the step's rows are written."""
         a = self._architecture
-        q_TA, kv_TC = torch.split(ops.linear(x_TD, self._w_in_ID), self._split, dim=-1)
+        q_TA, kv_TC = torch.split(ops.linear(x, self._w_in_ID), self._split, dim=-1)
         if self._w_q_b is not None:
             q_TA = ops.linear(ops.rms_norm(q_TA, self._q_norm_A, LATENT_EPS), self._w_q_b)
         q_THQ = q_TA.view(len(q_TA), a.num_heads, a.qk_head_dim)

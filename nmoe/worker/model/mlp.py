@@ -10,7 +10,7 @@ import torch
 from nmoe.architecture import Architecture
 from nmoe.worker.kernels import Ops, gate_for
 from nmoe.worker.kernels.experts import Arrived
-from nmoe.worker.kernels.fp8 import Weight, empty_weight, of_expert, rows_of, split_rows
+from nmoe.worker.kernels.fp8 import Activations, Weight, empty_weight, of_expert, rows_of, split_rows, unquantised
 from nmoe.worker.rdep import Exchange
 from nmoe.worker.weights import Source
 
@@ -25,10 +25,9 @@ class DenseMLP:
         self._w_down_DF = empty_weight(like, hidden, intermediate, fp8=fp8)
         _fill_mlp(source, prefix, self._w_gate_up_GD, self._w_down_DF)
 
-    def forward(self, x_TD: torch.Tensor, ops: Ops) -> torch.Tensor:
+    def forward(self, x: Activations, ops: Ops) -> torch.Tensor:
         """[T, D]."""
-        hidden_TF = ops.silu_mul(ops.linear(x_TD, self._w_gate_up_GD))
-        return ops.linear(hidden_TF, self._w_down_DF)
+        return ops.linear(ops.silu_mul(ops.linear(x, self._w_gate_up_GD)), self._w_down_DF)
 
 
 class MoE:
@@ -62,17 +61,21 @@ class MoE:
         shared = a.num_shared_experts * a.moe_intermediate_size
         self._shared = DenseMLP(source, f"{prefix}.shared_experts", shared, like, fp8=fp8)
 
-    def forward(self, x_TD: torch.Tensor, ops: Ops) -> tuple[Any, torch.Tensor]:
+    def forward(self, inputs: Activations, ops: Ops) -> tuple[Any, torch.Tensor]:
         """[T, D], or its terms where `add_rms_norm` takes them; routed and shared experts are added in float32. And the
         experts that the tokens chose, [T, K]."""
+        x_TD = unquantised(inputs)
         ids_TK, weights_TK = ops.route(x_TD, self._gate, self._bias_E, self._architecture)
 
         def experts(x: torch.Tensor | Arrived, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-            return ops.grouped_mlp(x, ids_TK, weights_TK, self._w_gate_up_EGD, self._w_down_EDF)
+            # Tokens that did not travel are quantised already.
+            return ops.grouped_mlp(
+                inputs if x is x_TD else x, ids_TK, weights_TK, self._w_gate_up_EGD, self._w_down_EDF
+            )
 
         combine = self._exchange.dispatch(experts, x_TD, ids_TK, weights_TK)
         with self._exchange.beside():
-            shared_TD = self._shared.forward(x_TD, ops)
+            shared_TD = self._shared.forward(inputs, ops)
         return ops.sum_experts(combine(), shared_TD), ids_TK
 
 
