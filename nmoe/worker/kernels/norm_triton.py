@@ -36,12 +36,12 @@ def _norm_kernel(
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inside = lane < D
     weight = tl.load(weight_ptr + lane, mask=inside, other=0.0).to(tl.float32)  # no kernel writes it: before the wait
     tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
     x = tl.load(x_ptr + row * x_stride + lane, mask=inside, other=0.0).to(tl.float32)
     if delta_ptr is not None:
         delta = tl.zeros([BLOCK], tl.float32)
