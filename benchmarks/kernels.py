@@ -27,7 +27,6 @@ from nmoe.worker.kernels import ops_for
 from nmoe.worker.kernels.fp8 import BlockFP8
 from nmoe.worker.kernels.mla_decode_triton import absorbed_decode
 from nmoe.worker.kernels.mla_prefill_triton import expanded_chunks
-from nmoe.worker.kernels.mla_values_triton import values_of_latents
 from nmoe.worker.kernels.sampling_triton import PARAMETERS, sample_rows
 from nmoe.worker.model import load_model
 from nmoe.worker.model.mla_gpu import GPUPlan
@@ -130,24 +129,17 @@ class Bench:
     def decode_attention(
         self, plan: GPUPlan, batch: Batch, q: torch.Tensor, cached: torch.Tensor, context: int
     ) -> Iterator[Operation]:
-        """Attention over pages, and the values of what it gives."""
+        """Attention over pages, to the values."""
         a, rows, heads = self.a, len(q), self.a.num_heads
         latent, out = self.random(heads, rows, a.kv_lora_rank), self.random(rows, heads, a.v_head_dim)
         value, size = a.v_head_dim, self.config.engine.page_size
         w = [layer.attention._up.w_uv_HVL for layer in self.layers]
-        each = rows * heads * a.kv_lora_rank
         assert plan.contexts_R is not None and plan.prefix is not None
         where = batch.pages_RP, plan.contexts_R, plan.prefix, size, 0.07
-        macs = rows * context * heads * (a.cache_dim + a.kv_lora_rank)
-        moved = 2.0 * (rows * context * a.cache_dim + q.numel() + 2 * each)
-        yield "attend", lambda i: absorbed_decode(latent, q, cached, *where), moved, macs, False
-        yield (
-            "values",
-            lambda i: values_of_latents(latent.transpose(0, 1), w[i], out),
-            2.0 * (heads * value * a.kv_lora_rank + each),
-            each * value,
-            False,
-        )
+        macs = rows * heads * (context * (a.cache_dim + a.kv_lora_rank) + value * a.kv_lora_rank)
+        moved = rows * context * a.cache_dim + q.numel() + latent.numel() + heads * value * a.kv_lora_rank + out.numel()
+        attend = lambda i: absorbed_decode(latent, q, cached, *where, w[i], out)  # noqa: E731
+        yield "attend, values", attend, 2.0 * moved, macs, False
 
     def product(self, name: str, x: torch.Tensor, weight: Callable[[int], Any]) -> Operation:
         """A product of a token's vector and a weight."""

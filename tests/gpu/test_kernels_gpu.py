@@ -244,36 +244,55 @@ def test_fp8_experts(tokens, num_experts, hidden, inter, slots):
     close(actual, expected, 1.5e-2)  # values between the products may round to a neighbour
 
 
-@pytest.mark.parametrize("heads", [16, 128])
-@pytest.mark.parametrize("page", [32, 64, 128])
-@pytest.mark.parametrize("contexts", [[1], [2000], [3, 700, 64, 65, 1, 129, 2048] * 5, [9000] + [100] * 40])
-def test_absorbed_decode(heads, page, contexts):
-    latent, rope = 512, 64
+def decode_step(heads, page, contexts, latent=512, value=128):
+    """A step's decode rows over pages in any order: what `absorbed_decode_gpu` takes, and its output's room."""
     rows, needed = len(contexts), [-(-context // page) for context in contexts]
     pages = torch.randperm(sum(needed), device=GPU)
     table = torch.full((rows, max(needed) + 1), sum(needed), device=GPU)
     for row, own in enumerate(torch.split(pages, needed)):
         table[row, : len(own)] = own
-    prefix = page_prefix(torch.tensor(contexts, device=GPU) - 1, page)
-    cache = random((sum(needed) + 1) * page, latent + rope)
-    q_latent, q = random(heads, rows, latent), random(rows, heads, 128 + rope)
-    out = absorbed_decode_gpu(q_latent, q, cache, table, *prefix, page, 0.07)
-    up = Up(q_latent.new_empty(heads, 256, latent).double(), *(q_latent.new_empty(0).double(),) * 2, 0.07)
+    plan = page_prefix(torch.tensor(contexts, device=GPU) - 1, page)
+    cache = random((sum(needed) + 1) * page, latent + 64)
+    q_latent, q = random(heads, rows, latent), random(rows, heads, 128 + 64)
+    w_uv = random(heads, 128 + value, latent, std=0.05)[:, 128:]
+    return q_latent, q, cache, table, *plan, page, 0.07, w_uv, random(rows, heads, value)
+
+
+def check_absorbed_decode(heads, page, contexts, *sizes):
+    step = decode_step(heads, page, contexts, *sizes)
+    q_latent, q, cache, table, *_, w_uv, out = step
+    absorbed_decode_gpu(*step)
+    up = Up(w_uv.new_empty(heads, 256, w_uv.shape[2]).double(), *(w_uv.new_empty(0).double(),) * 2, 0.07)
     for row, context in enumerate(contexts):
-        held = cache.view(-1, page, latent + rope)[table[row]].flatten(0, 1)[None, :context].double()
+        held = cache.view(-1, page, cache.shape[1])[table[row]].flatten(0, 1)[None, :context].double()
         query = torch.cat((q_latent[:, row], q[row, :, 128:]), -1)[None].double()
-        close(
-            out[:, row],
-            absorbed_decode(query, held, torch.zeros(1, 1, context, device=GPU, dtype=torch.float64), up)[0],
-        )
+        hidden = torch.zeros(1, 1, context, device=GPU, dtype=torch.float64)
+        latent = absorbed_decode(query, held, hidden, up)[0]
+        close(out[row], torch.einsum("hl,hvl->hv", latent, w_uv.double()))
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("page", [32, 64, 128])
+@pytest.mark.parametrize(
+    "contexts",
+    [[1], [2000], [3, 700, 64, 65, 1, 129, 2048] * 5, [9000] + [100] * 40, [2000, 50] * 150],
+    ids=["one", "long", "some", "uneven", "many"],
+)
+def test_absorbed_decode(heads, page, contexts):
+    check_absorbed_decode(heads, page, contexts)
+
+
+@pytest.mark.parametrize(("latent", "value"), [(128, 32), (256, 64), (512, 256)])
+def test_absorbed_decode_of_other_sizes(latent, value):
+    check_absorbed_decode(64, 64, [1000, 300, 65], latent, value)
 
 
 def test_absorbed_decode_gives_the_same_bits_twice():
-    prefix = page_prefix(torch.tensor([2500], device=GPU), 64)
-    cache, table = random(40 * 64, 576), torch.arange(40, device=GPU)[None]
-    q_latent, q = random(16, 1, 512), random(1, 16, 192)
-    first, second = (absorbed_decode_gpu(q_latent, q, cache, table, *prefix, 64, 0.07) for _ in range(2))
-    assert torch.equal(first, second)
+    step = decode_step(16, 64, [2500])
+    absorbed_decode_gpu(*step)
+    first = step[-1].clone()
+    absorbed_decode_gpu(*step)
+    assert torch.equal(first, step[-1])
 
 
 @pytest.mark.parametrize("heads", [16, 128])

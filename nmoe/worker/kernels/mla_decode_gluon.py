@@ -1,7 +1,7 @@
 """Absorbed latent attention of one query per row over pages, for many heads: warps with roles of their own, in Gluon.
 
 Where 64 heads share a program, the matrix unit bounds it, not memory; so the work is divided as in mla_warps_gluon.py.
-How the rows' contexts are cut into equal parts, and how a row's parts come together, is mla_decode_triton.py's.
+How the rows' contexts are cut into equal parts is mla_decode_triton.py's; a row that lies in one is finished here.
 
 Shape suffixes: R rows, H heads, L latent, P rope dimensions, C = L + P, K rows of the cache, B pages of a row (padded).
 """
@@ -13,7 +13,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.mla_tiles_triton import block_of_rows
+from nmoe.worker.kernels.mla_values_gluon import Parts
 from nmoe.worker.kernels.mla_warps_gluon import (
     ROWS,
     TILE,
@@ -26,6 +28,7 @@ from nmoe.worker.kernels.mla_warps_gluon import (
     rope_descriptor,
     stages_of,
 )
+from nmoe.worker.kernels.warps_gluon import wait_for_kernel_before
 
 _M, _TILE = gl.constexpr(ROWS), gl.constexpr(TILE)
 
@@ -164,6 +167,7 @@ def _decode_kernel(
     plan = (contexts_ptr, prefix_ptr, num_rows)
     rows = (partial_ptr, lse_ptr, out_ptr)
     descs = (latent_desc, rope_desc, q_desc, q_rope_desc)
+    wait_for_kernel_before()
     gl.warp_specialize(
         [
             (_attend, (shared, plan, rows, scale_log2, HEADS, BLOCK_R, PAGE, STAGES, 0)),
@@ -181,31 +185,25 @@ def attend_parts(
     rows_KC: torch.Tensor,
     pages_RB: torch.Tensor,
     contexts_R: torch.Tensor,
-    prefix: torch.Tensor,
     page_size: int,
     scale: float,
-    parts: int,
-    partial: torch.Tensor,
-    lse: torch.Tensor,
-    out_HRL: torch.Tensor,
+    parts: Parts,
 ) -> None:
-    """The attended latents of a row that lies in one part, in `out_HRL`; of other rows those of each piece, float32 in
-    `partial` [R + parts, H, L], and the logarithms to the base 2 of its weights' sums in `lse` [R + parts, H]. H is a
-    multiple of 64. Every row has a context of at least one position: the warps would wait for ever for a tile of none.
-    """
+    """The rows' attended latents into `parts`, all but its prefix. H is a multiple of 64. Every row has a context of at
+    least one position: the warps would wait for ever for a tile of none."""
     heads, rows, latent = q_latent_HRL.shape
     rope, quarter = rows_KC.shape[1] - latent, latent // 4
-    _decode_kernel[(parts, heads // ROWS)](
+    _decode_kernel[(parts.num_parts, heads // ROWS)](
         descriptor(q_latent_HRL.view(heads, rows * latent), ROWS, quarter),
         descriptor(rows_KC, TILE, quarter),
         descriptor(rows_KC, TILE, rope),
         rope_descriptor(q_RHQ, ROWS, rope),
         pages_RB,
         contexts_R,
-        prefix,
-        partial,
-        lse,
-        out_HRL,
+        parts.prefix,
+        parts.partial,
+        parts.lse,
+        parts.whole_HRL,
         rows,
         pages_RB.stride(0),
         scale * math.log2(math.e),
@@ -215,4 +213,5 @@ def attend_parts(
         PAGE=page_size,
         STAGES=stages_of(rows_KC.shape[1]),
         num_warps=4,
+        launch_pdl=early(rows),
     )

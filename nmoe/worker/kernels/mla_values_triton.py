@@ -1,4 +1,5 @@
-"""The values of attended latents on the GPU, W_UV c; `mla.py`'s `values_of_latents` is the reference.
+"""The values of attended latents on the GPU, W_UV c; `mla.py`'s `values_of_latents` is the reference. Those of a few
+tokens are mla_values_gluon.py's.
 
 An element is added along the latent in one accumulator, whatever the tile: by the finding of linear_exact_triton.py its
 bits follow from its row alone, so both classes share this.
@@ -11,7 +12,10 @@ import triton
 import triton.language as tl
 
 from nmoe.worker.kernels.early import early
-from nmoe.worker.kernels.products_triton import load_tiles
+from nmoe.worker.kernels.mla_values_gluon import values_of_few
+
+_FEW = 16  # tokens
+_DEPTH = 128
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -30,9 +34,8 @@ def _values_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
-    """A tile of one head. `AHEAD`: all its weights, which no kernel writes, are on their way before the wait."""
+    """A tile of one head."""
     head = tl.program_id(0).to(tl.int64)
     value = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     token = (tl.program_id(2) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -41,18 +44,10 @@ def _values_kernel(
     x_at = x_ptr + head * x_head + token[:, None] * x_token + lane[None, :]
     w_at = w_ptr + head * W_HEAD + value[None, :] * LATENT + lane[:, None]
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    if AHEAD:
-        weights = load_tiles(w_at, (value < VALUES)[None, :], LATENT, DEPTH)
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-        xs = load_tiles(x_at, exists, LATENT, DEPTH)
-        for k in tl.static_range(0, LATENT, DEPTH):
-            acc = tl.dot(xs[k // DEPTH], weights[k // DEPTH], acc)
-    else:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-        for k in tl.range(0, LATENT, DEPTH, num_stages=STAGES):
-            acc = tl.dot(tl.load(x_at + k, mask=exists, other=0.0), tl.load(w_at + k), acc)
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+    for k in tl.range(0, LATENT, DEPTH, num_stages=STAGES):
+        acc = tl.dot(tl.load(x_at + k, mask=exists, other=0.0), tl.load(w_at + k), acc)
     out = out_ptr + token[:, None] * out_token + head * VALUES + value[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=exists)
 
@@ -62,8 +57,11 @@ def values_of_latents(latent_THL: torch.Tensor, w_uv_HVL: torch.Tensor, out_THV:
     (tokens, heads, latent), values = latent_THL.shape, w_uv_HVL.shape[1]
     if not tokens:
         return
-    rows, most = (16, 32) if tokens <= 16 else (64, 64) if tokens <= 256 else (128, 128)
-    columns = min(most, values)
+    if tokens <= _FEW:
+        values_of_few(latent_THL, w_uv_HVL, out_THV)
+        return
+    rows = 64 if tokens <= 256 else 128
+    columns = min(rows, values)
     _values_kernel[(heads, values // columns, triton.cdiv(tokens, rows))](
         latent_THL,
         w_uv_HVL,
@@ -77,9 +75,8 @@ def values_of_latents(latent_THL: torch.Tensor, w_uv_HVL: torch.Tensor, out_THV:
         LATENT=latent,
         ROWS=rows,
         COLUMNS=columns,
-        DEPTH=64 if rows == 16 else 128,
+        DEPTH=_DEPTH,
         STAGES=4 if rows == 64 else 3,
-        AHEAD=rows == 16,
         num_warps=8 if rows == 128 else 4,
         launch_pdl=early(tokens),
     )

@@ -18,7 +18,6 @@ from nmoe.worker.kernels.mla import LATENT_EPS, Up
 from nmoe.worker.kernels.mla_decode_triton import absorbed_decode, page_prefix
 from nmoe.worker.kernels.mla_inputs_triton import enter
 from nmoe.worker.kernels.mla_prefill_triton import expanded_chunks
-from nmoe.worker.kernels.mla_values_triton import values_of_latents
 from nmoe.worker.stages import put
 
 _EXPANDED_BYTES = 1 << 31  # keys and values that exist at one time
@@ -77,11 +76,18 @@ class GPUPlan(PagedPlan):
         self.enter(q_THQ, kv_TC, norm_L, rows_KC, up, q_latent_HRL.transpose(0, 1))
         if decodes:
             assert self.contexts_R is not None and self.prefix is not None
-            q_RHQ, pages_RB = q_THQ[:decodes], self.batch.pages_RP[:decodes]
-            latent_HRL = absorbed_decode(
-                q_latent_HRL, q_RHQ, rows_KC, pages_RB, self.contexts_R, self.prefix, self.page_size, up.scale
+            absorbed_decode(
+                q_latent_HRL,
+                q_THQ[:decodes],
+                rows_KC,
+                self.batch.pages_RP[:decodes],
+                self.contexts_R,
+                self.prefix,
+                self.page_size,
+                up.scale,
+                up.w_uv_HVL,
+                out_THV[:decodes],
             )
-            values_of_latents(latent_HRL.transpose(0, 1), up.w_uv_HVL, out_THV[:decodes])
         for chunks in self.chunks:
             expanded_chunks(q_THQ, rows_KC, self.batch.pages_RP, up.w_HXL, chunks, self.page_size, up.scale, out_THV)
         return out_THV
