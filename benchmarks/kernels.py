@@ -103,18 +103,18 @@ class Bench:
         values = self.random(total, heads * a.v_head_dim)
         yield self.product("out-projection", values, lambda i: attention(i)._w_o)
         gate = float(layers[0].mlp._gate.nbytes)  # random weights take all three terms of bfloat16
-        route = lambda i: ops.route(x, layers[i].mlp._gate, layers[i].mlp._bias_E, a)  # noqa: E731
+        route = lambda i: ops.route(x, layers[i].mlp._gate, layers[i].mlp._bias_E, a, listed=True)  # noqa: E731
         yield "router", route, gate + row, total * a.num_experts * a.hidden_size, False
         width = 1 if self.fp8 else 2
         shared = 3.0 * a.num_shared_experts * a.moe_intermediate_size * a.hidden_size
         mlp = lambda i: layers[i].mlp._shared.forward(x, ops)  # noqa: E731
         yield "shared experts", mlp, shared * width + 2 * row, total * shared, self.fp8
         routing = [route(i) for i in range(len(layers))]
-        used = sum(float(len(ids.unique())) for ids, _ in routing) / len(routing)
+        used = sum(float(len(routes.ids_TK.unique())) for routes in routing) / len(routing)
         expert = 3.0 * a.moe_intermediate_size * a.hidden_size
 
         def experts(i: int) -> object:
-            return ops.grouped_mlp(x, *routing[i], layers[i].mlp._w_gate_up_EGD, layers[i].mlp._w_down_EDF)
+            return ops.grouped_mlp(x, routing[i], layers[i].mlp._w_gate_up_EGD, layers[i].mlp._w_down_EDF)
 
         moved = used * expert * width + row * (1 + a.num_experts_per_tok)
         yield "experts", experts, moved, total * a.num_experts_per_tok * expert, self.fp8

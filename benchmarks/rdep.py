@@ -34,6 +34,7 @@ from nmoe.config import Config, Engine, Parallel
 from nmoe.config_json import read_architecture
 from nmoe.messages import CHANNEL_DECODE
 from nmoe.slab import ControlLayout, SlabLayout
+from nmoe.worker.kernels.lists import Routes
 
 SHAPES = {"moonlight": "configs/models/moonlight.json", "v3": "configs/models/deepseek-v3.json"}
 LAYERS, REPLAYS = 16, 12
@@ -46,7 +47,7 @@ class Rank:
 
     link: Any  # BetweenGPUs
     stream: torch.cuda.Stream
-    tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    tokens: tuple[torch.Tensor, Routes]
     parts_SKD: torch.Tensor
     mlp: Callable[..., torch.Tensor]
 
@@ -69,7 +70,7 @@ def make_mlp(a: Architecture, num_experts: int, device: torch.device) -> Callabl
     )
     if not a.quant_block:
         dense = [torch.randn(shape, device=device, dtype=BF16).mul_(0.02) for shape in shapes]
-        return lambda x, ids, weights: experts_gluon.grouped_mlp(x, ids, weights, *dense)
+        return lambda x, routes: experts_gluon.grouped_mlp(x, routes, *dense)
     quantised = [
         BlockFP8(
             torch.randint(0, 120, shape, device=device, dtype=torch.uint8).view(torch.float8_e4m3fn),
@@ -77,7 +78,7 @@ def make_mlp(a: Architecture, num_experts: int, device: torch.device) -> Callabl
         )
         for shape in shapes
     ]
-    return lambda x, ids, weights: experts_fp8_gluon.grouped_mlp(x, ids, weights, *quantised)
+    return lambda x, routes: experts_fp8_gluon.grouped_mlp(x, routes, *quantised)
 
 
 def make_rank(
@@ -101,20 +102,21 @@ def make_rank(
     weights_TK = torch.rand(ids_TK.shape, device=slab.device, generator=generator)
     rows = min(link._tile_rows, layout.world_size * tokens)
     parts_SKD = torch.zeros(rows, layout.top_k, a.hidden_size, device=slab.device, dtype=BF16)
-    return Rank(link, torch.cuda.Stream(slab.device), (x_TD, ids_TK, weights_TK), parts_SKD, mlp)
+    return Rank(link, torch.cuda.Stream(slab.device), (x_TD, Routes(ids_TK, weights_TK)), parts_SKD, mlp)
 
 
 def run(rank: Rank, what: str) -> None:
     """One exchange, or the part of it that `what` says."""
 
-    def nothing(x: Any, ids_SK: torch.Tensor, weights_SK: torch.Tensor) -> torch.Tensor:
-        return rank.parts_SKD[: len(ids_SK)]
+    def nothing(x: Any, routes: Routes) -> torch.Tensor:
+        return rank.parts_SKD[: len(routes.ids_TK)]
 
     if what == "dispatch":
-        rank.link._push(*rank.tokens)
-        rank.link._arrive()
+        lists = rank.link._empty_lists()
+        rank.link._push(*rank.tokens, lists)
+        rank.link._arrive(lists)
         rank.link._num_rows.zero_()
-        rank.link._serve(nothing)
+        rank.link._serve(nothing, lists)
     elif what == "both":
         rank.link.dispatch(nothing, *rank.tokens)()
     else:
@@ -151,7 +153,9 @@ def time_graphs(pairs: list[tuple[Rank, torch.cuda.CUDAGraph]], barrier: Callabl
 
 def pushed_bytes(a: Architecture, layout: SlabLayout, rank: Rank, own: bool) -> tuple[int, int]:
     """What this rank pushes for a dispatch and what the others push back to it; with its `own` share or without."""
-    owners_TN = (rank.tokens[1] // layout.num_experts)[..., None] == torch.arange(layout.world_size, device="cuda")
+    owners_TN = (rank.tokens[1].ids_TK // layout.num_experts)[..., None] == torch.arange(
+        layout.world_size, device="cuda"
+    )
     wanted_N = owners_TN.any(1).sum(0)
     rows = int(wanted_N.sum()) - (0 if own else int(wanted_N[rank.link._rank]))
     row = a.hidden_size * (1 + 1 / 32) if layout.quantised else layout.row_bytes

@@ -21,6 +21,7 @@ import torch
 
 from nmoe.messages import CHANNEL_DECODE
 from nmoe.slab import Channel, SlabLayout, make_slabs
+from nmoe.worker.kernels.lists import Routes
 from nmoe.worker.rdep.shared_memory import SharedMemory
 
 EXPERTS, TOP_K = 64, 8
@@ -38,7 +39,7 @@ def layout_of(world_size: int, hidden: int, tokens: int) -> SlabLayout:
     return SlabLayout(world_size, EXPERTS // world_size, TOP_K, row_bytes, (channel, channel), end)
 
 
-def rows_as_they_are(x_SD: torch.Tensor, ids_SK: torch.Tensor, weights_SK: torch.Tensor) -> torch.Tensor:
+def rows_as_they_are(x_SD: torch.Tensor, routes: Routes) -> torch.Tensor:
     """In place of experts."""
     return x_SD
 
@@ -58,7 +59,7 @@ def run_rank(link: SharedMemory, rank: int, hidden: int, tokens: int, exchanges:
         if number == WARM_UP:
             cpu = time.process_time()
         started = time.perf_counter()
-        link.dispatch(rows_as_they_are, x_TD, ids_TK, weights_TK)()
+        link.dispatch(rows_as_they_are, x_TD, Routes(ids_TK, weights_TK))()
         times.append(time.perf_counter() - started)
     link.check()
     return times[WARM_UP:], time.process_time() - cpu

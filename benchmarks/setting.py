@@ -14,6 +14,7 @@ from nmoe.config import Config
 from nmoe.profiles import Numerics
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.kernels import ops_for
+from nmoe.worker.kernels.lists import Routes
 from nmoe.worker.model import deepseek_v3, load_model
 
 
@@ -39,10 +40,10 @@ def expert_spread(config: Config, tokens: int) -> dict[str, float]:
     loads: list[torch.Tensor] = []
     ops = ops_for(device, Numerics.FAST)
 
-    def route(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        ids_TK, weights_TK = ops.route(*arguments)
-        loads.append(torch.bincount(ids_TK.flatten().long(), minlength=arguments[-1].num_experts).double())
-        return ids_TK, weights_TK
+    def route(*arguments: Any, **options: Any) -> Routes:
+        routes = ops.route(*arguments, **options)
+        loads.append(torch.bincount(routes.ids_TK.flatten().long(), minlength=arguments[-1].num_experts).double())
+        return routes
 
     deepseek_v3.ops_for = lambda *_: dataclasses.replace(ops, route=route)
     checkpoint = open_checkpoint(config)

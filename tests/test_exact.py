@@ -18,6 +18,7 @@ from nmoe.profiles import Numerics
 from nmoe.slab import SlabLayout, make_slabs
 from nmoe.worker.batch import KVCache
 from nmoe.worker.kernels import exact, experts, ops_for, rope, router
+from nmoe.worker.kernels.lists import Routes
 from nmoe.worker.model import load_model
 from nmoe.worker.runner import Runner
 from tests.checkpoints import make_checkpoint
@@ -204,7 +205,8 @@ def test_every_operation_is_its_reference():
     close(exact.apply_rope(x, x.cos(), x.sin()), rope.apply_rope(x, x.cos(), x.sin()))
     ids, weights = torch.randint(0, 4, (9, 3)), torch.rand(9, 3)  # 3 stands for an expert elsewhere
     gate_up, down = torch.randn(3, 20, 44) * 0.2, torch.randn(3, 44, 10) * 0.2
-    close(exact.grouped_mlp(x, ids, weights, gate_up, down), experts.grouped_mlp(x, ids, weights, gate_up, down))
+    routes = Routes(ids, weights)
+    close(exact.grouped_mlp(x, routes, gate_up, down), experts.grouped_mlp(x, routes, gate_up, down))
 
 
 def test_the_router_is_its_reference(tmp_path):
@@ -229,5 +231,5 @@ def test_no_rows_at_all():
     assert ops.linear(nothing, torch.randn(5, 64)).shape == (0, 5)
     assert ops.silu_mul(nothing).shape == (0, 32)
     assert ops.add_rms_norm(nothing, nothing, torch.ones(64), 1e-6)[1].shape == (0, 64)
-    ids, weights = torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2)
-    assert ops.grouped_mlp(nothing, ids, weights, torch.randn(2, 8, 64), torch.randn(2, 64, 4)).shape == (0, 64)
+    routes = Routes(torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2))
+    assert ops.grouped_mlp(nothing, routes, torch.randn(2, 8, 64), torch.randn(2, 64, 4)).shape == (0, 64)

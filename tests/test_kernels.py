@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from nmoe.gpu_limits import refusals
 from nmoe.worker.kernels.experts import grouped_mlp
+from nmoe.worker.kernels.lists import Routes, lists_of
 from nmoe.worker.kernels.norm import rms_norm
 from nmoe.worker.kernels.router import route
 from tests.test_mla_correctness import BASE
@@ -46,7 +47,7 @@ def test_the_router_chooses_as_defined(seed, groups, slots, normalise):
     generator = torch.Generator().manual_seed(seed)
     x_TD, weight_ED = torch.randn(5, 12, generator=generator), torch.randn(8, 12, generator=generator) * 0.5
     bias_E = torch.randn(8, generator=generator) * 0.3
-    ids_TK, weights_TK = route(x_TD, weight_ED, bias_E, a)
+    ids_TK, weights_TK, _ = route(x_TD, weight_ED, bias_E, a)
     for token in range(5):
         ids, weights = direct_route(x_TD[token], weight_ED, bias_E, a)
         assert ids_TK[token].tolist() == ids
@@ -54,7 +55,7 @@ def test_the_router_chooses_as_defined(seed, groups, slots, normalise):
 
 
 def test_equal_scores_go_to_the_lower_id():
-    ids_TK, _ = route(torch.randn(3, 12), torch.zeros(8, 12), torch.zeros(8), ROUTING)
+    ids_TK, *_ = route(torch.randn(3, 12), torch.zeros(8, 12), torch.zeros(8), ROUTING)
     assert ids_TK.tolist() == [[0, 1, 2]] * 3
 
 
@@ -62,7 +63,7 @@ def test_the_router_computes_in_float32():
     """A bias step that bfloat16 could not see decides."""
     bias_E = torch.zeros(8)
     bias_E[5] = 1e-5
-    ids_TK, weights_TK = route(torch.zeros(1, 12, dtype=torch.bfloat16), torch.ones(8, 12), bias_E, ROUTING)
+    ids_TK, weights_TK, _ = route(torch.zeros(1, 12, dtype=torch.bfloat16), torch.ones(8, 12), bias_E, ROUTING)
     assert ids_TK[0, 0] == 5 and weights_TK.dtype == torch.float32
 
 
@@ -85,15 +86,22 @@ def test_experts_add_up_in_whatever_subset_lives_here(num_tokens, num_experts):
     w_gate_up, w_down = torch.randn(num_experts, 10, 12, generator=generator), torch.randn(num_experts, 12, 5)
     ids_TK = torch.rand(num_tokens, 8, generator=generator).argsort(-1)[:, :3].clamp(max=num_experts)
     weights_TK = torch.rand(num_tokens, 3, generator=generator)
-    out = grouped_mlp(x_TD, ids_TK, weights_TK, w_gate_up, w_down)
+    out = grouped_mlp(x_TD, Routes(ids_TK, weights_TK), w_gate_up, w_down)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, direct_experts(x_TD, ids_TK, weights_TK, w_gate_up, w_down), rtol=1e-4, atol=1e-4)
 
 
 def test_a_token_nobody_here_serves_gets_zero():
     ids_TK = torch.tensor([[2, 2], [0, 2]])
-    out = grouped_mlp(torch.ones(2, 4), ids_TK, torch.ones(2, 2), torch.ones(2, 6, 4), torch.ones(2, 4, 3))
+    out = grouped_mlp(torch.ones(2, 4), Routes(ids_TK, torch.ones(2, 2)), torch.ones(2, 6, 4), torch.ones(2, 4, 3))
     assert out[0].tolist() == [0.0] * 4 and (out[1] > 0).all()
+
+
+def test_lists_have_every_pair_once():
+    ids_TK = torch.tensor([[2, 0], [3, 2], [1, 2], [3, 3]])  # 3 stands for an expert elsewhere
+    lists = lists_of(ids_TK, 3)
+    assert lists.counts_EW[:, 0].tolist() == [1, 1, 3, 0] and not lists.counts_EW[:, 1:].any()
+    assert [lists.pairs_EC[expert, :count].tolist() for expert, count in enumerate((1, 1, 3))] == [[1], [4], [0, 3, 5]]
 
 
 def test_the_norm_keeps_its_input_type_and_scales_to_one():

@@ -21,6 +21,7 @@ from nmoe.errors import PeerSilent
 from nmoe.messages import CHANNEL_DECODE, CHANNEL_PREFILL
 from nmoe.slab import DISPATCH, LINE, NUM_CHANNELS, NUM_PHASES, RETURN, ControlLayout, SlabLayout, make_slabs
 from nmoe.worker.kernels.experts import grouped_mlp
+from nmoe.worker.kernels.lists import Routes
 from nmoe.worker.rdep import TILE_ROWS, OneRank
 from nmoe.worker.rdep.reference import exchange
 from nmoe.worker.rdep.shared_memory import SharedMemory
@@ -55,7 +56,7 @@ def make_experts(world_size, dtype=torch.float32):
 
 
 def make_tokens(num_tokens, routing, seed, dtype=torch.float32):
-    """One rank's tokens: x_TD, ids_TK, weights_TK."""
+    """One rank's tokens: x_TD and their routes."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(num_tokens, EXPERTS, generator=generator)
     if routing == "skewed":
@@ -63,7 +64,7 @@ def make_tokens(num_tokens, routing, seed, dtype=torch.float32):
     elif routing == "all to one":  # the last rank, at every world size
         scores[:, : EXPERTS - TOP_K] -= 1
     x_TD = torch.randn(num_tokens, HIDDEN, generator=generator, dtype=dtype)
-    return x_TD, scores.topk(TOP_K).indices, torch.rand(num_tokens, TOP_K, generator=generator)
+    return x_TD, Routes(scores.topk(TOP_K).indices, torch.rand(num_tokens, TOP_K, generator=generator))
 
 
 class Layers:
@@ -204,7 +205,7 @@ def prepare_every_kind(world_size, dtype):
 
 def check_every_kind(rank, link, layers):
     for number, (channel, ranks, _) in enumerate(layers.entries):
-        link.begin(channel, max(len(x_TD) for x_TD, _, _ in ranks))
+        link.begin(channel, max(len(x_TD) for x_TD, _ in ranks))
         layers.check(number, rank, link)
 
 
@@ -236,7 +237,7 @@ def prepare_all_to_one(world_size, dtype):
 def check_tiles(rank, link, layers):
     sizes = []
     experts = layers.experts[rank]
-    layers.experts[rank] = lambda x, ids, weights: sizes.append(len(x)) or experts(x, ids, weights)
+    layers.experts[rank] = lambda x, routes: sizes.append(len(x)) or experts(x, routes)
     link.begin(CHANNEL_PREFILL, DECODES + PREFILL)
     layers.check(0, rank, link)
     arrived = (DECODES + PREFILL) * len(layers.experts) * (rank == len(layers.experts) - 1)
@@ -257,7 +258,7 @@ def test_a_token_goes_once_to_each_rank_that_wants_it():
     ids_TK = torch.tensor([[0, 3 * each, 1, 2], [3 * each + 2, 3 * each, 3 * each + 1, 3 * each + 3]])
     x_TD, weights_TK = torch.randn(2, HIDDEN), torch.rand(2, TOP_K)
     link.begin(CHANNEL_DECODE, 2)
-    link.dispatch(None, x_TD, ids_TK, weights_TK)
+    link.dispatch(None, x_TD, Routes(ids_TK, weights_TK))
     at = layout.channels[CHANNEL_DECODE]
 
     def read(rank, offset, token, dtype, size):

@@ -14,6 +14,7 @@ from nmoe.config import Config, Engine, Parallel
 from nmoe.config_json import read_architecture
 from nmoe.slab import ControlLayout, SlabLayout
 from nmoe.worker.kernels.fp8_triton import quantise
+from nmoe.worker.kernels.lists import Routes
 from nmoe.worker.rdep.between_gpus import BetweenGPUs
 from nmoe.worker.rdep.control import Control
 from nmoe.worker.rdep.reference import exchange
@@ -78,7 +79,7 @@ class Ranks:
 
 
 def make_tokens(num_tokens, routing, seed, layout, world_size):
-    """One rank's tokens: x_TD, ids_TK int32, weights_TK, on the GPU."""
+    """One rank's tokens: x_TD and their routes, on the GPU."""
     generator = torch.Generator().manual_seed(seed)
     experts = layout.num_experts * world_size
     scores = torch.rand(num_tokens, experts, generator=generator)
@@ -88,7 +89,19 @@ def make_tokens(num_tokens, routing, seed, layout, world_size):
         scores[:, : experts - layout.top_k] -= 1
     x_TD = torch.randn(num_tokens, layout.row_bytes // 2, generator=generator).to(BF16)
     ids_TK = scores.topk(layout.top_k).indices.int()
-    return x_TD.to(GPU), ids_TK.to(GPU), torch.rand(num_tokens, layout.top_k, generator=generator).to(GPU)
+    weights_TK = torch.rand(num_tokens, layout.top_k, generator=generator)
+    return x_TD.to(GPU), Routes(ids_TK.to(GPU), weights_TK.to(GPU))
+
+
+def listed_ids(routes):
+    """The ids [S, K] that the lists tell of; where no expert has a pair, as many as there are experts."""
+    pairs_EC, counts_EW = routes.lists.pairs_EC, routes.lists.counts_EW
+    (experts, capacity), total = pairs_EC.shape, routes.ids_TK.numel()
+    there_EC = torch.arange(capacity, device=GPU) < counts_EW[:experts, :1]
+    place_EC = torch.where(there_EC, pairs_EC, total).long()
+    expert_EC = torch.arange(experts, dtype=torch.int32, device=GPU)[:, None].expand_as(place_EC)
+    ids = torch.full((total + 1,), experts, dtype=torch.int32, device=GPU)
+    return ids.scatter(0, place_EC.flatten(), expert_EC.flatten())[:total].view_as(routes.ids_TK)
 
 
 def terms(x_SD, ids_SK, weights_SK, rank):
@@ -98,14 +111,14 @@ def terms(x_SD, ids_SK, weights_SK, rank):
 
 
 def experts_of(rank):
-    """A LocalExperts of `terms`; of rows that do not exist it computes something, too."""
+    """A LocalExperts of `terms`, by the lists; of rows that do not exist it computes something, too."""
 
-    def experts(arrived, ids_SK, weights_SK):
+    def experts(arrived, routes):
         slots_S = arrived.slots_S.long().clamp(max=len(arrived.values_CD) - 1)
         x_SD = arrived.values_CD[slots_S]
         if arrived.scales_CG is not None:
             x_SD = x_SD.float() * arrived.scales_CG[slots_S].repeat_interleave(128, 1)
-        return terms(x_SD, ids_SK, weights_SK, rank)
+        return terms(x_SD, listed_ids(routes), routes.weights_TK, rank)
 
     return experts
 
@@ -114,7 +127,8 @@ def expected_sums(layout, ranks):
     """What reference.py says about the ranks' tokens, on the CPU; rows are quantised first if they travel so."""
 
     def local(rank):
-        def experts(x_SD, ids_SK, weights_SK):
+        def experts(x_SD, routes):
+            ids_SK, weights_SK, _ = routes
             parts_SKD = terms(x_SD, ids_SK, weights_SK, rank).float()
             sum_SD = torch.zeros(x_SD.shape)
             for k in range(ids_SK.shape[1]):
@@ -125,12 +139,12 @@ def expected_sums(layout, ranks):
         return experts
 
     tokens = []
-    for x_TD, ids_TK, weights_TK in ranks:
+    for x_TD, (ids_TK, weights_TK, _) in ranks:
         if layout.quantised:
             sent = quantise(x_TD)
             x_PD = sent.values_PI.float() * sent.scales_CP.t().repeat_interleave(128, 1)
             x_TD = x_PD[: len(x_TD)]
-        tokens.append((x_TD.cpu(), ids_TK.cpu().long(), weights_TK.cpu()))
+        tokens.append((x_TD.cpu(), Routes(ids_TK.cpu().long(), weights_TK.cpu())))
     return exchange([local(rank) for rank in range(len(ranks))], layout.num_experts, tokens)
 
 

@@ -25,6 +25,7 @@ from nmoe.worker.kernels import (
     ops_for,
     router_triton,
 )
+from nmoe.worker.kernels.lists import Routes, lists_of
 from nmoe.worker.kernels.mla_exact_prefill_gluon import exact_prefill
 from nmoe.worker.kernels.mla_exact_triton import exact_decode, span_prefix
 from nmoe.worker.kernels.mla_inputs_triton import enter
@@ -95,7 +96,7 @@ def test_heads(heads):
 def test_experts(num_experts, skew, fp8):
     """Rows per expert from almost none to thousands, so every shape of the tiles."""
     hidden, inter = 2048, 1408
-    x, (ids, weights) = random(1100, hidden), routing(1100, num_experts, 6, skew)
+    x, (ids, weights, _) = random(1100, hidden), routing(1100, num_experts, 6, skew)
     if fp8:
         gate_up, down = (
             quantised(num_experts, *shape, std=0.05)[0] for shape in ((2 * inter, hidden), (hidden, inter))
@@ -104,7 +105,12 @@ def test_experts(num_experts, skew, fp8):
     else:
         gate_up, down = random(num_experts, 2 * inter, hidden, std=0.05), random(num_experts, hidden, inter, std=0.05)
         grouped_mlp = experts_gluon.grouped_mlp
-    same_rows(lambda rows: grouped_mlp(x[rows], ids[rows].contiguous(), weights[rows].contiguous(), gate_up, down))
+
+    def mlp(rows):
+        routes = Routes(ids[rows], weights[rows].contiguous(), lists_of(ids[rows], num_experts))
+        return grouped_mlp(x[rows], routes, gate_up, down)
+
+    same_rows(mlp)
 
 
 def logits(x, gate):
@@ -133,12 +139,12 @@ def test_router(architecture, change, terms):
     assert len(gate) == terms
     everything = logits(x, gate)
     close(everything, x.double() @ weight.double().t(), 2e-6)  # 16 truncated sums of a piece lose half as much
-    ids, weights = router_triton.route(x, gate, bias, a)
+    ids, weights, _ = router_triton.route(x, gate, bias, a)
     for count in (*COUNTS, 512, 513, 7424, 7425):
         for first in {0, 1, total - count}:
             rows = slice(first, first + count)
             assert torch.equal(logits(x[rows], gate), everything[rows]), f"{count} rows from {first}"
-            some_ids, some_weights = router_triton.route(x[rows], gate, bias, a)
+            some_ids, some_weights, _ = router_triton.route(x[rows], gate, bias, a)
             assert torch.equal(some_ids, ids[rows]) and torch.equal(some_weights, weights[rows])
 
 

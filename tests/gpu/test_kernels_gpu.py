@@ -24,6 +24,7 @@ from nmoe.worker.kernels import (
     router_triton,
 )
 from nmoe.worker.kernels.fp8 import BlockFP8, dequantise_blocks, quantise_rows
+from nmoe.worker.kernels.lists import Routes, lists_of
 from nmoe.worker.kernels.mla import Up, absorbed_decode
 from nmoe.worker.kernels.mla_decode_triton import absorbed_decode as absorbed_decode_gpu
 from nmoe.worker.kernels.mla_decode_triton import page_prefix
@@ -32,6 +33,7 @@ from nmoe.worker.kernels.mla_prefill_triton import expanded_chunks
 from nmoe.worker.kernels.rope import apply_rope, rope_table
 from nmoe.worker.rows import Rows
 from nmoe.worker.slots import DeviceSlots, SlotTable
+from tests.gpu.ranks import listed_ids
 
 GPU = torch.device("cuda")
 BF16 = torch.bfloat16
@@ -81,8 +83,8 @@ def test_router(architecture, tokens):
     a = architecture
     x, weight = random(tokens, a.hidden_size), random(a.num_experts, a.hidden_size, std=0.02, dtype=torch.float32)
     bias = random(a.num_experts, std=0.05, dtype=torch.float32)
-    ids, weights = router_triton.route(x, router_triton.split_gate(weight), bias, a)
-    expected_ids, expected = router.route(x, weight, bias, a)
+    ids, weights, _ = router_triton.route(x, router_triton.split_gate(weight), bias, a)
+    expected_ids, expected, _ = router.route(x, weight, bias, a)
     same = (ids == expected_ids).all(1)
     assert same.double().mean() > 0.99  # float32 cannot order what differs in the eighth digit
     close(weights[same], expected[same], 1e-5)
@@ -108,18 +110,37 @@ def test_router_of_uneven_shapes(num_experts, hidden, tokens):
     for terms, weight in ((1, one), (2, one + (exact - one).bfloat16().float()), (3, exact)):
         gate = router_triton.split_gate(weight)
         assert len(gate) == terms and torch.equal(gate.double().sum(0), weight.double())
-        ids, weights = router_triton.route(x, gate, bias, a)
-        expected_ids, expected = router.route(x, weight, bias, a)
+        ids, weights, _ = router_triton.route(x, gate, bias, a)
+        expected_ids, expected, _ = router.route(x, weight, bias, a)
         same = (ids == expected_ids).all(1)
         assert same.double().mean() > 0.99
         close(weights[same], expected[same], 1e-5)
 
 
+@pytest.mark.parametrize("architecture", [MOONLIGHT, V3], ids=["moonlight", "v3"])
+@pytest.mark.parametrize("tokens", [1, 17, 256, 513, 3000])
+def test_router_lists(architecture, tokens):
+    """Every pair is in its expert's list, also of tokens that are no numbers, which harm no others."""
+    a = architecture
+    x, weight = random(tokens, a.hidden_size), random(a.num_experts, a.hidden_size, std=0.02, dtype=torch.float32)
+    gate, bias = router_triton.split_gate(weight), random(a.num_experts, std=0.05, dtype=torch.float32)
+    sound = router_triton.route(x, gate, bias, a)
+    x[1::3] = float("nan")
+    routes = router_triton.route(x, gate, bias, a, listed=True)
+    pairs_EC, counts_EW = routes.lists.pairs_EC, routes.lists.counts_EW
+    assert torch.equal(counts_EW[:, 0], routes.ids_TK.flatten().bincount(minlength=a.num_experts + 1))
+    assert torch.equal(listed_ids(routes), routes.ids_TK) and pairs_EC.shape == (a.num_experts, tokens)
+    assert all(len(set(ids)) == len(ids) for ids in routes.ids_TK.tolist())
+    same = torch.arange(tokens, device=GPU) % 3 != 1
+    assert torch.equal(routes.ids_TK[same], sound.ids_TK[same])
+    assert torch.equal(routes.weights_TK[same], sound.weights_TK[same])
+
+
 def routing(tokens, num_experts, slots, skew=0.0):
-    """Ids and weights as a router gives them; with `skew`, all tokens prefer the low experts."""
+    """What a router gives; with `skew`, all tokens prefer the low experts."""
     scores = torch.rand(tokens, num_experts, device=GPU) - skew * torch.arange(num_experts, device=GPU)
-    ids = scores.topk(slots).indices
-    return ids.to(torch.int32), torch.rand(tokens, slots, device=GPU)
+    ids = scores.topk(slots).indices.int()
+    return Routes(ids, torch.rand(tokens, slots, device=GPU), lists_of(ids, num_experts))
 
 
 @pytest.mark.parametrize(
@@ -138,20 +159,22 @@ def routing(tokens, num_experts, slots, skew=0.0):
 def test_experts(tokens, num_experts, hidden, inter, slots, skew):
     x, shared = random(tokens, hidden), random(tokens, hidden)
     gate_up, down = random(num_experts, 2 * inter, hidden, std=0.05), random(num_experts, hidden, inter, std=0.05)
-    ids, weights = routing(tokens, num_experts, slots, skew)
-    parts = experts_gluon.grouped_mlp(x, ids, weights, gate_up, down)
+    routes = routing(tokens, num_experts, slots, skew)
+    parts = experts_gluon.grouped_mlp(x, routes, gate_up, down)
     actual = added(parts, shared)
-    routed = experts.grouped_mlp(x.float(), ids.long(), weights, gate_up.float(), down.float())
+    routed = experts.grouped_mlp(x.float(), routes._replace(ids_TK=routes.ids_TK.long()), gate_up.float(), down.float())
     close(actual, experts.sum_experts(routed, shared.float()))
 
 
 @pytest.mark.parametrize("skew", [0, 0.1])
 @pytest.mark.parametrize("tokens", [1, 5, 17, 40, 64, 200, 700])
 def test_experts_of_few_rows_have_the_bits_of_others(tokens, skew):
-    x, (ids, weights) = random(tokens, 640), routing(tokens, 16, 3, skew)
+    x, routes = random(tokens, 640), routing(tokens, 16, 3, skew)
     gate_up, down = random(16, 2 * 384, 640, std=0.05), random(16, 640, 384, std=0.05)
-    few, others = (m.grouped_mlp(x, ids, weights, gate_up, down) for m in (experts_gluon, experts_triton))
-    assert torch.equal(few, others)
+    few, again, others = (
+        m.grouped_mlp(x, routes, gate_up, down) for m in (experts_gluon, experts_gluon, experts_triton)
+    )
+    assert torch.equal(few, others) and torch.equal(few, again)
 
 
 def test_silu_mul():
@@ -234,8 +257,8 @@ def test_fp8_experts(tokens, num_experts, hidden, inter, slots):
     x, shared = random(tokens, hidden), random(tokens, hidden)
     gate_up, real_gate_up = quantised(num_experts, 2 * inter, hidden, std=0.05)
     down, real_down = quantised(num_experts, hidden, inter, std=0.05)
-    ids, weights = routing(tokens, num_experts, slots)
-    actual = added(experts_fp8_gluon.grouped_mlp(x, ids, weights, gate_up, down), shared)
+    ids, weights, _ = routes = routing(tokens, num_experts, slots)
+    actual = added(experts_fp8_gluon.grouped_mlp(x, routes, gate_up, down), shared)
     expected, x = shared.double(), rounded(x)
     for expert in range(num_experts):
         token, slot = (ids == expert).nonzero(as_tuple=True)
@@ -393,8 +416,8 @@ def test_a_rank_with_no_tokens():
     assert norm_triton.add_rms_norm(nothing, nothing, random(512), 1e-6)[1].shape == (0, 512)
     a = msgspec.structs.replace(MOONLIGHT, hidden_size=512)
     gate = router_triton.split_gate(random(64, 512, dtype=torch.float32))
-    ids, weights = router_triton.route(nothing, gate, random(64, dtype=torch.float32), a)
-    parts = experts_gluon.grouped_mlp(nothing, ids, weights, random(64, 256, 512), random(64, 512, 128))
+    routes = router_triton.route(nothing, gate, random(64, dtype=torch.float32), a, listed=True)
+    parts = experts_gluon.grouped_mlp(nothing, routes, random(64, 256, 512), random(64, 512, 128))
     assert added(parts, nothing).shape == (0, 512)
     assert experts_triton.silu_mul(nothing).shape == (0, 256)
     assert fp8_triton.linear(nothing, quantised(256, 512, std=0.02)[0]).shape == (0, 256)

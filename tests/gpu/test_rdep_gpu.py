@@ -16,6 +16,7 @@ from nmoe.worker.kernels import experts_fp8_gluon, experts_gluon, experts_triton
 from nmoe.worker.kernels.experts import Arrived, Returned
 from nmoe.worker.kernels.fp8 import BlockFP8
 from nmoe.worker.kernels.fp8_triton import quantise
+from nmoe.worker.kernels.lists import Routes, lists_of
 from tests.gpu.ranks import BF16, GPU, Ranks, added, expected_sums, experts_of, make_layout, make_tokens
 
 WORLD_SIZES = (1, 2, 4, 8)
@@ -24,7 +25,7 @@ DECODES, PREFILL = 24, 160
 
 def go_through(ranks, tokens, channel):
     """One exchange of all ranks; nothing waits on the host. What each rank's tokens come to, float32 [T, D]."""
-    most = max(len(x_TD) for x_TD, _, _ in tokens)
+    most = max(len(x_TD) for x_TD, _ in tokens)
     combines = []
     for rank, (link, stream) in enumerate(zip(ranks.links, ranks.streams, strict=True)):
         link.begin(channel, most)
@@ -94,7 +95,7 @@ def test_padding_is_pushed_nowhere():
     run()
     torch.cuda.synchronize()
     assert not owners[2][3:].any() and not owners[3].any(), "nobody owns padding"
-    owners_TK = tokens[0][1][:3] // layout.num_experts
+    owners_TK = tokens[0][1].ids_TK[:3] // layout.num_experts
     for rank, link in enumerate(ranks.links):
         assert int(link._num_rows) == int((owners_TK == rank).any(1).sum()) and link.check()
 
@@ -148,9 +149,8 @@ class CapturedRank:
         """`entries` hold every rank's tokens of each variant; `plan` int64 [steps, layers] says which comes when."""
         chance = torch.Generator().manual_seed(100 + rank)
         self.link, self.stream, self.rank = ranks.links[rank], ranks.streams[rank], rank
-        self.xs, self.ids, self.weights = (
-            torch.stack([tokens[rank][part] for tokens, _, _ in entries]) for part in range(3)
-        )
+        parts = [(tokens[rank][0], *tokens[rank][1][:2]) for tokens, _, _ in entries]
+        self.xs, self.ids, self.weights = (torch.stack(part) for part in zip(*parts, strict=True))
         self.expected = torch.stack([sums[rank] for _, sums, _ in entries]).to(GPU)
         self.real = torch.stack([real[rank] for _, _, real in entries]).to(GPU)
         self.count = torch.zeros(1, dtype=torch.int32, device=GPU)
@@ -172,7 +172,7 @@ class CapturedRank:
             x_TD, ids_TK, weights_TK = (part.index_select(0, variant)[0] for part in (self.xs, self.ids, self.weights))
             self.count.copy_(self.real.index_select(0, variant).sum())
             self.delay(2 * layer)
-            combine = self.link.dispatch(experts_of(self.rank), x_TD, ids_TK, weights_TK)
+            combine = self.link.dispatch(experts_of(self.rank), x_TD, Routes(ids_TK, weights_TK))
             self.delay(2 * layer + 1)
             differs_T = (added(combine()) != self.expected.index_select(0, variant)[0]).any(-1)
             self.wrong += (differs_T & self.real.index_select(0, variant)[0]).sum()
@@ -192,7 +192,11 @@ def stress_entries(layout, world_size, chance):
         tokens = [
             make_tokens(DECODES, routing, 1000 * variant + rank, layout, world_size) for rank in range(world_size)
         ]
-        sums = expected_sums(layout, [[part[:n] for part in parts] for parts, n in zip(tokens, counts, strict=True)])
+        some = [
+            (x_TD[:n], Routes(*(part[:n] for part in routes[:2])))
+            for (x_TD, routes), n in zip(tokens, counts, strict=True)
+        ]
+        sums = expected_sums(layout, some)
         sums = [F.pad(sum_TD, (0, 0, 0, DECODES - len(sum_TD))) for sum_TD in sums]
         entries.append((tokens, sums, [torch.arange(DECODES) < count for count in counts]))
     return entries
@@ -263,7 +267,7 @@ def test_a_silent_rank_costs_one_bound_and_is_named(how):
     silent = ranks.links[2]
     if how == "before the return":
         with torch.cuda.stream(ranks.streams[2]):
-            silent._push(*tokens[2])
+            silent._push(*tokens[2], silent._empty_lists())
     others = [rank for rank in range(4) if rank != 2]
 
     def step():
@@ -339,24 +343,22 @@ def test_experts_of_arrived_rows(num_rows, quantised):
     where = torch.randperm(slots, device=GPU)[:most].int()
     ids = torch.rand(most, experts, device=GPU).topk(top_k).indices.int()
     weights = torch.rand(most, top_k, device=GPU)
-    first = 1000
-    count = torch.tensor([first + num_rows], dtype=torch.int32, device=GPU)
     per_expert = most * top_k / experts
     elsewhere = torch.rand(most, top_k, device=GPU) < 0.4
-    given = torch.where(elsewhere, experts, ids)
+    elsewhere[num_rows:] = True  # of rows that did not come no list has a pair
+    given = Routes(ids, weights, lists_of(torch.where(elsewhere, experts, ids), experts))
     if quantised:
         gate_up, down = (
             BlockFP8(w.to(torch.float8_e4m3fn), torch.rand(experts, w.shape[1] // 128, w.shape[2] // 128, device=GPU))
             for w in (gate_up, down)
         )
         sent = quantise(x)
-        arrived = Arrived(sent.values_PI, sent.scales_CP.t().contiguous(), where, count, first, per_expert)
+        arrived = Arrived(sent.values_PI, sent.scales_CP.t().contiguous(), where, per_expert)
         mlp = experts_fp8_gluon.grouped_mlp
     else:
         gate_up, down = gate_up.to(BF16), down.to(BF16)
-        arrived = Arrived(x, None, where, count, first, per_expert)
+        arrived = Arrived(x, None, where, per_expert)
         mlp = experts_gluon.grouped_mlp
-    parts = mlp(arrived, given, weights, gate_up, down)
-    dense = mlp(x[where.long()], ids, weights, gate_up, down)
-    here = ~elsewhere[:num_rows]
-    assert torch.equal(parts[:num_rows][here], dense[:num_rows][here])
+    parts = mlp(arrived, given, gate_up, down)
+    dense = mlp(x[where.long()], Routes(ids, weights, lists_of(ids, experts)), gate_up, down)
+    assert torch.equal(parts[~elsewhere], dense[~elsewhere])

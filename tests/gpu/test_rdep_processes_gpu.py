@@ -65,6 +65,7 @@ def ends_of(tmp_path, world_size, rank_main):
 
 def exchange_rounds(rank, world_size, page, folder):
     """Sums of random tokens, eager and then replayed; after that the last rank dies within a step."""
+    from nmoe.worker.kernels.lists import Routes
     from nmoe.worker.rdep.between_gpus import BetweenGPUs
     from nmoe.worker.rdep.control import Control
     from nmoe.worker.rdep.symmetric import PeerSlabs
@@ -78,7 +79,8 @@ def exchange_rounds(rank, world_size, page, folder):
     link = BetweenGPUs(layout, peers.slab, peers.bases, control, rank, BF16, expected_rows=64, bound_s=BOUND_S)
     tokens = [make_tokens(DECODES, "uniform", 10 + peer, layout, world_size) for peer in range(world_size)]
     expected = expected_sums(layout, tokens)[rank].to(device)
-    mine = [part.to(device) for part in tokens[rank]]
+    (x_TD, routes) = tokens[rank]
+    mine = x_TD.to(device), Routes(routes.ids_TK.to(device), routes.weights_TK.to(device))
     assert link.meet(1, lambda: False, bounded=False)
     link.begin(CHANNEL_DECODE, DECODES)
 
@@ -96,7 +98,7 @@ def exchange_rounds(rank, world_size, page, folder):
         graph.replay()
         assert torch.equal(sums, expected) and link.check()
     if rank == world_size - 1:
-        link._push(*mine)
+        link._push(*mine, link._empty_lists())
         torch.cuda.synchronize()
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from nmoe.architecture import Architecture
 from nmoe.profiles import Numerics
 from nmoe.worker.kernels.experts import Arrived
 from nmoe.worker.kernels.fp8 import Activations, BlockFP8, Weight, unquantised
+from nmoe.worker.kernels.lists import Routes
 
 _Tensor = torch.Tensor
 
@@ -27,7 +27,7 @@ class Ops:
 
     rms_norm: Callable[..., Activations]
     add_rms_norm: Callable[..., tuple[_Tensor, Activations]]
-    route: Callable[[_Tensor, _Tensor, _Tensor, Architecture], tuple[_Tensor, _Tensor]]
+    route: Callable[..., Routes]
     linear: Callable[[Any, Any], _Tensor]
     linear_into: Callable[[_Tensor, _Tensor, _Tensor], None]  # the last head: x, weight, where the product goes
     silu_mul: Callable[..., Activations]
@@ -98,13 +98,11 @@ def _triton() -> Ops:
             return fp8_triton.linear(x, weight)
         return linear_triton.linear(unquantised(x), weight)
 
-    def grouped_mlp(
-        x: Activations | Arrived, ids_TK: _Tensor, weights_TK: _Tensor, w_gate_up: Weight, w_down: Weight
-    ) -> _Tensor:
+    def grouped_mlp(x: Activations | Arrived, routes: Routes, w_gate_up: Weight, w_down: Weight) -> _Tensor:
         if isinstance(w_gate_up, BlockFP8) and isinstance(w_down, BlockFP8):
-            return experts_fp8_gluon.grouped_mlp(x, ids_TK, weights_TK, w_gate_up, w_down)
+            return experts_fp8_gluon.grouped_mlp(x, routes, w_gate_up, w_down)
         assert isinstance(x, _Tensor | Arrived) and isinstance(w_gate_up, _Tensor) and isinstance(w_down, _Tensor)
-        return experts_gluon.grouped_mlp(x, ids_TK, weights_TK, w_gate_up, w_down)
+        return experts_gluon.grouped_mlp(x, routes, w_gate_up, w_down)
 
     return Ops(
         rms_norm=norm_triton.rms_norm,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from nmoe.architecture import Architecture
 from nmoe.worker.kernels import router
+from nmoe.worker.kernels.lists import Routes
 
 _CACHE_LINE = 64  # bytes; memory that torch allocates begins at one
 
@@ -83,8 +84,13 @@ def silu_mul(gate_up_TG: torch.Tensor) -> torch.Tensor:
 
 
 def route(
-    x_TD: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor, architecture: Architecture
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x_TD: torch.Tensor,
+    weight_ED: torch.Tensor,
+    bias_E: torch.Tensor,
+    architecture: Architecture,
+    *,
+    listed: bool = False,
+) -> Routes:
     """See router.py."""
     a, weight_DE = architecture, weight_ED.t()
     scores_TE = row_by_row(lambda row: torch.mm(row, weight_DE).sigmoid_(), x_TD, a.num_experts)
@@ -93,17 +99,14 @@ def route(
     if a.norm_topk_prob:
         total_T = functools.reduce(torch.add, weights_TK.unbind(1))
         weights_TK = weights_TK / (total_T + 1e-20)[:, None]
-    return ids_TK, weights_TK * a.routed_scaling_factor
+    return Routes(ids_TK, weights_TK * a.routed_scaling_factor)
 
 
 def grouped_mlp(
-    x_TD: torch.Tensor,
-    ids_TK: torch.Tensor,
-    weights_TK: torch.Tensor,
-    w_gate_up_EGD: torch.Tensor,
-    w_down_EDF: torch.Tensor,
+    x_TD: torch.Tensor, routes: Routes, w_gate_up_EGD: torch.Tensor, w_down_EDF: torch.Tensor
 ) -> torch.Tensor:
     """See experts.py; every pair of a token and an expert by itself, in float32."""
+    ids_TK, weights_TK, _ = routes
     here = range(len(w_down_EDF))
     weights = {
         e: (w_gate_up_EGD[e].float().t(), w_down_EDF[e].float().t()) for e in set(ids_TK.flatten().tolist()) & set(here)

@@ -8,18 +8,18 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
+from nmoe.worker.kernels.lists import Routes
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Arrived:
     """Rows that other ranks have sent, in place of the tokens of a `grouped_mlp` on the GPU: they lie here and there,
-    and only the device knows how many there are. `ids_SK` and `weights_SK` beside it have S rows, some of them no more;
-    a row's ids in [0, E) come first, its others are E."""
+    and only the device knows how many there are. The routes beside it have S rows, some of them no more; a row's ids in
+    [0, E) come first, its others are E, and are in no list."""
 
     values_CD: torch.Tensor  # bfloat16, or float8_e4m3fn with scales
     scales_CG: torch.Tensor | None  # float32 [C, D / 128]
     slots_S: torch.Tensor  # int32: where each row lies in `values_CD`
-    num_rows: torch.Tensor  # int32 [1]: rows of all tiles
-    first: int  # the first row of this tile, of all rows
     per_expert: float  # rows that an expert is expected to get
 
 
@@ -39,17 +39,14 @@ def silu_mul(gate_up_TG: torch.Tensor) -> torch.Tensor:
 
 
 def grouped_mlp(
-    x_TD: torch.Tensor,
-    ids_TK: torch.Tensor,
-    weights_TK: torch.Tensor,
-    w_gate_up_EGD: torch.Tensor,
-    w_down_EDF: torch.Tensor,
+    x_TD: torch.Tensor, routes: Routes, w_gate_up_EGD: torch.Tensor, w_down_EDF: torch.Tensor
 ) -> torch.Tensor:
     """Each token's weighted sum over its experts of this rank, float32 [T, D], added in the order of the slots K.
 
-    `ids_TK` int64 in [0, E]: local expert ids, where E stands for an expert that lives elsewhere and adds nothing.
-    `weights_TK` float32. `w_gate_up_EGD` [E, 2F, D]: gate above up; `w_down_EDF` [E, D, F].
+    The routes' ids are in [0, E]: local expert ids, where E stands for an expert that lives elsewhere and adds nothing.
+    `w_gate_up_EGD` [E, 2F, D]: gate above up; `w_down_EDF` [E, D, F].
     """
+    ids_TK, weights_TK, _ = routes
     num_experts, slots = w_down_EDF.shape[0], ids_TK.shape[1]
     pairs = ids_TK.flatten()
     order = pairs.argsort(stable=True)

@@ -22,21 +22,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.experts import Arrived
-from nmoe.worker.kernels.experts_triton import sort_pairs
+from nmoe.worker.kernels.experts_triton import most_tiles
 from nmoe.worker.kernels.experts_warps_gluon import (
-    down_count,
+    Lists,
     down_work,
     load_down,
     load_now,
     load_up,
+    make_pieces,
     produce_down,
     produce_up,
-    up_count,
+    told_piece,
     up_work,
 )
 from nmoe.worker.kernels.fp8 import BLOCK, Activations, BlockFP8
 from nmoe.worker.kernels.fp8_triton import quantise
-from nmoe.worker.kernels.items_gluon import make_items, told
+from nmoe.worker.kernels.lists import Routes
 from nmoe.worker.kernels.warps_gluon import (
     OUTPUTS,
     WORKER_WARPS,
@@ -108,7 +109,6 @@ def _multiply_up(
     scales,
     items,
     w_scales_ptr,
-    tiles,
     out,
     num_rows,
     C: gl.constexpr,
@@ -117,15 +117,13 @@ def _multiply_up(
     mine: gl.constexpr,
 ):
     """Warpgroup `mine`, 0 or 1: silu(x @ gate) * (x @ up), quantised, of its half of a tile's rows."""
-    tile_expert_ptr, num_tiles_ptr = tiles[1], tiles[2]
     out_ptr, out_scales_ptr = out
     ROWS: gl.constexpr = ring.x.shape[1]
-    count = up_count(num_tiles_ptr, F)
     nth = 0
     at = 0
-    item = told(items, nth, 4)
-    while item < count:
-        work = up_work(item, tile_expert_ptr, F)
+    piece = told_piece(items, nth)
+    while piece.number >= 0:
+        work = up_work(piece, F // 128)
         gate_0, gate_1, up_0, up_1, at = _multiply(ring, scales, w_scales_ptr, work, at, C, STAGES, mine)
         hidden_0 = gate_0 / (1.0 + gl.exp(-gate_0)) * up_0
         hidden_1 = gate_1 / (1.0 + gl.exp(-gate_1)) * up_1
@@ -140,48 +138,49 @@ def _multiply_up(
         row = work.tile * ROWS + mine * (ROWS // 2) + gl.arange(0, ROWS // 2, scale.type.layout)
         gl.store(out_scales_ptr + work.block * num_rows + row, scale)
         nth += 1
-        item = told(items, nth, 4)
+        piece = told_piece(items, nth)
 
 
-@gluon.jit(do_not_specialize=["block_stride", "num_rows"])
+@gluon.jit(do_not_specialize=["block_stride", "num_rows", "capacity"])
 def _gate_up_kernel(
     x_ptr,
     x_scales_ptr,
     slots_ptr,
     w_desc,
     w_scales_ptr,
-    sorted_ptr,
-    tile_expert_ptr,
-    num_tiles_ptr,
+    pairs_ptr,
+    counts_ptr,
     out_ptr,
     out_scales_ptr,
     block_stride,
     num_rows,
+    capacity,
     D: gl.constexpr,
     F: gl.constexpr,
     K: gl.constexpr,
+    E: gl.constexpr,
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
     WORKER_REGISTERS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
-    """Rows of the sorted order: silu(x @ gate) * (x @ up), quantised. `slots_ptr`: where each token lies in x and its
+    """The tiles' rows: silu(x @ gate) * (x @ up), quantised. `slots_ptr`: where each token lies in x and its
     scales, which then lie side by side; without it tokens are in order, and a block's scales lie side by side."""
     C: gl.constexpr = D // 128
     ring = make_ring(w_desc, ROWS, STAGES)
     scales = make_scales(ROWS, STAGES)
-    items = make_items(3)
+    items = make_pieces()
     wait_for_kernel_before()
-    tiles = (sorted_ptr, tile_expert_ptr, num_tiles_ptr)
+    lists = Lists(pairs_ptr, counts_ptr, capacity)
     out = (out_ptr, out_scales_ptr)
     x = (x_ptr, x_scales_ptr, slots_ptr, block_stride)
     gl.warp_specialize(
         [
-            (_multiply_up, (ring, scales, items, w_scales_ptr, tiles, out, num_rows, C, F, STAGES, 0)),
-            (_multiply_up, (ring, scales, items, w_scales_ptr, tiles, out, num_rows, C, F, STAGES, 1)),
-            (produce_up, (ring, items, w_desc, tiles, C, F, STAGES, TOGETHER)),
-            (load_up, (ring, scales, items, x, tiles, C, F, K, STAGES)),
+            (_multiply_up, (ring, scales, items, w_scales_ptr, out, num_rows, C, F, STAGES, 0)),
+            (_multiply_up, (ring, scales, items, w_scales_ptr, out, num_rows, C, F, STAGES, 1)),
+            (produce_up, (ring, items, w_desc, lists, E, C, F, STAGES, TOGETHER)),
+            (load_up, (ring, scales, items, x, pairs_ptr, C, K, STAGES)),
         ],
         WORKER_WARPS,
         [WORKER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
@@ -195,7 +194,7 @@ def _multiply_down(
     items,
     w_scales_ptr,
     weights_ptr,
-    tiles,
+    pairs_ptr,
     out_ptr,
     C: gl.constexpr,
     D: gl.constexpr,
@@ -203,42 +202,42 @@ def _multiply_down(
     mine: gl.constexpr,
 ):
     """Warpgroup `mine`, 0 or 1: its half of a tile's rows."""
-    sorted_ptr, tile_expert_ptr, num_tiles_ptr = tiles
-    ROWS: gl.constexpr = ring.x.shape[1]
-    count = down_count(num_tiles_ptr, D)
+    HALF: gl.constexpr = ring.x.shape[1] // 2
     nth = 0
     at = 0
-    item = told(items, nth, 4)
-    while item < count:
-        work = down_work(item, tile_expert_ptr, D)
+    piece = told_piece(items, nth)
+    while piece.number >= 0:
+        work = down_work(piece, D // 128)
         first_0, first_1, second_0, second_1, at = _multiply(ring, scales, w_scales_ptr, work, at, C, STAGES, mine)
-        row = work.tile * ROWS + mine * (ROWS // 2) + gl.arange(0, ROWS // 2, gl.SliceLayout(0, first_0.type.layout))
-        pair = load_now(sorted_ptr + row)
-        weight = gl.load(weights_ptr + pair, mask=pair >= 0, other=0.0, cache_modifier=".cg")[None, :]
-        pair = load_now(sorted_ptr + store_rows(work.tile * ROWS + mine * (ROWS // 2), ROWS // 2, 2))
+        lane = mine * HALF + gl.arange(0, HALF, gl.SliceLayout(0, first_0.type.layout))
+        pair = load_now(pairs_ptr + piece.first + lane, lane < piece.rows, -1)
+        weight = load_now(weights_ptr + pair, pair >= 0, 0.0)[None, :]
+        lane = store_rows(mine * HALF, HALF, 2)
+        pair = load_now(pairs_ptr + piece.first + lane, lane < piece.rows, -1)
         rows_ptr = out_ptr + pair.to(gl.int64) * D
         store(rows_ptr, pair >= 0, work.block * 128, D, first_0 * weight)
         store(rows_ptr, pair >= 0, work.block * 128 + 64, D, first_1 * weight)
         store(rows_ptr, pair >= 0, work.block * 128 + 128, D, second_0 * weight)
         store(rows_ptr, pair >= 0, work.block * 128 + 192, D, second_1 * weight)
         nth += 1
-        item = told(items, nth, 4)
+        piece = told_piece(items, nth)
 
 
-@gluon.jit(do_not_specialize=["num_rows"])
+@gluon.jit(do_not_specialize=["num_rows", "capacity"])
 def _down_kernel(
     hidden_ptr,
     hidden_scales_ptr,
     w_desc,
     w_scales_ptr,
     weights_ptr,
-    sorted_ptr,
-    tile_expert_ptr,
-    num_tiles_ptr,
+    pairs_ptr,
+    counts_ptr,
     out_ptr,
     num_rows,
+    capacity,
     D: gl.constexpr,
     F: gl.constexpr,
+    E: gl.constexpr,
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
@@ -246,19 +245,19 @@ def _down_kernel(
     OTHER_REGISTERS: gl.constexpr,
 ):
     """hidden @ down times the router's weight, back in the order of the pairs. Weights begin to come while the first
-    product ends, which had waited for the tiles to be known; for what it computes the loader waits."""
+    product ends, which had waited for the lists; for what it computes the loader waits."""
     C: gl.constexpr = F // 128
     ring = make_ring(w_desc, ROWS, STAGES)
     scales = make_scales(ROWS, STAGES)
-    items = make_items(3)
-    tiles = (sorted_ptr, tile_expert_ptr, num_tiles_ptr)
+    items = make_pieces()
+    lists = Lists(pairs_ptr, counts_ptr, capacity)
     hidden = (hidden_ptr, hidden_scales_ptr)
     gl.warp_specialize(
         [
-            (_multiply_down, (ring, scales, items, w_scales_ptr, weights_ptr, tiles, out_ptr, C, D, STAGES, 0)),
-            (_multiply_down, (ring, scales, items, w_scales_ptr, weights_ptr, tiles, out_ptr, C, D, STAGES, 1)),
-            (produce_down, (ring, items, w_desc, tiles, C, D, STAGES, TOGETHER)),
-            (load_down, (ring, scales, items, hidden, tiles, num_rows, C, D, STAGES)),
+            (_multiply_down, (ring, scales, items, w_scales_ptr, weights_ptr, pairs_ptr, out_ptr, C, D, STAGES, 0)),
+            (_multiply_down, (ring, scales, items, w_scales_ptr, weights_ptr, pairs_ptr, out_ptr, C, D, STAGES, 1)),
+            (produce_down, (ring, items, w_desc, lists, E, C, D, STAGES, TOGETHER)),
+            (load_down, (ring, scales, items, hidden, num_rows, C, D, STAGES)),
         ],
         WORKER_WARPS,
         [WORKER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
@@ -273,15 +272,13 @@ def _form(rows_per_expert: float) -> Form:
 
 
 def grouped_mlp(
-    x: Activations | Arrived,
-    ids_TK: torch.Tensor,
-    weights_TK: torch.Tensor,
-    w_gate_up_EGD: BlockFP8,
-    w_down_EDF: BlockFP8,
+    x: Activations | Arrived, routes: Routes, w_gate_up_EGD: BlockFP8, w_down_EDF: BlockFP8
 ) -> torch.Tensor:
     """See experts_triton.py; D and F are multiples of 128, and arrived rows are quantised."""
-    (tokens, slots), (num_experts, hidden, inter) = ids_TK.shape, w_down_EDF.values.shape
-    parts_TKD = torch.empty(tokens, slots, hidden, dtype=torch.bfloat16, device=ids_TK.device)
+    assert routes.lists is not None
+    (tokens, slots), (num_experts, hidden, inter) = routes.weights_TK.shape, w_down_EDF.values.shape
+    device = routes.weights_TK.device
+    parts_TKD = torch.empty(tokens, slots, hidden, dtype=torch.bfloat16, device=device)
     pairs = tokens * slots
     if not pairs:
         return parts_TKD
@@ -292,42 +289,42 @@ def grouped_mlp(
         arrived, values, scales = None, quantised.values_PI, quantised.scales_CP
         block_stride = scales.stride(0)
     form = _form(arrived.per_expert if arrived else pairs / num_experts)
-    order, tile_expert, num_tiles = sort_pairs(ids_TK, num_experts, form.rows, arrived)
-    most, num_rows = len(tile_expert), len(order)
-    hidden_NF = torch.empty(num_rows, inter, dtype=torch.float8_e4m3fn, device=ids_TK.device)
-    hidden_scales = torch.empty(inter // BLOCK, num_rows, dtype=torch.float32, device=ids_TK.device)
-    _gate_up_kernel[(form.programs(most * (inter // BLOCK), ids_TK.device),)](
+    pairs_EC, counts_EW = routes.lists.pairs_EC, routes.lists.counts_EW
+    sizes = {"D": hidden, "F": inter, "E": num_experts}
+    most = most_tiles(pairs, num_experts, form.rows)
+    num_rows = most * form.rows
+    hidden_NF = torch.empty(num_rows, inter, dtype=torch.float8_e4m3fn, device=device)
+    hidden_scales = torch.empty(inter // BLOCK, num_rows, dtype=torch.float32, device=device)
+    _gate_up_kernel[(form.programs(most * (inter // BLOCK), device),)](
         values,
         scales,
         arrived.slots_S if arrived else None,
         descriptor(w_gate_up_EGD.values.flatten(0, 1)),
         w_gate_up_EGD.scales,
-        order,
-        tile_expert,
-        num_tiles,
+        pairs_EC,
+        counts_EW,
         hidden_NF,
         hidden_scales,
         block_stride,
         num_rows,
-        D=hidden,
-        F=inter,
+        pairs_EC.shape[1],
+        **sizes,
         K=slots,
         **form.options(hidden // BLOCK),
         launch_pdl=early(tokens),
     )
-    _down_kernel[(form.programs(most * -(-hidden // OUTPUTS), ids_TK.device),)](
+    _down_kernel[(form.programs(most * -(-hidden // OUTPUTS), device),)](
         hidden_NF,
         hidden_scales,
         descriptor(w_down_EDF.values.flatten(0, 1)),
         w_down_EDF.scales,
-        weights_TK,
-        order,
-        tile_expert,
-        num_tiles,
+        routes.weights_TK,
+        pairs_EC,
+        counts_EW,
         parts_TKD,
         num_rows,
-        D=hidden,
-        F=inter,
+        pairs_EC.shape[1],
+        **sizes,
         **form.options(inter // BLOCK),
         launch_pdl=early(tokens),
     )

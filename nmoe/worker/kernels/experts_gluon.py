@@ -21,19 +21,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from nmoe.worker.kernels import experts_triton
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.experts import Arrived
-from nmoe.worker.kernels.experts_triton import sort_pairs
+from nmoe.worker.kernels.experts_triton import most_tiles
 from nmoe.worker.kernels.experts_warps_gluon import (
-    down_count,
+    Lists,
     down_work,
     load_down,
     load_now,
     load_up,
+    make_pieces,
     produce_down,
     produce_up,
-    up_count,
+    told_piece,
     up_work,
 )
-from nmoe.worker.kernels.items_gluon import make_items, told
+from nmoe.worker.kernels.lists import Routes
 from nmoe.worker.kernels.warps_gluon import (
     OUTPUTS,
     WORKER_WARPS,
@@ -83,58 +84,55 @@ def _multiply(ring, at, C: gl.constexpr, STAGES: gl.constexpr, mine: gl.constexp
 
 
 @gluon.jit
-def _multiply_up(
-    ring, items, tiles, out_ptr, C: gl.constexpr, F: gl.constexpr, STAGES: gl.constexpr, mine: gl.constexpr
-):
+def _multiply_up(ring, items, out_ptr, C: gl.constexpr, F: gl.constexpr, STAGES: gl.constexpr, mine: gl.constexpr):
     """Warpgroup `mine`, 0 or 1: silu(x @ gate) * (x @ up) of its half of a block's columns."""
-    sorted_ptr, tile_expert_ptr, num_tiles_ptr = tiles
     ROWS: gl.constexpr = ring.x.shape[1]
-    count = up_count(num_tiles_ptr, F)
     nth = 0
     at = 0
-    item = told(items, nth, 4)
-    while item < count:
-        work = up_work(item, tile_expert_ptr, F)
-        row = store_rows(work.tile * ROWS, ROWS, 2)
-        exists = gl.load(sorted_ptr + row) >= 0
+    piece = told_piece(items, nth)
+    while piece.number >= 0:
+        work = up_work(piece, F // 128)
         gate, up, at = _multiply(ring, at, C, STAGES, mine)
         hidden = gate / (1.0 + gl.exp(-gate)) * up
-        store(out_ptr + row.to(gl.int64) * F, exists, work.block * 128 + mine * 64, F, hidden)
+        lane = store_rows(0, ROWS, 2)
+        rows_ptr = out_ptr + (work.tile * ROWS + lane).to(gl.int64) * F
+        store(rows_ptr, lane < piece.rows, work.block * 128 + mine * 64, F, hidden)
         nth += 1
-        item = told(items, nth, 4)
+        piece = told_piece(items, nth)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["capacity"])
 def _gate_up_kernel(
     x_ptr,
     slots_ptr,
     w_desc,
-    sorted_ptr,
-    tile_expert_ptr,
-    num_tiles_ptr,
+    pairs_ptr,
+    counts_ptr,
     out_ptr,
+    capacity,
     D: gl.constexpr,
     F: gl.constexpr,
     K: gl.constexpr,
+    E: gl.constexpr,
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
     WORKER_REGISTERS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
-    """Rows of the sorted order: silu(x @ gate) * (x @ up). `slots_ptr`: where each token lies in x, if not in order."""
+    """The tiles' rows: silu(x @ gate) * (x @ up). `slots_ptr`: where each token lies in x, if not in order."""
     C: gl.constexpr = D // 64
     ring = make_ring(w_desc, ROWS, STAGES)
-    items = make_items(3)
+    items = make_pieces()
     wait_for_kernel_before()
-    tiles = (sorted_ptr, tile_expert_ptr, num_tiles_ptr)
+    lists = Lists(pairs_ptr, counts_ptr, capacity)
     x = (x_ptr, None, slots_ptr, None)
     gl.warp_specialize(
         [
-            (_multiply_up, (ring, items, tiles, out_ptr, C, F, STAGES, 0)),
-            (_multiply_up, (ring, items, tiles, out_ptr, C, F, STAGES, 1)),
-            (produce_up, (ring, items, w_desc, tiles, C, F, STAGES, TOGETHER)),
-            (load_up, (ring, None, items, x, tiles, C, F, K, STAGES)),
+            (_multiply_up, (ring, items, out_ptr, C, F, STAGES, 0)),
+            (_multiply_up, (ring, items, out_ptr, C, F, STAGES, 1)),
+            (produce_up, (ring, items, w_desc, lists, E, C, F, STAGES, TOGETHER)),
+            (load_up, (ring, None, items, x, pairs_ptr, C, K, STAGES)),
         ],
         WORKER_WARPS,
         [WORKER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
@@ -143,40 +141,49 @@ def _gate_up_kernel(
 
 @gluon.jit
 def _multiply_down(
-    ring, items, weights_ptr, tiles, out_ptr, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, mine: gl.constexpr
+    ring,
+    items,
+    weights_ptr,
+    pairs_ptr,
+    out_ptr,
+    C: gl.constexpr,
+    D: gl.constexpr,
+    STAGES: gl.constexpr,
+    mine: gl.constexpr,
 ):
     """Warpgroup `mine`, 0 or 1: its half of both blocks' columns."""
-    sorted_ptr, tile_expert_ptr, num_tiles_ptr = tiles
     ROWS: gl.constexpr = ring.x.shape[1]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    count = down_count(num_tiles_ptr, D)
     nth = 0
     at = 0
-    item = told(items, nth, 4)
-    while item < count:
-        work = down_work(item, tile_expert_ptr, D)
-        pair = load_now(sorted_ptr + work.tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, S)))
-        factor = gl.load(weights_ptr + pair, mask=pair >= 0, other=0.0, cache_modifier=".cg")[None, :]
-        pair = load_now(sorted_ptr + store_rows(work.tile * ROWS, ROWS, 2))
+    piece = told_piece(items, nth)
+    while piece.number >= 0:
+        work = down_work(piece, D // 128)
+        lane = gl.arange(0, ROWS, gl.SliceLayout(0, S))
+        pair = load_now(pairs_ptr + piece.first + lane, lane < piece.rows, -1)
+        factor = load_now(weights_ptr + pair, pair >= 0, 0.0)[None, :]
+        lane = store_rows(0, ROWS, 2)
+        pair = load_now(pairs_ptr + piece.first + lane, lane < piece.rows, -1)
         first, second, at = _multiply(ring, at, C, STAGES, mine)
         rows_ptr = out_ptr + pair.to(gl.int64) * D
         store(rows_ptr, pair >= 0, work.block * 128 + mine * 64, D, first * factor)
         store(rows_ptr, pair >= 0, work.block * 128 + 128 + mine * 64, D, second * factor)
         nth += 1
-        item = told(items, nth, 4)
+        piece = told_piece(items, nth)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["capacity"])
 def _down_kernel(
     hidden_ptr,
     w_desc,
     weights_ptr,
-    sorted_ptr,
-    tile_expert_ptr,
-    num_tiles_ptr,
+    pairs_ptr,
+    counts_ptr,
     out_ptr,
+    capacity,
     D: gl.constexpr,
     F: gl.constexpr,
+    E: gl.constexpr,
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
@@ -186,14 +193,14 @@ def _down_kernel(
     """hidden @ down times the router's weight, back in the order of the pairs."""
     C: gl.constexpr = F // 64
     ring = make_ring(w_desc, ROWS, STAGES)
-    items = make_items(3)
-    tiles = (sorted_ptr, tile_expert_ptr, num_tiles_ptr)
+    items = make_pieces()
+    lists = Lists(pairs_ptr, counts_ptr, capacity)
     gl.warp_specialize(
         [
-            (_multiply_down, (ring, items, weights_ptr, tiles, out_ptr, C, D, STAGES, 0)),
-            (_multiply_down, (ring, items, weights_ptr, tiles, out_ptr, C, D, STAGES, 1)),
-            (produce_down, (ring, items, w_desc, tiles, C, D, STAGES, TOGETHER)),
-            (load_down, (ring, None, items, (hidden_ptr, None), tiles, None, C, D, STAGES)),
+            (_multiply_down, (ring, items, weights_ptr, pairs_ptr, out_ptr, C, D, STAGES, 0)),
+            (_multiply_down, (ring, items, weights_ptr, pairs_ptr, out_ptr, C, D, STAGES, 1)),
+            (produce_down, (ring, items, w_desc, lists, E, C, D, STAGES, TOGETHER)),
+            (load_down, (ring, None, items, (hidden_ptr, None), None, C, D, STAGES)),
         ],
         WORKER_WARPS,
         [WORKER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
@@ -211,32 +218,29 @@ def _form(rows_per_expert: float) -> Form | None:
 
 
 def grouped_mlp(
-    x: torch.Tensor | Arrived,
-    ids_TK: torch.Tensor,
-    weights_TK: torch.Tensor,
-    w_gate_up_EGD: torch.Tensor,
-    w_down_EDF: torch.Tensor,
+    x: torch.Tensor | Arrived, routes: Routes, w_gate_up_EGD: torch.Tensor, w_down_EDF: torch.Tensor
 ) -> torch.Tensor:
     """See experts_triton.py, whose kernels take what does not lie in blocks of 128."""
+    assert routes.lists is not None
     arrived, x_TD = (x, x.values_CD) if isinstance(x, Arrived) else (None, x)
-    (tokens, slots), (num_experts, hidden, inter) = ids_TK.shape, w_down_EDF.shape
+    (tokens, slots), (num_experts, hidden, inter) = routes.weights_TK.shape, w_down_EDF.shape
     form = _form(arrived.per_expert if arrived else tokens * slots / num_experts)
     if form is None or hidden % 128 or inter % 128 or not tokens:
-        return experts_triton.grouped_mlp(x, ids_TK, weights_TK, w_gate_up_EGD, w_down_EDF)
+        return experts_triton.grouped_mlp(x, routes, w_gate_up_EGD, w_down_EDF)
     parts_TKD = x_TD.new_empty(tokens, slots, hidden)
-    order, tile_expert, num_tiles = sort_pairs(ids_TK, num_experts, form.rows, arrived)
-    most = len(tile_expert)
+    pairs_EC, counts_EW = routes.lists.pairs_EC, routes.lists.counts_EW
+    sizes = {"D": hidden, "F": inter, "E": num_experts}
+    most = most_tiles(tokens * slots, num_experts, form.rows)
     hidden_NF = x_TD.new_empty(most * form.rows, inter)
     _gate_up_kernel[(form.programs(most * (inter // 128), x_TD.device),)](
         x_TD,
         arrived.slots_S if arrived else None,
         descriptor(w_gate_up_EGD.flatten(0, 1)),
-        order,
-        tile_expert,
-        num_tiles,
+        pairs_EC,
+        counts_EW,
         hidden_NF,
-        D=hidden,
-        F=inter,
+        pairs_EC.shape[1],
+        **sizes,
         K=slots,
         **form.options(hidden // 64),
         launch_pdl=early(tokens),
@@ -244,13 +248,12 @@ def grouped_mlp(
     _down_kernel[(form.programs(most * -(-hidden // OUTPUTS), x_TD.device),)](
         hidden_NF,
         descriptor(w_down_EDF.flatten(0, 1)),
-        weights_TK,
-        order,
-        tile_expert,
-        num_tiles,
+        routes.weights_TK,
+        pairs_EC,
+        counts_EW,
         parts_TKD,
-        D=hidden,
-        F=inter,
+        pairs_EC.shape[1],
+        **sizes,
         **form.options(inter // 64),
         launch_pdl=early(tokens),
     )

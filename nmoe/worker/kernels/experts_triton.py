@@ -1,7 +1,8 @@
 """The experts on the GPU; `experts.py` is the reference.
 
-Pairs of (token, slot) are sorted by expert, each expert's padded to whole tiles of rows, on the device: nothing is read
-back. For few rows per expert the product is taken transposed (weights times tokens), so that the tile of weights is
+Each expert's list of pairs (lists.py) is cut into tiles of rows, on the device: nothing is read back. The tiles are
+counted on from expert to expert, and so are the rows between the two products, of which a last tile has some that mean
+nothing. For few rows per expert the product is taken transposed (weights times tokens), so that the tile of weights is
 what the matrix unit streams and the rows are its narrow side; then every expert's weights are read once, at the speed
 of memory. A token's results lie side by side until they are added in the order of its slots.
 
@@ -21,9 +22,9 @@ from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.experts import Arrived, Returned
 from nmoe.worker.kernels.fp8 import Activations
 from nmoe.worker.kernels.fp8_triton import room_for, store_quantised
+from nmoe.worker.kernels.lists import Routes
+from nmoe.worker.kernels.lists_triton import find_tile, load_counts
 from nmoe.worker.kernels.products_triton import add_product, by_rows, empty_tile
-
-_SORT_BLOCK = 1024
 
 
 class Terms(NamedTuple):
@@ -65,87 +66,42 @@ def _shape(rows_per_expert: float) -> _Shape:
     return _MORE if rows_per_expert <= 96 else _MANY
 
 
-@triton.jit(do_not_specialize=["num_pairs", "first"])
-def _sort_kernel(
-    ids_ptr,
-    num_rows_ptr,
-    sorted_ptr,
-    tile_expert_ptr,
-    num_tiles_ptr,
-    num_pairs,
-    first,
-    K: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    BINS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """One program per expert: where its tiles begin follows from all counts, which every program takes for itself."""
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
-    if num_rows_ptr is not None:
-        num_pairs = tl.minimum(num_pairs, tl.maximum(tl.load(num_rows_ptr) - first, 0) * K)
-    expert = tl.program_id(0)
-    bins = tl.arange(0, BINS)
-    lane = tl.arange(0, BLOCK)
-    counts = tl.zeros([BINS], tl.int32)
-    for start in range(0, num_pairs, BLOCK):
-        ids = tl.load(ids_ptr + start + lane, mask=start + lane < num_pairs, other=EXPERTS)
-        counts += tl.histogram(ids, BINS, mask=ids < EXPERTS)
-    tiles = (counts + ROWS - 1) // ROWS
-    first = tl.sum(tl.where(bins < expert, tiles, 0), 0)
-    mine = tl.sum(tl.where(bins == expert, tiles, 0), 0)
-    count = tl.sum(tl.where(bins == expert, counts, 0), 0)
-    if expert == 0:
-        word = tl.arange(0, 4)
-        tl.store(num_tiles_ptr + word, tl.where(word == 0, tl.sum(tiles, 0), 0), mask=word < 3)
-    out = sorted_ptr + first * ROWS
-    seen = 0
-    for start in range(0, num_pairs, BLOCK):
-        ids = tl.load(ids_ptr + start + lane, mask=start + lane < num_pairs, other=EXPERTS)
-        hit = (ids == expert).to(tl.int32)
-        tl.store(out + seen + tl.cumsum(hit, 0) - 1, start + lane, mask=hit != 0)
-        seen += tl.sum(hit, 0)
-    padding = count + tl.arange(0, ROWS)
-    tl.store(out + padding, -1, mask=padding < mine * ROWS)
-    for start in range(0, mine, 64):
-        tile = start + tl.arange(0, 64)
-        tl.store(tile_expert_ptr + first + tile, expert, mask=tile < mine)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def _gate_up_kernel(
     x_ptr,
     slots_ptr,
     weight_desc,
-    sorted_ptr,
-    tile_expert_ptr,
-    num_tiles_ptr,
+    pairs_ptr,
+    counts_ptr,
     out_ptr,
+    capacity,
     D: tl.constexpr,
     F: tl.constexpr,
     K: tl.constexpr,
+    E: tl.constexpr,
+    BINS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """Rows of the sorted order: silu(x @ gate) * (x @ up). `slots_ptr`: where each token lies in x, if not in order."""
+    """The tiles' rows: silu(x @ gate) * (x @ up). `slots_ptr`: where each token lies in x, if not in order."""
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
     PER_TILE: tl.constexpr = F // COLUMNS
-    for work in range(tl.program_id(0), tl.load(num_tiles_ptr) * PER_TILE, tl.num_programs(0)):
+    counts, ends = load_counts(counts_ptr, capacity, E, BINS, ROWS)
+    for work in range(tl.program_id(0), tl.max(ends, 0) * PER_TILE, tl.num_programs(0)):
         tile = work // PER_TILE
         column = (work % PER_TILE) * COLUMNS
-        row = tile * ROWS + tl.arange(0, ROWS)
-        pair = tl.load(sorted_ptr + row)
-        exists = pair >= 0
-        token = pair // K
+        expert, first, left = find_tile(tile, counts, ends, ROWS)
+        lane = tl.arange(0, ROWS)
+        exists = lane < left
+        token = tl.load(pairs_ptr + expert * capacity + first + lane, mask=exists, other=0) // K
         if slots_ptr is not None:
             token = tl.load(slots_ptr + token, mask=exists, other=0)
         x_row = x_ptr + token.to(tl.int64)[:, None] * D + tl.arange(0, DEPTH)[None, :]
-        gate_at = tl.load(tile_expert_ptr + tile) * (2 * F) + column
+        gate_at = expert * (2 * F) + column
         gate = empty_tile(ROWS, COLUMNS, TRANSPOSED)
         up = empty_tile(ROWS, COLUMNS, TRANSPOSED)
         for k in tl.range(0, D, DEPTH, num_stages=STAGES):
@@ -156,20 +112,23 @@ def _gate_up_kernel(
             up = add_product(up, x, w_up, TRANSPOSED)
         hidden = (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty)
         hidden = by_rows(hidden, TRANSPOSED)
-        tl.store(out_ptr + row.to(tl.int64)[:, None] * F + column + tl.arange(0, COLUMNS)[None, :], hidden)
+        row = (tile * ROWS + lane).to(tl.int64)
+        tl.store(out_ptr + row[:, None] * F + column + tl.arange(0, COLUMNS)[None, :], hidden)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def _down_kernel(
     hidden_desc,
     weight_desc,
     weights_ptr,
-    sorted_ptr,
-    tile_expert_ptr,
-    num_tiles_ptr,
+    pairs_ptr,
+    counts_ptr,
     out_ptr,
+    capacity,
     D: tl.constexpr,
     F: tl.constexpr,
+    E: tl.constexpr,
+    BINS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -178,15 +137,19 @@ def _down_kernel(
 ):
     """hidden @ down times the router's weight, back in the order of the pairs."""
     PER_TILE: tl.constexpr = D // COLUMNS
-    works = tl.load(num_tiles_ptr, cache_modifier=".cg") * PER_TILE  # sorted before the kernel before this one
+    counts, ends = load_counts(counts_ptr, capacity, E, BINS, ROWS)  # the kernel before has waited for them
+    works = tl.max(ends, 0) * PER_TILE
+    work = tl.program_id(0)
+    expert, first, left = find_tile(work // PER_TILE, counts, ends, ROWS)
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
-    for work in range(tl.program_id(0), works, tl.num_programs(0)):
+    while work < works:
         tile = work // PER_TILE
         column = (work % PER_TILE) * COLUMNS
-        pair = tl.load(sorted_ptr + tile * ROWS + tl.arange(0, ROWS))
-        exists = pair >= 0
-        weight_at = tl.load(tile_expert_ptr + tile) * D + column
+        lane = tl.arange(0, ROWS)
+        exists = lane < left
+        pair = tl.load(pairs_ptr + expert * capacity + first + lane, mask=exists, other=0)
+        weight_at = expert * D + column
         acc = empty_tile(ROWS, COLUMNS, TRANSPOSED)
         for k in tl.range(0, F, DEPTH, num_stages=STAGES):
             hidden = hidden_desc.load([tile * ROWS, k])
@@ -199,6 +162,8 @@ def _down_kernel(
             value = (acc * factor[:, None]).to(out_ptr.dtype.element_ty)
         out = out_ptr + pair.to(tl.int64)[:, None] * D + column + tl.arange(0, COLUMNS)[None, :]
         tl.store(out, value, mask=exists[:, None])
+        work += tl.num_programs(0)
+        expert, first, left = find_tile(work // PER_TILE, counts, ends, ROWS)
 
 
 @triton.jit(do_not_specialize=["scales_stride"])
@@ -218,32 +183,9 @@ def _silu_mul_kernel(x_ptr, out_ptr, values_ptr, scales_ptr, scales_stride, F: t
         store_quantised(blocks, group, group < F // 128, values_ptr, scales_ptr, token, scales_stride, F // 128)
 
 
-def sort_pairs(
-    ids_TK: torch.Tensor, num_experts: int, rows: int, arrived: Arrived | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The pairs by expert, each expert's filled up with -1 to whole tiles of `rows`; the expert of each tile; how many
-    tiles there are, and a counter for each of the two products, at zero. All int32, as long as any ids could need.
-    `ids_TK` int32; of `arrived`, only rows that exist."""
-    pairs = ids_TK.numel()
-    most = (pairs + min(num_experts, pairs) * (rows - 1)) // rows
-    order, tile_expert, num_tiles = (ids_TK.new_empty(size) for size in (most * rows, most, 3))
-    bins = triton.next_power_of_2(num_experts)
-    _sort_kernel[(num_experts,)](
-        ids_TK,
-        None if arrived is None else arrived.num_rows,
-        order,
-        tile_expert,
-        num_tiles,
-        pairs,
-        0 if arrived is None else arrived.first,
-        K=ids_TK.shape[1],
-        EXPERTS=num_experts,
-        BINS=bins,
-        BLOCK=_SORT_BLOCK,
-        ROWS=rows,
-        launch_pdl=early(len(ids_TK)),
-    )
-    return order, tile_expert, num_tiles
+def most_tiles(pairs: int, num_experts: int, rows: int) -> int:
+    """Into how many tiles of so many rows the lists of so many pairs may be cut."""
+    return (pairs + min(num_experts, pairs) * (rows - 1)) // rows
 
 
 def launched_tiles(tiles: int, rows: int, num_experts: int, arrived: Arrived | None) -> int:
@@ -274,41 +216,38 @@ def silu_mul(gate_up_TG: torch.Tensor, *, quantised: bool = False) -> Activation
 
 
 def grouped_mlp(
-    x: torch.Tensor | Arrived,
-    ids_TK: torch.Tensor,
-    weights_TK: torch.Tensor,
-    w_gate_up_EGD: torch.Tensor,
-    w_down_EDF: torch.Tensor,
+    x: torch.Tensor | Arrived, routes: Routes, w_gate_up_EGD: torch.Tensor, w_down_EDF: torch.Tensor
 ) -> torch.Tensor:
     """Each token's weighted expert results, in the model's dtype, [T, K, D]: the terms of experts.py's sum.
 
-    `ids_TK` int32, all below E, but for `Arrived` rows; terms of experts that live elsewhere are left as they are. D is
-    a multiple of 128 and F of 64.
+    Of the routes the lists and the weights are taken; terms of experts that live elsewhere, and of `Arrived` rows that
+    do not exist, are left as they are. D is a multiple of 128 and F of 64.
     """
+    assert routes.lists is not None
     arrived, x_TD = (x, x.values_CD) if isinstance(x, Arrived) else (None, x)
-    (tokens, slots), (num_experts, hidden, inter) = ids_TK.shape, w_down_EDF.shape
+    (tokens, slots), (num_experts, hidden, inter) = routes.weights_TK.shape, w_down_EDF.shape
     parts_TKD = x_TD.new_empty(tokens, slots, hidden)
     pairs = tokens * slots
     if not pairs:
         return parts_TKD
     shape = _shape(arrived.per_expert if arrived else pairs / num_experts)
     rows, up, down = shape.rows, shape.up, shape.down
-    order, tile_expert, num_tiles = sort_pairs(ids_TK, num_experts, rows, arrived)
-    tiles = len(tile_expert)
+    tiles = most_tiles(pairs, num_experts, rows)
     launched = launched_tiles(tiles, rows, num_experts, arrived)
     up = up._replace(columns=up.columns if inter % up.columns == 0 else 64)
     down = down._replace(columns=down.columns if hidden % down.columns == 0 else 128)
+    pairs_EC, counts_EW = routes.lists.pairs_EC, routes.lists.counts_EW
+    sizes = {"D": hidden, "F": inter, "E": num_experts, "BINS": triton.next_power_of_2(num_experts)}
     hidden_NF = x_TD.new_empty(tiles * rows, inter)
     _gate_up_kernel[(launched * (inter // up.columns),)](
         x_TD,
         arrived.slots_S if arrived else None,
         TensorDescriptor.from_tensor(w_gate_up_EGD.flatten(0, 1), [up.columns, up.depth]),
-        order,
-        tile_expert,
-        num_tiles,
+        pairs_EC,
+        counts_EW,
         hidden_NF,
-        D=hidden,
-        F=inter,
+        pairs_EC.shape[1],
+        **sizes,
         K=slots,
         ROWS=rows,
         COLUMNS=up.columns,
@@ -321,13 +260,12 @@ def grouped_mlp(
     _down_kernel[(launched * (hidden // down.columns),)](
         TensorDescriptor.from_tensor(hidden_NF, [rows, down.depth]),
         TensorDescriptor.from_tensor(w_down_EDF.flatten(0, 1), [down.columns, down.depth]),
-        weights_TK,
-        order,
-        tile_expert,
-        num_tiles,
+        routes.weights_TK,
+        pairs_EC,
+        counts_EW,
         parts_TKD,
-        D=hidden,
-        F=inter,
+        pairs_EC.shape[1],
+        **sizes,
         ROWS=rows,
         COLUMNS=down.columns,
         DEPTH=down.depth,

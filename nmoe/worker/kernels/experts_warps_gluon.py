@@ -2,153 +2,230 @@
 warps_gluon.py.
 
 As many programs as multiprocessors take pieces of the tiles that exist as they come to them (items_gluon.py): beside
-the shared experts some begin late.
+the shared experts some begin late. The producer finds a piece's rows in the experts' lists (lists.py) and tells the
+other warps; it also reads ahead, before the first product has ended.
 
-Shape suffixes: K experts per token, D hidden, F intermediate, C stages of a tile.
+Shape suffixes: K experts per token, D hidden, F intermediate, E experts, C stages of a tile.
 """
 
+from typing import NamedTuple
+
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from nmoe.worker.kernels.items_gluon import tell, told
+from nmoe.worker.kernels import lists
+from nmoe.worker.kernels.items_gluon import make_items, read_word, release_item, tell, wait_for_item
 from nmoe.worker.kernels.warps_gluon import LOADERS, Work, load_rows, produce, row_lanes, wait_for_kernel_before
 
+WORDS = gl.constexpr(lists.WORDS)
+
+
+class Piece(NamedTuple):
+    """A piece of work, as the producer tells the other warps."""
+
+    number: gl.tensor  # below 0: there are no more
+    expert: gl.tensor
+    first: gl.tensor  # place of the tile's first row in the experts' lists, as they lie in memory
+    rows: gl.tensor  # from there on that are the expert's
+
+
+class Lists(NamedTuple):
+    """The experts' lists; see lists.py."""
+
+    pairs: gl.tensor  # pointers
+    counts: gl.tensor
+    capacity: gl.tensor
+
 
 @gluon.jit
-def load_now(ptr):
+def make_pieces():
+    """Room for what the producer tells the loader and the two warpgroups."""
+    return make_items(3, 4)
+
+
+@gluon.jit
+def told_piece(items, nth, WARPS: gl.constexpr = 4):
+    """A reader of so many warps: which piece is the program's `nth`."""
+    wait_for_item(items, nth)
+    number = read_word(items, nth, 0, WARPS)
+    expert = read_word(items, nth, 1, WARPS)
+    first = read_word(items, nth, 2, WARPS)
+    rows = read_word(items, nth, 3, WARPS)
+    release_item(items, nth)
+    return Piece(number, expert, first, rows)
+
+
+@gluon.jit
+def load_now(ptr, mask, other):
     """What a kernel before the last one has written, in warps that have not waited for the last one: it is there, but
     the multiprocessor's own cache may hold what was there before."""
-    return gl.load(ptr, cache_modifier=".cg")
+    return gl.load(ptr, mask=mask, other=other, cache_modifier=".cg")
 
 
 @gluon.jit
-def up_count(num_tiles_ptr, F: gl.constexpr):
-    """How many pieces of work the first product has."""
-    return gl.load(num_tiles_ptr) * (F // 128)
+def _add(a, b):
+    return a + b
+
+
+@triton.constexpr_function
+def _bins(num_experts):
+    return max(32, triton.next_power_of_2(num_experts))
 
 
 @gluon.jit
-def up_work(item, tile_expert_ptr, F: gl.constexpr):
-    """Piece of work `item`: a block of the gate and the same of up."""
-    BLOCKS: gl.constexpr = F // 128
-    tile = item // BLOCKS
-    block = item % BLOCKS
-    gate = gl.load(tile_expert_ptr + tile) * (2 * BLOCKS) + block
-    return Work(tile, block, gate, gate + BLOCKS)
+def _load_counts(lists, E: gl.constexpr, ROWS: gl.constexpr):
+    """Of each expert: how many pairs it has, and where its tiles end when all experts' are counted on."""
+    BINS: gl.constexpr = _bins(E)
+    bins = gl.arange(0, BINS, gl.BlockedLayout([BINS // 32], [32], [1], [0]))
+    counts = gl.minimum(load_now(lists.counts + bins * WORDS, bins < E, 0), lists.capacity)
+    return counts, gl.associative_scan((counts + ROWS - 1) // ROWS, 0, _add)
+
+
+@gluon.jit
+def _piece(number, tile, counts, ends, lists, ROWS: gl.constexpr):
+    past = ends <= tile
+    expert = gl.sum(past.to(gl.int32), 0)
+    first = (tile - gl.max(gl.where(past, ends, 0), 0)) * ROWS
+    bins = gl.arange(0, counts.shape[0], counts.type.layout)
+    count = gl.sum(gl.where(bins == expert, counts, 0), 0)
+    return Piece(number, expert, expert * lists.capacity + first, count - first)
+
+
+@gluon.jit
+def _produce(
+    ring,
+    items,
+    w_desc,
+    lists,
+    E: gl.constexpr,
+    C: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    UP: gl.constexpr,
+    STAGES: gl.constexpr,
+    TOGETHER: gl.constexpr,
+):
+    """Producer of the first product or the second one, of which a tile has so many blocks of outputs."""
+    ROWS: gl.constexpr = ring.x.shape[1]
+    PER_TILE: gl.constexpr = BLOCKS if UP else (BLOCKS + 1) // 2
+    counts, ends = _load_counts(lists, E, ROWS)
+    count = gl.max(ends, 0) * PER_TILE
+    taken_ptr = lists.counts + E * WORDS + (0 if UP else 1)
+    item = gl.program_id(0)
+    nth = 0
+    at = 0
+    while item < count:
+        piece = _piece(item, item // PER_TILE, counts, ends, lists, ROWS)
+        tell(items, nth, (piece.number, piece.expert, piece.first, piece.rows))
+        nth += 1
+        work = up_work(piece, BLOCKS) if UP else down_work(piece, BLOCKS)
+        at = produce(ring, w_desc, work, at, C, STAGES, TOGETHER)
+        taken = gl.atomic_add(taken_ptr, 1, sem="relaxed")
+        gl.store(taken_ptr, 0, mask=taken == count - 1)  # nobody takes one after that
+        item = gl.num_programs(0) + taken
+    tell(items, nth, (-1, 0, 0, 0))
+
+
+@gluon.jit
+def up_work(piece, BLOCKS: gl.constexpr):
+    """A piece of work of the first product: a block of the gate and the same of up, which have so many each."""
+    block = piece.number % BLOCKS
+    gate = piece.expert * (2 * BLOCKS) + block
+    return Work(piece.number // BLOCKS, block, gate, gate + BLOCKS)
 
 
 @gluon.jit
 def produce_up(
-    ring, items, w_desc, tiles, C: gl.constexpr, F: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr
+    ring,
+    items,
+    w_desc,
+    lists,
+    E: gl.constexpr,
+    C: gl.constexpr,
+    F: gl.constexpr,
+    STAGES: gl.constexpr,
+    TOGETHER: gl.constexpr,
 ):
-    """Producer of the first product. `tiles`: the pairs in order, the tiles' experts, how many tiles there are."""
-    tile_expert_ptr, num_tiles_ptr = tiles[1], tiles[2]
-    count = up_count(num_tiles_ptr, F)
-    item = gl.program_id(0)
-    nth = 0
-    at = 0
-    while item < count:
-        tell(items, nth, item)
-        nth += 1
-        work = up_work(item, tile_expert_ptr, F)
-        at = produce(ring, w_desc, work, at, C, STAGES, TOGETHER)
-        item = gl.num_programs(0) + gl.atomic_add(num_tiles_ptr + 1, 1, sem="relaxed")
-    tell(items, nth, item)
+    """Producer of the first product."""
+    _produce(ring, items, w_desc, lists, E, C, F // 128, True, STAGES, TOGETHER)
 
 
 @gluon.jit
-def _token_of(pair, slots_ptr, K: gl.constexpr):
-    token = pair // K
+def _token_of(piece, lane, pairs_ptr, slots_ptr, K: gl.constexpr):
+    exists = lane < piece.rows
+    token = gl.load(pairs_ptr + piece.first + lane, mask=exists, other=0) // K
     if slots_ptr is not None:
-        token = gl.load(slots_ptr + token, mask=pair >= 0, other=0)
-    return token.to(gl.int64)
+        token = gl.load(slots_ptr + token, mask=exists, other=0)
+    return token.to(gl.int64), exists
 
 
 @gluon.jit
-def load_up(ring, scales, items, x, tiles, C: gl.constexpr, F: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr):
+def load_up(ring, scales, items, x, pairs_ptr, C: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr):
     """Loader of the first product: tokens, from wherever they lie."""
     x_ptr, x_scales_ptr, slots_ptr, block_stride = x
-    sorted_ptr, tile_expert_ptr, num_tiles_ptr = tiles
-    ROWS: gl.constexpr = ring.x.shape[1]
     lane, scale_lane = row_lanes(ring)
-    count = up_count(num_tiles_ptr, F)
     nth = 0
     at = 0
-    item = told(items, nth, LOADERS)
-    while item < count:
-        work = up_work(item, tile_expert_ptr, F)
-        pair = gl.load(sorted_ptr + work.tile * ROWS + lane)
-        rows = (x_ptr + _token_of(pair, slots_ptr, K) * (C * ring.x.shape[2]), pair >= 0)
+    piece = told_piece(items, nth, LOADERS)
+    while piece.number >= 0:
+        token, exists = _token_of(piece, lane, pairs_ptr, slots_ptr, K)
+        rows = (x_ptr + token * (C * ring.x.shape[2]), exists)
         row_scales = (None, None)
         if scales is not None:
-            pair = gl.load(sorted_ptr + work.tile * ROWS + scale_lane)
-            scale = _token_of(pair, slots_ptr, K)
+            scale, exists = _token_of(piece, scale_lane, pairs_ptr, slots_ptr, K)
             if slots_ptr is not None:
                 scale = scale * C
-            row_scales = (x_scales_ptr + scale, pair >= 0)
+            row_scales = (x_scales_ptr + scale, exists)
         at = load_rows(ring, scales, rows, row_scales, block_stride, at, C, STAGES)
         nth += 1
-        item = told(items, nth, LOADERS)
+        piece = told_piece(items, nth, LOADERS)
 
 
 @gluon.jit
-def down_count(num_tiles_ptr, D: gl.constexpr):
-    """How many pieces of work the second product has."""
-    return load_now(num_tiles_ptr) * ((D // 128 + 1) // 2)
-
-
-@gluon.jit
-def down_work(item, tile_expert_ptr, D: gl.constexpr):
-    """Piece of work `item` of the second product; a last block without a neighbour is computed twice, stored once."""
-    BLOCKS: gl.constexpr = D // 128
+def down_work(piece, BLOCKS: gl.constexpr):
+    """A piece of work of the second product: two of so many blocks. A last block without a neighbour is computed twice,
+    stored once."""
     PER_TILE: gl.constexpr = (BLOCKS + 1) // 2
-    tile = item // PER_TILE
-    block = item % PER_TILE * 2
-    first = load_now(tile_expert_ptr + tile) * BLOCKS
-    second = gl.minimum(block + 1, BLOCKS - 1)
-    return Work(tile, block, first + block, first + second)
+    block = piece.number % PER_TILE * 2
+    first = piece.expert * BLOCKS
+    return Work(piece.number // PER_TILE, block, first + block, first + gl.minimum(block + 1, BLOCKS - 1))
 
 
 @gluon.jit
 def produce_down(
-    ring, items, w_desc, tiles, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr
+    ring,
+    items,
+    w_desc,
+    lists,
+    E: gl.constexpr,
+    C: gl.constexpr,
+    D: gl.constexpr,
+    STAGES: gl.constexpr,
+    TOGETHER: gl.constexpr,
 ):
-    """Producer of the second product: weights begin to come while the first one ends, which had waited for the tiles
-    to be known."""
-    tile_expert_ptr, num_tiles_ptr = tiles[1], tiles[2]
-    count = down_count(num_tiles_ptr, D)
-    item = gl.program_id(0)
-    nth = 0
-    at = 0
-    while item < count:
-        tell(items, nth, item)
-        nth += 1
-        work = down_work(item, tile_expert_ptr, D)
-        at = produce(ring, w_desc, work, at, C, STAGES, TOGETHER)
-        item = gl.num_programs(0) + gl.atomic_add(num_tiles_ptr + 2, 1, sem="relaxed")
-    tell(items, nth, item)
+    """Producer of the second product: weights begin to come while the first one ends, which had waited for the
+    lists."""
+    _produce(ring, items, w_desc, lists, E, C, D // 128, False, STAGES, TOGETHER)
 
 
 @gluon.jit
-def load_down(ring, scales, items, hidden, tiles, num_rows, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+def load_down(ring, scales, items, hidden, num_rows, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
     """Loader of the second product, which waits for the first one."""
     wait_for_kernel_before()
     hidden_ptr, hidden_scales_ptr = hidden
-    sorted_ptr, tile_expert_ptr, num_tiles_ptr = tiles
     ROWS: gl.constexpr = ring.x.shape[1]
     lane, scale_lane = row_lanes(ring)
-    count = down_count(num_tiles_ptr, D)
     nth = 0
     at = 0
-    item = told(items, nth, LOADERS)
-    while item < count:
-        work = down_work(item, tile_expert_ptr, D)
+    piece = told_piece(items, nth, LOADERS)
+    while piece.number >= 0:
+        work = down_work(piece, D // 128)
         row = work.tile * ROWS + lane
-        rows = (hidden_ptr + row.to(gl.int64) * (C * ring.x.shape[2]), gl.load(sorted_ptr + row) >= 0)
+        rows = (hidden_ptr + row.to(gl.int64) * (C * ring.x.shape[2]), lane < piece.rows)
         row_scales = (None, None)
         if scales is not None:
             row = work.tile * ROWS + scale_lane
             row_scales = (hidden_scales_ptr + row, row >= 0)
         at = load_rows(ring, scales, rows, row_scales, num_rows, at, C, STAGES)
         nth += 1
-        item = told(items, nth, LOADERS)
+        piece = told_piece(items, nth, LOADERS)

@@ -12,20 +12,20 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 
 class Items(NamedTuple):
-    """Shared memory: which pieces the producer has taken for the program, the last two."""
+    """Shared memory: which pieces the producer has taken for the program, the last two, in so many words W each."""
 
-    numbers: gl.shared_memory_descriptor  # [2, 1]
+    words: gl.shared_memory_descriptor  # [2 * W, 1]
     # Barriers
     there: gl.shared_memory_descriptor  # [2]
     free: gl.shared_memory_descriptor  # [2]
 
 
 @gluon.jit
-def make_items(READERS: gl.constexpr):
-    """None taken yet. So many groups of warps will be told."""
+def make_items(READERS: gl.constexpr, WORDS: gl.constexpr = 1):
+    """None taken yet. So many groups of warps will be told, so many words about each."""
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     items = Items(
-        numbers=gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0])),
+        words=gl.allocate_shared_memory(gl.int32, [2 * WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0])),
         there=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
         free=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
     )
@@ -36,17 +36,38 @@ def make_items(READERS: gl.constexpr):
 
 
 @gluon.jit
-def tell(items, nth, item):
-    """Producer: which piece is the program's `nth`."""
+def tell(items, nth, words):
+    """Producer: which piece is the program's `nth`, in a tuple of words."""
+    WORD: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     mbarrier.wait(items.free.index(nth % 2), (nth // 2 & 1) ^ 1)
-    items.numbers.index(nth % 2).store(gl.zeros([1], gl.int32, gl.BlockedLayout([1], [32], [1], [0])) + item)
+    for i in gl.static_range(len(words)):
+        items.words.index(nth % 2 * len(words) + i).store(gl.zeros([1], gl.int32, WORD) + words[i])
     mbarrier.arrive(items.there.index(nth % 2), count=1)
 
 
 @gluon.jit
 def told(items, nth, WARPS: gl.constexpr = 4):
-    """A reader of so many warps: the same."""
-    mbarrier.wait(items.there.index(nth % 2), nth // 2 & 1)
-    item = gl.max(items.numbers.index(nth % 2).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
-    mbarrier.arrive(items.free.index(nth % 2), count=1)
+    """A reader of so many warps: the same, where it is one word."""
+    wait_for_item(items, nth)
+    item = read_word(items, nth, 0, WARPS)
+    release_item(items, nth)
     return item
+
+
+@gluon.jit
+def wait_for_item(items, nth):
+    """A reader that reads words by itself: before these."""
+    mbarrier.wait(items.there.index(nth % 2), nth // 2 & 1)
+
+
+@gluon.jit
+def read_word(items, nth, i: gl.constexpr, WARPS: gl.constexpr):
+    """One of the words."""
+    WORDS: gl.constexpr = items.words.shape[0] // 2
+    return gl.max(items.words.index(nth % 2 * WORDS + i).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+
+
+@gluon.jit
+def release_item(items, nth):
+    """After them."""
+    mbarrier.arrive(items.free.index(nth % 2), count=1)

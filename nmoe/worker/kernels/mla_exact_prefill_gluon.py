@@ -111,7 +111,7 @@ def _produce(
     groups = 0
     at = 0
     while item < count:
-        tell(items, nth, item)
+        tell(items, nth, (item,))
         nth += 1
         group = _group(item, count, cut, QUERIES, PER_TILE)
         item = gl.num_programs(0) + gl.atomic_add(next_ptr + gl.program_id(1), 1, sem="relaxed")
@@ -121,7 +121,7 @@ def _produce(
             groups += 1
         row_pages_ptr = pages_ptr + group.row.to(gl.int64) * max_pages
         at = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, 0, group.context, at, PAGE, STAGES)
-    tell(items, nth, item)
+    tell(items, nth, (item,))
 
 
 @gluon.jit

@@ -7,12 +7,18 @@ import torch
 import torch.nn.functional as F
 
 from nmoe.architecture import Architecture
+from nmoe.worker.kernels.lists import Routes
 
 
 def route(
-    x_TD: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor, architecture: Architecture
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The experts of each token and their weights: ids int64 [T, K], weights float32 [T, K].
+    x_TD: torch.Tensor,
+    weight_ED: torch.Tensor,
+    bias_E: torch.Tensor,
+    architecture: Architecture,
+    *,
+    listed: bool = False,
+) -> Routes:
+    """The experts of each token and their weights; on the GPU also by expert, if they are to be `listed`.
 
     Sigmoid scores in float32. The bias decides who is chosen, never by how much it counts: first the groups whose two
     best biased scores sum highest, then the best biased scores within them. Of equal scores the lower id wins. Slots
@@ -24,7 +30,7 @@ def route(
     weights_TK = scores_TE.gather(1, ids_TK)
     if a.norm_topk_prob:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-    return ids_TK, weights_TK * a.routed_scaling_factor
+    return Routes(ids_TK, weights_TK * a.routed_scaling_factor)
 
 
 def choose(scores_TE: torch.Tensor, bias_E: torch.Tensor, architecture: Architecture) -> torch.Tensor:

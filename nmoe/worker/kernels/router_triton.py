@@ -6,6 +6,8 @@ matrix unit adds up a piece of the hidden size, 64 inputs at a time and of these
 pieces are added one after the other; then the spans. For few tokens a program takes a piece, and the choosing kernel
 adds them; for many it takes a span, so that weights are read seldom and little is written in between.
 
+Who has chosen for a token also adds it to its experts' lists (lists_triton.py).
+
 Shape suffixes: T tokens, D hidden, E routed experts, N terms of a weight, P parts of a logit, K experts per token.
 """
 
@@ -17,6 +19,8 @@ import triton.language as tl
 
 from nmoe.architecture import Architecture
 from nmoe.worker.kernels.early import early
+from nmoe.worker.kernels.lists import Lists, Routes, empty_lists
+from nmoe.worker.kernels.lists_triton import add_pairs, clear_counts
 
 # The order of addition. To change any of these changes bits.
 _DEPTH = 64  # inputs of which the matrix unit takes all terms in turn
@@ -24,6 +28,7 @@ _PIECE = 128  # inputs that it adds up; it truncates sums, so these are few
 _SPANS = 4  # at most; of 8,000 tokens in tiles of 256 they make 128 programs
 
 _FEW = 512  # tokens of which a program takes one piece
+_TAKEN = tl.constexpr(-(2**31))  # the key of an expert that is chosen: below all others
 
 
 class _Tile(NamedTuple):
@@ -55,6 +60,7 @@ def _logits_kernel(
     x_ptr,
     gate_ptr,
     out_ptr,
+    counts_ptr,
     num_tokens,
     D: tl.constexpr,
     E: tl.constexpr,
@@ -65,9 +71,13 @@ def _logits_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
+    COUNTS: tl.constexpr,
 ):
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
+    if counts_ptr is not None:
+        if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
+            clear_counts(counts_ptr, COUNTS, 0, 1, 512)
     expert = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.program_id(1)
     token = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
@@ -95,6 +105,8 @@ def _choose_kernel(
     bias_ptr,
     ids_ptr,
     weights_ptr,
+    counts_ptr,
+    pairs_ptr,
     num_tokens,
     factor,
     E: tl.constexpr,
@@ -137,20 +149,27 @@ def _choose_kernel(
             kept = tl.where(group == chosen_group, 1, kept)
             rank = tl.where(group == chosen_group, float("-inf"), rank)
         biased = tl.reshape(tl.where(kept[:, :, None] != 0, grouped, float("-inf")), [ROWS, BLOCK_E])
+    # As integers in the same order, of which a warp finds the largest at once. (NaN comes first.)
+    bits = biased.to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    score_bits = score.to(tl.int32, bitcast=True)
     slot = tl.arange(0, BLOCK_K)[None, :]
     ids = tl.zeros([ROWS, BLOCK_K], tl.int32)
     weights = tl.zeros([ROWS, BLOCK_K], tl.float32)
     total = tl.zeros([ROWS, 1], tl.float32)  # slot by slot: how a reduction adds follows the number of rows
     for k in tl.static_range(K):
-        chosen = tl.argmax(biased, 1)[:, None]
-        weight = tl.sum(tl.where(expert == chosen, score, 0.0), 1)[:, None]  # one of them and zeros: exact
+        best = key == tl.max(key, 1)[:, None]
+        chosen = tl.min(tl.where(best, expert, BLOCK_E), 1)[:, None]
+        weight = tl.sum(tl.where(expert == chosen, score_bits, 0), 1)[:, None].to(tl.float32, bitcast=True)
         ids = tl.where(slot == k, chosen, ids)
         weights = tl.where(slot == k, weight, weights)
         total += weight
-        biased = tl.where(expert == chosen, float("-inf"), biased)
+        key = tl.where(expert == chosen, _TAKEN, key)
+    stored = (token < num_tokens) & (slot < K)
+    if counts_ptr is not None:
+        add_pairs(ids, (token * K + slot).to(tl.int32), stored, counts_ptr, pairs_ptr, num_tokens)
     if NORM:
         weights = weights / (total + 1e-20)
-    stored = (token < num_tokens) & (slot < K)
     tl.store(ids_ptr + token * K + slot, ids, mask=stored)
     tl.store(weights_ptr + token * K + slot, weights * factor, mask=stored)
 
@@ -176,10 +195,11 @@ def split_gate(weight_ED: torch.Tensor) -> torch.Tensor:
     return torch.stack(terms[::-1])
 
 
-def logits_in_parts(x_TD: torch.Tensor, gate_NED: torch.Tensor) -> tuple[torch.Tensor, int]:
+def logits_in_parts(x_TD: torch.Tensor, gate_NED: torch.Tensor, lists: Lists | None = None) -> tuple[torch.Tensor, int]:
     """The logits' parts, float32 [P, T, E], and how many of them in a row make a span; T is not 0.
 
-    The logits are the sum of the spans, which are the sums of their parts: each from zero, one after the other.
+    The logits are the sum of the spans, which are the sums of their parts: each from zero, one after the other. Sets
+    the counts of the `lists` to zero.
     """
     (tokens, hidden), (terms, experts, _) = x_TD.shape, gate_NED.shape
     tile = _tile(tokens, experts)
@@ -192,6 +212,7 @@ def logits_in_parts(x_TD: torch.Tensor, gate_NED: torch.Tensor) -> tuple[torch.T
         x_TD,
         gate_NED,
         logits_PTE,
+        lists.counts_EW if lists else None,
         tokens,
         D=hidden,
         E=experts,
@@ -202,6 +223,7 @@ def logits_in_parts(x_TD: torch.Tensor, gate_NED: torch.Tensor) -> tuple[torch.T
         ROWS=tile.rows,
         COLUMNS=columns,
         STAGES=tile.stages,
+        COUNTS=lists.counts_EW.numel() if lists else 0,
         num_warps=tile.warps,
         launch_pdl=early(tokens),
     )
@@ -209,16 +231,22 @@ def logits_in_parts(x_TD: torch.Tensor, gate_NED: torch.Tensor) -> tuple[torch.T
 
 
 def route(
-    x_TD: torch.Tensor, gate_NED: torch.Tensor, bias_E: torch.Tensor, architecture: Architecture
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x_TD: torch.Tensor,
+    gate_NED: torch.Tensor,
+    bias_E: torch.Tensor,
+    architecture: Architecture,
+    *,
+    listed: bool = False,
+) -> Routes:
     """See router.py; the weight is `split_gate`'s, the ids are int32. D is a multiple of 128; with several groups,
     experts and groups are powers of two."""
-    a, tokens = architecture, len(x_TD)
-    ids_TK = torch.empty(tokens, a.num_experts_per_tok, dtype=torch.int32, device=x_TD.device)
-    weights_TK = torch.empty(tokens, a.num_experts_per_tok, dtype=torch.float32, device=x_TD.device)
+    a, tokens, device = architecture, len(x_TD), x_TD.device
+    ids_TK = torch.empty(tokens, a.num_experts_per_tok, dtype=torch.int32, device=device)
+    weights_TK = torch.empty(tokens, a.num_experts_per_tok, dtype=torch.float32, device=device)
+    lists = empty_lists(tokens, a.num_experts, device)[0] if listed else None
     if not tokens:
-        return ids_TK, weights_TK
-    logits_PTE, span = logits_in_parts(x_TD, gate_NED)
+        return Routes(ids_TK, weights_TK, lists)
+    logits_PTE, span = logits_in_parts(x_TD, gate_NED, lists)
     block_e = triton.next_power_of_2(a.num_experts)
     rows = max(1, 256 // block_e) if tokens > _FEW else 1  # eight scores a thread
     _choose_kernel[(triton.cdiv(tokens, rows),)](
@@ -226,6 +254,8 @@ def route(
         bias_E,
         ids_TK,
         weights_TK,
+        lists.counts_EW if lists else None,
+        lists.pairs_EC if lists else None,
         tokens,
         a.routed_scaling_factor,
         E=a.num_experts,
@@ -235,11 +265,11 @@ def route(
         GROUPS=a.n_group,
         TOP_GROUPS=a.topk_group,
         K=a.num_experts_per_tok,
-        BLOCK_K=triton.next_power_of_2(a.num_experts_per_tok),
+        BLOCK_K=max(32 // rows, triton.next_power_of_2(a.num_experts_per_tok)),  # no slot twice in a warp
         NORM=a.norm_topk_prob,
         ROWS=rows,
         num_warps=1,
         enable_fp_fusion=False,  # whether a sum takes in a product would be each form's own choice
         launch_pdl=early(tokens),
     )
-    return ids_TK, weights_TK
+    return Routes(ids_TK, weights_TK, lists)

@@ -11,6 +11,7 @@ from nmoe.architecture import Architecture
 from nmoe.worker.kernels import Ops, gate_for
 from nmoe.worker.kernels.experts import Arrived
 from nmoe.worker.kernels.fp8 import Activations, Weight, empty_weight, of_expert, rows_of, split_rows, unquantised
+from nmoe.worker.kernels.lists import Routes
 from nmoe.worker.rdep import Exchange
 from nmoe.worker.weights import Source
 
@@ -47,6 +48,7 @@ class MoE:
         """Load from `source`; `experts` are the ids that live here; `like` [D] and `fp8` as in DenseMLP."""
         a = self._architecture = architecture
         self._exchange = exchange
+        self._all_here = len(experts) == a.num_experts
         # The router is exact in float32 whatever the model computes in.
         gate_ED = like.new_empty(a.num_experts, a.hidden_size, dtype=torch.float32)
         self._bias_E = like.new_empty(a.num_experts, dtype=torch.float32)
@@ -65,18 +67,17 @@ class MoE:
         """[T, D], or its terms where `add_rms_norm` takes them; routed and shared experts are added in float32. And the
         experts that the tokens chose, [T, K]."""
         x_TD = unquantised(inputs)
-        ids_TK, weights_TK = ops.route(x_TD, self._gate, self._bias_E, self._architecture)
+        self._exchange.announce(len(x_TD))
+        routes = ops.route(x_TD, self._gate, self._bias_E, self._architecture, listed=self._all_here)
 
-        def experts(x: torch.Tensor | Arrived, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        def experts(x: torch.Tensor | Arrived, routes: Routes) -> torch.Tensor:
             # Tokens that did not travel are quantised already.
-            return ops.grouped_mlp(
-                inputs if x is x_TD else x, ids_TK, weights_TK, self._w_gate_up_EGD, self._w_down_EDF
-            )
+            return ops.grouped_mlp(inputs if x is x_TD else x, routes, self._w_gate_up_EGD, self._w_down_EDF)
 
-        combine = self._exchange.dispatch(experts, x_TD, ids_TK, weights_TK)
+        combine = self._exchange.dispatch(experts, x_TD, routes)
         with self._exchange.beside():
             shared_TD = self._shared.forward(inputs, ops)
-        return ops.sum_experts(combine(), shared_TD), ids_TK
+        return ops.sum_experts(combine(), shared_TD), routes.ids_TK
 
 
 def _fill_mlp(source: Source, prefix: str, w_gate_up_GD: Weight, w_down_DF: Weight) -> None:

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import torch
 
 from nmoe.worker.kernels.experts import Arrived, Returned
+from nmoe.worker.kernels.lists import Routes
 
-# x_TD, ids_TK, weights_TK -> float32 [T, D]; local ids in [0, E], where E stands for an expert of another rank. On the
-# GPU the ids are int32, what comes back are the terms of that sum, [T, K, D], and x may be `Arrived` rows.
-LocalExperts = Callable[[torch.Tensor | Arrived, torch.Tensor, torch.Tensor], torch.Tensor]
+# x_TD, routes -> float32 [T, D]; local ids in [0, E], where E stands for an expert of another rank. On the GPU the
+# routes have lists, what comes back are the terms of that sum, [T, K, D], and x may be `Arrived` rows.
+LocalExperts = Callable[[torch.Tensor | Arrived, Routes], torch.Tensor]
 Combine = Callable[[], torch.Tensor | Returned]
 
 TILE_ROWS = 1024  # that the experts get at once: bounds their memory when all ranks' tokens want one rank's experts
@@ -42,10 +43,13 @@ class Exchange(Protocol):
         """
         ...
 
-    def dispatch(
-        self, experts: LocalExperts, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> Combine:
-        """Start the exchange; ids are global, int64 (on the GPU int32).
+    def announce(self, num_tokens: int) -> None:
+        """Before the router: the next dispatch has so many tokens, and what the caller will compute `beside` it, its
+        inputs by now."""
+        ...
+
+    def dispatch(self, experts: LocalExperts, x_TD: torch.Tensor, routes: Routes) -> Combine:
+        """Start the exchange; the routes' ids are global.
 
         The returned function waits for the sums of the tokens' owners, and gives what the device's `sum_experts` takes:
         on the CPU the float32 sums [T, D]; on the GPU what is yet to be added, in float32 and in order: terms [T, J, D]
@@ -81,14 +85,17 @@ class OneRank:
     def begin(self, channel: int, num_tokens: int, real: torch.Tensor | None = None) -> None:
         """Nothing depends on the channel."""
 
-    def dispatch(
-        self, experts: LocalExperts, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> Combine:
+    def announce(self, num_tokens: int) -> None:
+        """Nothing is made ready."""
+
+    def dispatch(self, experts: LocalExperts, x_TD: torch.Tensor, routes: Routes) -> Combine:
         """See Exchange."""
+        ids_TK, weights_TK, _ = routes
 
         def combine() -> torch.Tensor:
             tiles = [slice(start, start + TILE_ROWS) for start in range(0, max(1, len(x_TD)), TILE_ROWS)]
-            sums = [experts(x_TD[tile], ids_TK[tile], weights_TK[tile]).to(x_TD.dtype).float() for tile in tiles]
+            of_tiles = ((x_TD[tile], Routes(ids_TK[tile], weights_TK[tile])) for tile in tiles)
+            sums = [experts(*tile).to(x_TD.dtype).float() for tile in of_tiles]
             return sums[0] if len(sums) == 1 else torch.cat(sums)
 
         return combine

@@ -21,6 +21,7 @@ from nmoe.slab import COUNT_BITS, NUM_CHANNELS, SlabLayout
 from nmoe.worker.kernels.device import multiprocessors
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.experts import Arrived, Returned
+from nmoe.worker.kernels.lists import Lists, Routes, empty_lists
 from nmoe.worker.rdep import Combine, LocalExperts
 from nmoe.worker.rdep import rows_triton as rows
 from nmoe.worker.rdep.control import Control
@@ -120,6 +121,9 @@ class BetweenGPUs:
             raise ValueError(f"a step of {num_tokens} tokens per rank on channel {channel}, which has {limit} slots")
         self._channel, self._most, self._real = channel, max(1, num_tokens), real
 
+    def announce(self, num_tokens: int) -> None:
+        """See Exchange; the rows go out before anything is computed beside them."""
+
     def leave(self) -> None:
         """See Exchange."""
         self._control.poison(self._rank, self._life, self._control.blamed(self._rank, self._life) or ())
@@ -132,17 +136,16 @@ class BetweenGPUs:
             raise PeerSilent(self._rank, sorted(blamed), self._bound_s)
         return False
 
-    def dispatch(
-        self, experts: LocalExperts, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> Combine:
-        """See Exchange. `ids_TK` int32; from the first id that no rank has on they are nobody's. The returned function
-        gives a `Returned`, to be added before the next dispatch."""
+    def dispatch(self, experts: LocalExperts, x_TD: torch.Tensor, routes: Routes) -> Combine:
+        """See Exchange. From the first id that no rank has on they are nobody's. The returned function gives a
+        `Returned`, to be added before the next dispatch."""
         if len(x_TD) > self._most:
             raise ValueError(f"{len(x_TD)} tokens in a step that was begun with {self._most} for the largest rank")
-        owners_T = self._push(x_TD, ids_TK, weights_TK)
+        lists = self._empty_lists()
+        owners_T = self._push(x_TD, routes, lists)
         self._second.fork(len(x_TD))
-        self._arrive()
-        self._serve(experts)
+        self._arrive(lists)
+        self._serve(experts, lists)
 
         def combine() -> Returned:
             self._second.join()
@@ -154,19 +157,22 @@ class BetweenGPUs:
         """See Exchange."""
         return self._second.use()
 
-    def _push(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        """The tokens go to their owners. Who these are, int32 [T], a bit per rank."""
+    def _push(self, x_TD: torch.Tensor, routes: Routes, lists: list[Lists]) -> torch.Tensor:
+        """The tokens go to their owners; the lists of what will arrive are made ready. Who the owners are, int32 [T], a
+        bit per rank."""
         layout, at = self._layout, self._layout.channels[self._channel]
         tokens = len(x_TD)
         owners_T = torch.empty(tokens, dtype=torch.int32, device=x_TD.device)
         rows.dispatch_kernel[(max(1, min(tokens, _DISPATCH_PROGRAMS * self._multiprocessors)),)](
             x_TD,
-            ids_TK,
-            weights_TK,
+            routes.ids_TK,
+            routes.weights_TK,
             owners_T,
+            lists[0].counts_EW,
             self._bases,
             self._state,
             self._real,
+            len(lists) * lists[0].counts_EW.numel(),
             tokens,
             self._rank,
             self._channel,
@@ -186,8 +192,8 @@ class BetweenGPUs:
         )
         return owners_T
 
-    def _arrive(self) -> None:
-        """Waits for all ranks' rows and lists them."""
+    def _arrive(self, lists: list[Lists]) -> None:
+        """Waits for all ranks' rows and lists them, and their pairs by expert."""
         layout, at = self._layout, self._layout.channels[self._channel]
         slots = layout.world_size * self._most
         rows.arrive_kernel[(triton.cdiv(slots, _SLOTS_PER_PROGRAM),)](
@@ -196,8 +202,11 @@ class BetweenGPUs:
             self._ids_SK,
             self._weights_SK,
             self._num_rows,
+            lists[0].counts_EW,
+            lists[0].pairs_EC,
             self._slab.data_ptr(),
             self._control.address,
+            lists[0].pairs_EC.shape[1],
             self._rank,
             self._channel,
             at.max_tokens,
@@ -205,6 +214,7 @@ class BetweenGPUs:
             at.counts,
             at.routes,
             **self._sizes,
+            EXPERTS=layout.num_experts,
             BLOCK_K=self._block_k,
             BLOCK=_SLOTS_PER_PROGRAM,
             SCAN=_SLOTS_AT_A_TIME,
@@ -212,14 +222,21 @@ class BetweenGPUs:
             launch_pdl=early(self._most),
         )
 
-    def _serve(self, experts: LocalExperts) -> None:
+    def _empty_lists(self) -> list[Lists]:
+        """For the rows of each tile."""
+        slots, num_experts = self._layout.world_size * self._most, self._layout.num_experts
+        rows = min(self._tile_rows, slots)
+        return empty_lists(rows, num_experts, self._slab.device, tiles=triton.cdiv(slots, rows))
+
+    def _serve(self, experts: LocalExperts, lists: list[Lists]) -> None:
         """Compute what has arrived, a tile of rows at a time, and push the sums back; then wait for the others'."""
         slots = self._layout.world_size * self._most
         values_CD, scales_CG = self._pushed[self._channel]
-        for first in range(0, slots, self._tile_rows):
+        for first, its_lists in zip(range(0, slots, self._tile_rows), lists, strict=True):
             tile = slice(first, min(first + self._tile_rows, slots))
-            arrived = Arrived(values_CD, scales_CG, self._slots_S[tile], self._num_rows, first, self._rows_per_expert())
-            self._push_back(tile, experts(arrived, self._ids_SK[tile], self._weights_SK[tile]), tile.stop == slots)
+            arrived = Arrived(values_CD, scales_CG, self._slots_S[tile], self._rows_per_expert())
+            routes = Routes(self._ids_SK[tile], self._weights_SK[tile], its_lists)
+            self._push_back(tile, experts(arrived, routes), tile.stop == slots)
 
     def _push_back(self, tile: slice, parts_SKD: torch.Tensor, last: bool) -> None:
         at, most = self._layout.channels[self._channel], tile.stop - tile.start

@@ -1,9 +1,10 @@
 """World size 1 on a GPU: every expert is here, and the shared experts run on a second stream beside the routed ones.
 
 Both are captured into one graph. The routed experts' kernels follow the router's on one stream, where each is made
-ready while the one before it runs (early.py). (Shared experts beside the router too would slow its small kernels by
-more than they gain.) The terms of a token's sum are handed over as they are, [T, K, D]: the norm behind the layer adds
-them, one pass over memory less.
+ready while the one before it runs (early.py), and then keep every multiprocessor. What of the shared experts needs
+whole ones begins beside the router, to be there first. The small kernels of few tokens begin with the routed experts:
+they find room beside them, and would slow the router's by more than they gain. The terms of a token's sum are handed
+over as they are, [T, K, D]: the norm behind the layer adds them, one pass over memory less.
 """
 
 import contextlib
@@ -12,7 +13,10 @@ from typing import Any
 import torch
 
 from nmoe.worker.kernels.early import early
+from nmoe.worker.kernels.lists import Routes
 from nmoe.worker.rdep import Combine, LocalExperts, OneRank
+
+_SMALL = 16  # tokens, up to which linear_triton.py computes products
 
 
 class SharedExpertsStream:
@@ -45,12 +49,16 @@ class OneGPU(OneRank):
     def __init__(self, device: torch.device) -> None:
         self._second = SharedExpertsStream(device)
 
-    def dispatch(
-        self, experts: LocalExperts, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> Combine:
+    def announce(self, num_tokens: int) -> None:
+        """See Exchange."""
+        if num_tokens > _SMALL:
+            self._second.fork(num_tokens)
+
+    def dispatch(self, experts: LocalExperts, x_TD: torch.Tensor, routes: Routes) -> Combine:
         """See Exchange; the returned function gives the experts' terms, [T, K, D] in the model's dtype."""
-        self._second.fork(len(x_TD))
-        parts_TKD = experts(x_TD, ids_TK, weights_TK)
+        if len(x_TD) <= _SMALL:
+            self._second.fork(len(x_TD))
+        parts_TKD = experts(x_TD, routes)
 
         def combine() -> torch.Tensor:
             self._second.join()

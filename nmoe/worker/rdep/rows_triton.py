@@ -13,6 +13,7 @@ import triton.language as tl
 
 from nmoe.slab import LINE
 from nmoe.worker.kernels.fp8_triton import scales_of
+from nmoe.worker.kernels.lists_triton import WORDS, add_pairs, clear_counts
 from nmoe.worker.rdep import signals_triton
 from nmoe.worker.rdep.signals_triton import flag_at, raise_flags, wait
 
@@ -99,15 +100,17 @@ def _push_row(
         )
 
 
-@triton.jit(do_not_specialize=["tokens", "rank", "channel", "max_tokens"])
+@triton.jit(do_not_specialize=["counts", "tokens", "rank", "channel", "max_tokens"])
 def dispatch_kernel(
     x_ptr,
     ids_ptr,
     weights_ptr,
     owners_ptr,
+    counts_ptr,
     bases_ptr,
     state_ptr,
     real_ptr,
+    counts,
     tokens,
     rank,
     channel,
@@ -127,12 +130,14 @@ def dispatch_kernel(
 ):
     """The rows of tokens go once to each of their owners, with the ids and weights for it; every rank hears how many of
     its experts a token wants, and this one keeps who its owners are, a bit each. Only the first `real` tokens are no
-    padding; nobody owns the others. Each program takes every so-manieth token.
+    padding; nobody owns the others. Each program takes every so-manieth token. And the counts of the lists of what will
+    arrive here, of all tiles, are set to zero.
 
     What is loaded for a token does not depend on what is loaded elsewhere, and comes before its first store.
     """
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
+    clear_counts(counts_ptr, counts, tl.program_id(0), tl.num_programs(0), 1024)
     real = tokens
     if real_ptr is not None:
         real = tl.load(real_ptr).to(tl.int32)
@@ -171,15 +176,18 @@ def _arrived(slab, lines, index_S, most, max_tokens, counts_at, RANKS: tl.conste
     return slot_S, (counts_S > 0) & (token_S < sent_S)
 
 
-@triton.jit(do_not_specialize=["rank", "channel", "max_tokens", "most"])
+@triton.jit(do_not_specialize=["tile_rows", "rank", "channel", "max_tokens", "most"])
 def arrive_kernel(
     state_ptr,
     slots_ptr,
     ids_ptr,
     weights_ptr,
     num_rows_ptr,
+    list_counts_ptr,
+    pairs_ptr,
     slab,
     control,
+    tile_rows,
     rank,
     channel,
     max_tokens,
@@ -187,13 +195,15 @@ def arrive_kernel(
     counts_at,
     routes_at,
     RANKS: tl.constexpr,
+    EXPERTS: tl.constexpr,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
     SCAN: tl.constexpr,
 ):
     """Waits for all ranks' rows, then lists them token by token, a token's by source: slot, ids [S, K], weights [S, K].
-    Each program takes a block of slots, and counts for itself how many rows lie in those before. Then their number."""
+    Each program takes a block of slots, and counts for itself how many rows lie in those before. Then their number.
+    And lists the pairs of the experts: so many rows are a tile, whose lists are its own."""
     tl.extra.cuda.gdc_wait()
     wait(state_ptr, slab, control, rank, channel, _DISPATCH, RANKS)
     tl.extra.cuda.gdc_launch_dependents()
@@ -219,6 +229,11 @@ def arrive_kernel(
     cell_SK = row_S[:, None] * K + k_K[None, :]
     tl.store(ids_ptr + cell_SK, ids_SK, mask=came_SK)
     tl.store(weights_ptr + cell_SK, weights_SK, mask=came_SK)
+    tile_S1 = (row_S // tile_rows)[:, None]
+    pair_SK = cell_SK - tile_S1 * tile_rows * K
+    here_SK = came_SK & (ids_SK < EXPERTS)
+    tile_counts_S1 = list_counts_ptr + tile_S1 * ((EXPERTS + 1) * WORDS)
+    add_pairs(ids_SK, pair_SK, here_SK, tile_counts_S1, pairs_ptr + tile_S1 * (EXPERTS * tile_rows), tile_rows)
 
 
 @triton.jit(do_not_specialize=["first", "most", "rank", "channel", "max_tokens", "last"])

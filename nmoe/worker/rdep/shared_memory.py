@@ -18,6 +18,7 @@ import torch
 
 from nmoe.messages import CHANNEL_DECODE
 from nmoe.slab import DISPATCH, RETURN, SlabLayout
+from nmoe.worker.kernels.lists import Routes
 from nmoe.worker.rdep import TILE_ROWS, Combine, LocalExperts
 from nmoe.worker.rdep.signals import Signals
 
@@ -65,6 +66,9 @@ class SharedMemory:
         self._channel = channel
         self._signals.set_bound(self._bound_s + self._bound_s_per_token * num_tokens)
 
+    def announce(self, num_tokens: int) -> None:
+        """See Exchange; nothing is made ready."""
+
     def leave(self) -> None:
         """See Exchange."""
         self._signals.leave()
@@ -73,13 +77,11 @@ class SharedMemory:
         """See Exchange."""
         return self._signals.check()
 
-    def dispatch(
-        self, experts: LocalExperts, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> Combine:
+    def dispatch(self, experts: LocalExperts, x_TD: torch.Tensor, routes: Routes) -> Combine:
         """See Exchange."""
         channel, num_tokens = self._channel, len(x_TD)
         slots, epoch = self._slots[channel], self._signals.next_epoch(channel)
-        owners_S, tokens_S = self._push(slots, x_TD, ids_TK.numpy(), weights_TK.numpy())
+        owners_S, tokens_S = self._push(slots, x_TD, routes.ids_TK.numpy(), routes.weights_TK.numpy())
         self._signals.raise_flags(channel, DISPATCH, epoch, num_tokens)
 
         def combine() -> torch.Tensor:
@@ -123,11 +125,9 @@ class SharedMemory:
         for sources, tokens in zip(_tiles(sources_S), _tiles(tokens_S), strict=True):
             wanted = counts_NC[sources, tokens].max()
             routes = slots.my_routes_NC[sources, tokens]
-            sums_SD = experts(
-                self._gather(slots.my_hidden_NC, sources, tokens),
-                torch.from_numpy(routes["ids"][:, :wanted].astype(np.int64)),
-                torch.from_numpy(routes["weights"][:, :wanted]),
-            )
+            ids_SK = torch.from_numpy(routes["ids"][:, :wanted].astype(np.int64))
+            weights_SK = torch.from_numpy(routes["weights"][:, :wanted])
+            sums_SD = experts(self._gather(slots.my_hidden_NC, sources, tokens), Routes(ids_SK, weights_SK))
             slots.theirs_returned_NC[sources, tokens] = _as_rows(sums_SD.to(self._tile_SD.dtype))
 
     def _sum(self, slots: "_Slots", owners_S: Array, tokens_S: Array, num_tokens: int) -> torch.Tensor:
