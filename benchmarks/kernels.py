@@ -24,7 +24,8 @@ from nmoe.profiles import Numerics
 from nmoe.worker.batch import Batch, KVCache
 from nmoe.worker.inputs import Layout
 from nmoe.worker.kernels import ops_for
-from nmoe.worker.kernels.fp8 import BlockFP8
+from nmoe.worker.kernels.fp8 import Activations, BlockFP8, unquantised
+from nmoe.worker.kernels.fp8_triton import quantise
 from nmoe.worker.kernels.mla_decode_triton import absorbed_decode
 from nmoe.worker.kernels.mla_prefill_triton import expanded_chunks
 from nmoe.worker.kernels.sampling_triton import PARAMETERS, sample_rows
@@ -80,10 +81,10 @@ class Bench:
             return layers[i].attention
 
         yield "add and norm", lambda i: ops.add_rms_norm(x, delta, layers[i].mlp_norm_D, eps), 4 * row, 0, False
-        yield self.product("in-projection", x, lambda i: attention(i)._w_in_ID)
+        yield self.product("in-projection", self.normed(x), lambda i: attention(i)._w_in_ID)
         if attention(0)._w_q_b is not None:
             low = self.random(total, a.q_lora_rank or 0)
-            yield self.product("query projection", low, lambda i: attention(i)._w_q_b)
+            yield self.product("query projection", self.normed(low), lambda i: attention(i)._w_q_b)
         absorbed = self.random(heads, batch.num_decodes, a.kv_lora_rank).transpose(0, 1)
         absorbing = float(absorbed.numel() * a.qk_nope_head_dim)
         entered = 2.0 * total * (2 * a.cache_dim + 2 * heads * a.qk_rope_head_dim)
@@ -107,17 +108,22 @@ class Bench:
         yield "router", route, gate + row, total * a.num_experts * a.hidden_size, False
         width = 1 if self.fp8 else 2
         shared = 3.0 * a.num_shared_experts * a.moe_intermediate_size * a.hidden_size
-        mlp = lambda i: layers[i].mlp._shared.forward(x, ops)  # noqa: E731
+        given = self.normed(x)
+        mlp = lambda i: layers[i].mlp._shared.forward(given, ops)  # noqa: E731
         yield "shared experts", mlp, shared * width + 2 * row, total * shared, self.fp8
         routing = [route(i) for i in range(len(layers))]
         used = sum(float(len(routes.ids_TK.unique())) for routes in routing) / len(routing)
         expert = 3.0 * a.moe_intermediate_size * a.hidden_size
 
         def experts(i: int) -> object:
-            return ops.grouped_mlp(x, routing[i], layers[i].mlp._w_gate_up_EGD, layers[i].mlp._w_down_EDF)
+            return ops.grouped_mlp(given, routing[i], layers[i].mlp._w_gate_up_EGD, layers[i].mlp._w_down_EDF)
 
         moved = used * expert * width + row * (1 + a.num_experts_per_tok)
         yield "experts", experts, moved, total * a.num_experts_per_tok * expert, self.fp8
+
+    def normed(self, x: torch.Tensor) -> Activations:
+        """As a norm gives it."""
+        return quantise(x) if self.fp8 else x
 
     def expanded(self, plan: GPUPlan, batch: Batch, q: torch.Tensor, cached: torch.Tensor) -> Callable[[int], object]:
         """Attention of whole prompts."""
@@ -141,13 +147,14 @@ class Bench:
         attend = lambda i: absorbed_decode(latent, q, cached, *where, w[i], out)  # noqa: E731
         yield "attend, values", attend, 2.0 * moved, macs, False
 
-    def product(self, name: str, x: torch.Tensor, weight: Callable[[int], Any]) -> Operation:
+    def product(self, name: str, x: Activations, weight: Callable[[int], Any]) -> Operation:
         """A product of a token's vector and a weight."""
         one = weight(0)
         quantised = isinstance(one, BlockFP8)
         outputs, inputs = (one.values if quantised else one).shape
-        moved = outputs * inputs * (1 if quantised else 2) + 2 * len(x) * (inputs + outputs)
-        return name, lambda i: self.ops.linear(x, weight(i)), float(moved), float(len(x) * outputs * inputs), quantised
+        tokens = len(unquantised(x))
+        moved = outputs * inputs * (1 if quantised else 2) + 2 * tokens * (inputs + outputs)
+        return name, lambda i: self.ops.linear(x, weight(i)), float(moved), float(tokens * outputs * inputs), quantised
 
     def end(self, rows: int) -> Iterator[Operation]:
         """What a step does once: the product with the vocabulary, and sampling."""

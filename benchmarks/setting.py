@@ -13,7 +13,7 @@ from nmoe.checkpoint import open_checkpoint
 from nmoe.config import Config
 from nmoe.profiles import Numerics
 from nmoe.worker.batch import Batch, KVCache
-from nmoe.worker.kernels import ops_for
+from nmoe.worker.kernels import Ops, ops_for
 from nmoe.worker.kernels.lists import Routes
 from nmoe.worker.model import deepseek_v3, load_model
 
@@ -38,14 +38,18 @@ def expert_spread(config: Config, tokens: int) -> dict[str, float]:
     config = msgspec.structs.replace(config, parallel=msgspec.structs.replace(config.parallel, world_size=1))
     device = torch.device(config.parallel.device)
     loads: list[torch.Tensor] = []
-    ops = ops_for(device, Numerics.FAST)
 
-    def route(*arguments: Any, **options: Any) -> Routes:
-        routes = ops.route(*arguments, **options)
-        loads.append(torch.bincount(routes.ids_TK.flatten().long(), minlength=arguments[-1].num_experts).double())
-        return routes
+    def counting_ops(*device_and_class: Any, fp8: bool) -> Ops:
+        ops = ops_for(*device_and_class, fp8=fp8)
 
-    deepseek_v3.ops_for = lambda *_: dataclasses.replace(ops, route=route)
+        def route(*arguments: Any, **options: Any) -> Routes:
+            routes = ops.route(*arguments, **options)
+            loads.append(torch.bincount(routes.ids_TK.flatten().long(), minlength=arguments[-1].num_experts).double())
+            return routes
+
+        return dataclasses.replace(ops, route=route)
+
+    deepseek_v3.ops_for = counting_ops
     checkpoint = open_checkpoint(config)
     model = load_model(checkpoint, config, 0, device, lambda *_: None)
     a, size = checkpoint.architecture, config.engine.page_size

@@ -1,10 +1,10 @@
 """What the CUDA engine's kernels can run: the doctor tells it before a GPU is touched, a worker insists on it.
 
-Blackwell (sm_100) lacks the matrix instructions that `worker/kernels/mla_warps_gluon.py`, `mla_values_gluon.py` and
-`warps_gluon.py` are written in; it needs forms of these modules in its own (tcgen05, accumulators in tensor memory), to
-be chosen by capability in `absorbed_decode`, `values_of_latents`, `exact_prefill` and the `grouped_mlp` of
-experts_gluon.py and experts_fp8_gluon.py, and tiles for its matrix unit in experts_triton.py's `_shape`. The other
-sources compile for it.
+Blackwell (sm_100) lacks the matrix instructions in which `mla_warps_gluon.py`, `mla_values_gluon.py`, `fp8_gluon.py`,
+`experts_gluon.py` and `experts_fp8_gluon.py` of `worker/kernels/` are written; it needs forms of them in its own
+(tcgen05, accumulators in tensor memory), to be chosen by capability in `absorbed_decode`, `values_of_latents`,
+`exact_prefill`, `grouped_mlp`, and in fp8_triton.py's `linear` and `linear_exact`. The scales of the library's product
+there, by 1 x 128 and 128 x 128, are Hopper's too. The other sources compile for it.
 """
 
 from collections.abc import Iterator

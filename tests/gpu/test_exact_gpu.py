@@ -386,3 +386,13 @@ def test_ops_of_the_classes_share_what_is_exact():
     shared = ("rms_norm", "add_rms_norm", "route", "silu_mul", "sum_experts")
     assert all(getattr(fast, name) is getattr(exact, name) for name in shared)
     assert fast.linear is not exact.linear
+
+
+@pytest.mark.parametrize("numerics", Numerics)
+def test_what_goes_into_quantised_weights_is_quantised(numerics):
+    ops, x, weight = ops_for(GPU, numerics, fp8=True), random(5, 256), random(256)
+    given = ops.rms_norm(x, weight, 1e-6), ops.add_rms_norm(x, x, weight, 1e-6)[1], ops.silu_mul(x)
+    for one in given:
+        expected = fp8_triton.quantise(one.x_TI)
+        assert torch.equal(one.values_PI[:5].float(), expected.values_PI[:5].float())
+        assert torch.equal(one.scales_CP[:, :5], expected.scales_CP[:, :5])

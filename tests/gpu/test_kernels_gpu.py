@@ -154,6 +154,7 @@ def routing(tokens, num_experts, slots, skew=0.0):
         (256, 64, 2048, 1408, 6, 1.0),  # everybody wants the same experts
         (3000, 8, 256, 128, 2, 0),
         (65, 8, 128, 64, 3, 0),
+        (700, 8, 256, 192, 3, 0),
     ],
 )
 def test_experts(tokens, num_experts, hidden, inter, slots, skew):

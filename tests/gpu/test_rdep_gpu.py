@@ -332,8 +332,8 @@ def test_a_rank_that_does_not_come_to_a_meeting_is_named():
 
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["bf16", "fp8"])
-@pytest.mark.parametrize("num_rows", [0, 1, 37, 200])
-def test_experts_of_arrived_rows(num_rows, quantised):
+@pytest.mark.parametrize(("num_rows", "per_expert"), [(0, 64), (1, 64), (37, 0.5), (37, 10), (200, 64), (200, 200)])
+def test_experts_of_arrived_rows(num_rows, per_expert, quantised):
     """The terms of rows that lie anywhere, some of whose experts are elsewhere, have the bits of a dense call."""
     torch.manual_seed(num_rows)
     hidden, inter, experts, slots, top_k, most = 512, 256, 16, 700, 4, 256
@@ -343,7 +343,6 @@ def test_experts_of_arrived_rows(num_rows, quantised):
     where = torch.randperm(slots, device=GPU)[:most].int()
     ids = torch.rand(most, experts, device=GPU).topk(top_k).indices.int()
     weights = torch.rand(most, top_k, device=GPU)
-    per_expert = most * top_k / experts
     elsewhere = torch.rand(most, top_k, device=GPU) < 0.4
     elsewhere[num_rows:] = True  # of rows that did not come no list has a pair
     given = Routes(ids, weights, lists_of(torch.where(elsewhere, experts, ids), experts))

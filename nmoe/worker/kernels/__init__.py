@@ -22,8 +22,9 @@ _Tensor = torch.Tensor
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ops:
-    """What a layer is made of, as the reference functions say. `sum_experts` gives what `add_rms_norm` adds. What goes
-    into products comes quantised, too, where they take it so."""
+    """What a layer is made of, as the reference functions say. `sum_experts` gives what `add_rms_norm` adds. On the GPU
+    `route` makes lists where it is told so, `listed=True`; norms and `silu_mul` give `Quantised` where weights are
+    FP8."""
 
     rms_norm: Callable[..., Activations]
     add_rms_norm: Callable[..., tuple[_Tensor, Activations]]

@@ -4,6 +4,8 @@ import functools
 
 import torch
 
+FEW_TOKENS = 16  # up to which weights alone bound a product: beyond, what programs read of the tokens outweighs them
+
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:

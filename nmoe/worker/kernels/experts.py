@@ -14,8 +14,8 @@ from nmoe.worker.kernels.lists import Routes
 @dataclasses.dataclass(frozen=True, slots=True)
 class Arrived:
     """Rows that other ranks have sent, in place of the tokens of a `grouped_mlp` on the GPU: they lie here and there,
-    and only the device knows how many there are. The routes beside it have S rows, some of them no more; a row's ids in
-    [0, E) come first, its others are E, and are in no list."""
+    and only the device knows how many there are. The routes beside it have S rows; those beyond what has arrived mean
+    nothing. A row's ids in [0, E) come first, its others are E, and are in no list."""
 
     values_CD: torch.Tensor  # bfloat16, or float8_e4m3fn with scales
     scales_CG: torch.Tensor | None  # float32 [C, D / 128]

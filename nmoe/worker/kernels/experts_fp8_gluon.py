@@ -24,7 +24,7 @@ from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.experts import Arrived
 from nmoe.worker.kernels.experts_triton import most_tiles
 from nmoe.worker.kernels.experts_warps_gluon import (
-    Lists,
+    ListPointers,
     down_work,
     load_down,
     load_now,
@@ -172,7 +172,7 @@ def _gate_up_kernel(
     scales = make_scales(ROWS, STAGES)
     items = make_pieces()
     wait_for_kernel_before()
-    lists = Lists(pairs_ptr, counts_ptr, capacity)
+    lists = ListPointers(pairs_ptr, counts_ptr, capacity)
     out = (out_ptr, out_scales_ptr)
     x = (x_ptr, x_scales_ptr, slots_ptr, block_stride)
     gl.warp_specialize(
@@ -250,7 +250,7 @@ def _down_kernel(
     ring = make_ring(w_desc, ROWS, STAGES)
     scales = make_scales(ROWS, STAGES)
     items = make_pieces()
-    lists = Lists(pairs_ptr, counts_ptr, capacity)
+    lists = ListPointers(pairs_ptr, counts_ptr, capacity)
     hidden = (hidden_ptr, hidden_scales_ptr)
     gl.warp_specialize(
         [

@@ -23,7 +23,7 @@ from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.experts import Arrived
 from nmoe.worker.kernels.experts_triton import most_tiles
 from nmoe.worker.kernels.experts_warps_gluon import (
-    Lists,
+    ListPointers,
     down_work,
     load_down,
     load_now,
@@ -125,7 +125,7 @@ def _gate_up_kernel(
     ring = make_ring(w_desc, ROWS, STAGES)
     items = make_pieces()
     wait_for_kernel_before()
-    lists = Lists(pairs_ptr, counts_ptr, capacity)
+    lists = ListPointers(pairs_ptr, counts_ptr, capacity)
     x = (x_ptr, None, slots_ptr, None)
     gl.warp_specialize(
         [
@@ -194,7 +194,7 @@ def _down_kernel(
     C: gl.constexpr = F // 64
     ring = make_ring(w_desc, ROWS, STAGES)
     items = make_pieces()
-    lists = Lists(pairs_ptr, counts_ptr, capacity)
+    lists = ListPointers(pairs_ptr, counts_ptr, capacity)
     gl.warp_specialize(
         [
             (_multiply_down, (ring, items, weights_ptr, pairs_ptr, out_ptr, C, D, STAGES, 0)),

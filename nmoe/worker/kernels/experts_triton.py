@@ -1,4 +1,5 @@
-"""The experts on the GPU; `experts.py` is the reference.
+"""The experts on the GPU in Triton: what experts_gluon.py leaves, which is fewer rows than experts, and sizes that are
+not in blocks of 128. `experts.py` is the reference.
 
 Each expert's list of pairs (lists.py) is cut into tiles of rows, on the device: nothing is read back. The tiles are
 counted on from expert to expert, and so are the rows between the two products, of which a last tile has some that mean
@@ -51,11 +52,11 @@ class _Shape:
     transposed: bool
 
 
-# Measured on an H200 at 64 experts of 1408 x 2048; benchmarks/LOG.md has the table.
+# Rows per expert beyond the first form come where F is no multiple of 128.
 _FEW = _Shape(16, _Tile(64, 128, 4, 3), _Tile(128, 64, 4, 5), True)
 _SOME = _Shape(32, _Tile(64, 64, 4, 5), _Tile(128, 64, 4, 5), True)
 _MORE = _Shape(64, _Tile(64, 64, 4, 4), _Tile(128, 64, 4, 4), True)
-_MANY = _Shape(128, _Tile(128, 64, 8, 3), _Tile(256, 64, 8, 4), False)
+_MANY = _Shape(128, _Tile(64, 64, 8, 3), _Tile(256, 64, 8, 4), False)
 
 
 def _shape(rows_per_expert: float) -> _Shape:
@@ -234,7 +235,6 @@ def grouped_mlp(
     rows, up, down = shape.rows, shape.up, shape.down
     tiles = most_tiles(pairs, num_experts, rows)
     launched = launched_tiles(tiles, rows, num_experts, arrived)
-    up = up._replace(columns=up.columns if inter % up.columns == 0 else 64)
     down = down._replace(columns=down.columns if hidden % down.columns == 0 else 128)
     pairs_EC, counts_EW = routes.lists.pairs_EC, routes.lists.counts_EW
     sizes = {"D": hidden, "F": inter, "E": num_experts, "BINS": triton.next_power_of_2(num_experts)}

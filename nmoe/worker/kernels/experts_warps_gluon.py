@@ -30,7 +30,7 @@ class Piece(NamedTuple):
     rows: gl.tensor  # from there on that are the expert's
 
 
-class Lists(NamedTuple):
+class ListPointers(NamedTuple):
     """The experts' lists; see lists.py."""
 
     pairs: gl.tensor  # pointers

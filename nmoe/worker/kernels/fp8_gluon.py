@@ -103,8 +103,8 @@ def _produce(
     BYTES: gl.constexpr = (OUTPUTS + ROWS) * 128 + ring.scales.shape[1] * 4
     item = gl.program_id(0)
     piece = _piece(item, row_tiles, C, SPLITS, PER_SPLIT, ROWS)
-    early = gl.minimum(piece.steps, STAGES)
-    for i in range(early):
+    ahead = gl.minimum(piece.steps, STAGES)
+    for i in range(ahead):
         mbarrier.expect(ring.filled.index(i), BYTES)
         _copy(w_desc, [piece.block * OUTPUTS, (piece.first + i) * 128], ring.filled.index(i), ring.w.index(i))
     wait_for_kernel_before()
@@ -114,7 +114,7 @@ def _produce(
         for c in range(piece.first, piece.first + piece.steps):
             stage = at % STAGES
             filled = ring.filled.index(stage)
-            if at >= early:
+            if at >= ahead:
                 mbarrier.wait(ring.free.index(stage), (at // STAGES & 1) ^ 1)
                 mbarrier.expect(filled, BYTES)
                 _copy(w_desc, [piece.block * OUTPUTS, c * 128], filled, ring.w.index(stage))
@@ -257,8 +257,9 @@ def _layout(rows: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([rows, BLOCK], gl.float8e4nv)
 
 
-def product(x: Quantised, weight: BlockFP8, out: torch.Tensor, form: Form, per_split: int) -> None:
-    """x @ weight^T into `out`, [T, O]; or of `per_split` blocks of the inputs each, float32 [splits, T, O]."""
+def linear_by_warps(x: Quantised, weight: BlockFP8, out: torch.Tensor, form: Form, per_split: int) -> None:
+    """x @ weight^T into `out`, [T, O] of any type; or, where `per_split` blocks of the inputs are fewer than all, the
+    product of each so many, float32 [splits, T, O]. T is not 0, I a multiple of 128; any number of outputs."""
     tokens, (outputs, inputs) = len(x.x_TI), weight.values.shape
     splits = triton.cdiv(inputs // BLOCK, per_split)
     items = form.tiles(tokens, outputs) * splits

@@ -13,16 +13,15 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nmoe.worker.kernels.device import multiprocessors
+from nmoe.worker.kernels.device import FEW_TOKENS, multiprocessors
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.fp8 import ALIGNED_ROWS, BLOCK, Activations, BlockFP8, Quantised
-from nmoe.worker.kernels.fp8_gluon import MANY, SOME, Form, product
+from nmoe.worker.kernels.fp8_gluon import MANY, SOME, Form, linear_by_warps
 from nmoe.worker.kernels.products_triton import by_rows, empty_tile, scaled_product
 
 _GROUPS = 16  # of 128 columns, per program of the quantisation
 _ADDED = 512  # elements, per program of the sum of the splits
 # Measured at V3's shapes; benchmarks/LOG.md has the table.
-_FEW = 16  # tokens
 _SPLITS_OF_LIBRARY = 2  # of a product that could be cut into more, the library's is slower
 _LEAST_TILES = 0.4  # per multiprocessor, of an exact product by warps
 
@@ -134,7 +133,7 @@ def linear(x: Activations, weight: BlockFP8) -> torch.Tensor:
     """x @ weight^T in x's dtype, [T, O]."""
     quantised, (outputs, inputs) = quantise(x), weight.values.shape
     tokens, blocks, programs = len(quantised.x_TI), inputs // BLOCK, multiprocessors(weight.values.device)
-    if tokens <= _FEW:
+    if tokens <= FEW_TOKENS:
         most = max(1, 2 * programs // triton.cdiv(outputs, BLOCK))
         return _by_tiles(quantised, weight, BLOCK, max(4, triton.cdiv(blocks, most)))
     form = SOME if tokens <= SOME.rows else MANY
@@ -148,18 +147,18 @@ def linear_exact(x: Activations, weight: BlockFP8) -> torch.Tensor:
     """The same, never split along the inputs: a row's bits depend on nothing else. See linear_exact_triton.py."""
     quantised, (outputs, inputs) = quantise(x), weight.values.shape
     tokens, blocks, programs = len(quantised.x_TI), inputs // BLOCK, multiprocessors(weight.values.device)
-    if _FEW < tokens <= SOME.rows:
+    if FEW_TOKENS < tokens <= SOME.rows:
         return _by_warps(quantised, weight, SOME, blocks)
-    if tokens > _FEW and MANY.tiles(tokens, outputs) >= _LEAST_TILES * programs:
+    if tokens > FEW_TOKENS and MANY.tiles(tokens, outputs) >= _LEAST_TILES * programs:
         return _by_warps(quantised, weight, MANY, blocks)
-    narrow = tokens > _FEW or triton.cdiv(outputs, BLOCK) < programs
+    narrow = tokens > FEW_TOKENS or triton.cdiv(outputs, BLOCK) < programs
     return _by_tiles(quantised, weight, BLOCK // 2 if narrow else BLOCK, blocks)
 
 
 def _by_tiles(x: Quantised, weight: BlockFP8, columns: int, per_split: int) -> torch.Tensor:
     """In tiles of `columns` outputs, `per_split` blocks of the inputs in each."""
     tokens, (outputs, inputs) = len(x.x_TI), weight.values.shape
-    rows, blocks = 16 if tokens <= _FEW else 128, inputs // BLOCK
+    rows, blocks = FEW_TOKENS if tokens <= FEW_TOKENS else 128, inputs // BLOCK
     splits = triton.cdiv(blocks, per_split)
     into = _room(x, outputs, splits)
     if tokens:
@@ -188,7 +187,7 @@ def _by_warps(x: Quantised, weight: BlockFP8, form: Form, per_split: int) -> tor
     """The same in the tiles of fp8_gluon.py."""
     outputs, inputs = weight.values.shape
     into = _room(x, outputs, triton.cdiv(inputs // BLOCK, per_split))
-    product(x, weight, into, form, per_split)
+    linear_by_warps(x, weight, into, form, per_split)
     return _summed(into, x.x_TI.dtype)
 
 

@@ -2,8 +2,8 @@
 
 Every tile adds along the inputs in their order, 16 at a time, into one float32 accumulator; measured on Hopper, the
 matrix unit then gives an element the same bits in tiles of any shape, transposed or not, by wgmma or by mma.sync. So
-the tiles may follow the number of tokens, and nothing is ever split along the inputs. That is as true of the library's
-products, once they are forbidden to split; they take more than few tokens.
+the tiles may follow the outputs, and nothing is ever split along the inputs. That is as true of the library's products
+once they are forbidden to split: they take more than few tokens.
 
 Shape suffixes: T tokens, O outputs, I inputs.
 """
@@ -17,28 +17,21 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nmoe.worker.kernels.device import FEW_TOKENS
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.products_triton import add_product, by_rows, empty_tile
 
 
 class _Tile(NamedTuple):
-    """The first of which there are enough to fill the multiprocessors is taken."""
-
-    rows: int  # tokens
     columns: int  # outputs
     depth: int
     warps: int
     stages: int
     transposed: bool
-    least: int = 0
+    least: int = 0  # tiles that there must be to fill the multiprocessors, or the next one is taken
 
 
-_MOST = 16  # tokens; beyond, the library
-_TILES = (
-    _Tile(16, 128, 64, 4, 5, True, least=120),
-    _Tile(16, 32, 256, 4, 4, False, least=120),
-    _Tile(16, 16, 256, 2, 4, False),
-)
+_TILES = _Tile(128, 64, 4, 5, True, least=120), _Tile(32, 256, 4, 4, False, least=120), _Tile(16, 256, 2, 4, False)
 
 
 @contextlib.contextmanager
@@ -97,7 +90,7 @@ def linear_into(x_TI: torch.Tensor, weight_OI: torch.Tensor, out_TO: torch.Tenso
     tokens, (outputs, inputs) = len(x_TI), weight_OI.shape
     if not tokens:
         return
-    if tokens > _MOST:
+    if tokens > FEW_TOKENS:
         with _unsplit():
             torch.mm(x_TI, weight_OI.t(), out=out_TO)
         return
@@ -110,7 +103,7 @@ def linear_into(x_TI: torch.Tensor, weight_OI: torch.Tensor, out_TO: torch.Tenso
         X_STRIDE=x_TI.stride(0) if tokens > 1 else inputs,
         O=outputs,
         I=inputs,
-        ROWS=tile.rows,
+        ROWS=FEW_TOKENS,
         COLUMNS=tile.columns,
         DEPTH=tile.depth,
         STAGES=tile.stages,

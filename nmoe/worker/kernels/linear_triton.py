@@ -13,10 +13,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from nmoe.worker.kernels.device import FEW_TOKENS
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.products_triton import load_tiles
 
-_MOST = 16  # tokens; beyond, the activations that every program reads outweigh its weights
 _COLUMNS, _PARTS, _DEPTH = 16, 4, 64
 _AHEAD = 2048  # inputs; a program's weights then fit into its registers and shared memory
 _DEPTH_AHEAD = 256
@@ -68,7 +68,7 @@ def _few_tokens_kernel(
 def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """x @ weight^T, [T, O]. Rows of `x_TI` may lie apart."""
     tokens, (outputs, inputs) = len(x_TI), weight_OI.shape
-    if not 0 < tokens <= _MOST or inputs % (_PARTS * _DEPTH):
+    if not 0 < tokens <= FEW_TOKENS or inputs % (_PARTS * _DEPTH):
         return F.linear(x_TI, weight_OI)
     out_TO, ahead = x_TI.new_empty(tokens, outputs), inputs <= _AHEAD
     _few_tokens_kernel[(triton.cdiv(outputs, _COLUMNS),)](
@@ -79,7 +79,7 @@ def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
         x_TI.stride(0),
         O=outputs,
         I=inputs,
-        ROWS=_MOST,
+        ROWS=FEW_TOKENS,
         COLUMNS=_COLUMNS,
         PARTS=_PARTS,
         DEPTH=math.gcd(inputs // _PARTS, _DEPTH_AHEAD) if ahead else _DEPTH,

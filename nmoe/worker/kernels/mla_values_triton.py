@@ -2,7 +2,8 @@
 tokens are mla_values_gluon.py's.
 
 An element is added along the latent in one accumulator, whatever the tile: by the finding of linear_exact_triton.py its
-bits follow from its row alone, so both classes share this.
+bits follow from its row alone. The exact class takes this; decode rows of the fast one get theirs from the parts of
+their attention.
 
 Shape suffixes: T tokens, H heads, L latent, V value dimensions.
 """
@@ -11,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from nmoe.worker.kernels.device import FEW_TOKENS
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.mla_values_gluon import values_of_few
 
-_FEW = 16  # tokens
 _DEPTH = 128
 
 
@@ -57,7 +58,7 @@ def values_of_latents(latent_THL: torch.Tensor, w_uv_HVL: torch.Tensor, out_THV:
     (tokens, heads, latent), values = latent_THL.shape, w_uv_HVL.shape[1]
     if not tokens:
         return
-    if tokens <= _FEW:
+    if tokens <= FEW_TOKENS:
         values_of_few(latent_THL, w_uv_HVL, out_THV)
         return
     rows = 64 if tokens <= 256 else 128

@@ -99,6 +99,25 @@ def _logits_kernel(
     tl.store(out, total, mask=exists & routed)
 
 
+@triton.jit
+def _of_best_groups(biased, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr):
+    """Biased scores [N, E], -inf outside the groups of experts whose two largest have the largest sums."""
+    ROWS: tl.constexpr = biased.shape[0]
+    SIZE: tl.constexpr = biased.shape[1] // GROUPS
+    in_group = tl.arange(0, SIZE)[None, None, :]
+    grouped = tl.reshape(biased, [ROWS, GROUPS, SIZE])
+    best = tl.argmax(grouped, 2)
+    others = tl.where(in_group == best[:, :, None], float("-inf"), grouped)
+    rank = tl.max(grouped, 2) + tl.max(others, 2)
+    group = tl.arange(0, GROUPS)[None, :]
+    kept = tl.zeros([ROWS, GROUPS], tl.int32)
+    for _ in tl.static_range(TOP_GROUPS):
+        chosen_group = tl.argmax(rank, 1)[:, None]
+        kept = tl.where(group == chosen_group, 1, kept)
+        rank = tl.where(group == chosen_group, float("-inf"), rank)
+    return tl.reshape(tl.where(kept[:, :, None] != 0, grouped, float("-inf")), [ROWS, GROUPS * SIZE])
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _choose_kernel(
     logits_ptr,
@@ -137,18 +156,7 @@ def _choose_kernel(
     score = 1.0 / (1.0 + tl.exp(-logits))
     biased = tl.where(routed, score + bias, float("-inf"))
     if TOP_GROUPS < GROUPS:
-        in_group = tl.arange(0, BLOCK_E // GROUPS)[None, None, :]
-        grouped = tl.reshape(biased, [ROWS, GROUPS, BLOCK_E // GROUPS])
-        best = tl.argmax(grouped, 2)
-        others = tl.where(in_group == best[:, :, None], float("-inf"), grouped)
-        rank = tl.max(grouped, 2) + tl.max(others, 2)
-        group = tl.arange(0, GROUPS)[None, :]
-        kept = tl.zeros([ROWS, GROUPS], tl.int32)
-        for _ in tl.static_range(TOP_GROUPS):
-            chosen_group = tl.argmax(rank, 1)[:, None]
-            kept = tl.where(group == chosen_group, 1, kept)
-            rank = tl.where(group == chosen_group, float("-inf"), rank)
-        biased = tl.reshape(tl.where(kept[:, :, None] != 0, grouped, float("-inf")), [ROWS, BLOCK_E])
+        biased = _of_best_groups(biased, GROUPS, TOP_GROUPS)
     # As integers in the same order, of which a warp finds the largest at once. (NaN comes first.)
     bits = biased.to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)

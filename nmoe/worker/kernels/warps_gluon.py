@@ -10,7 +10,7 @@ side of the matrix unit's products, the rows the narrow one.
 
 The ring runs on from tile to tile, so the memory is busy while results are stored.
 
-Shape suffixes: N rows of a tile, I inputs of a stage, C stages of a tile; layout S of products, outputs times rows.
+Shape suffixes: N rows of a tile, I inputs of a stage, C stages of a tile.
 """
 
 from typing import NamedTuple

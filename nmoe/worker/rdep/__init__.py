@@ -44,12 +44,12 @@ class Exchange(Protocol):
         ...
 
     def announce(self, num_tokens: int) -> None:
-        """Before the router: the next dispatch has so many tokens, and what the caller will compute `beside` it, its
-        inputs by now."""
+        """Called before the router: the next dispatch has so many tokens, and what the caller will compute `beside` it
+        has its inputs."""
         ...
 
     def dispatch(self, experts: LocalExperts, x_TD: torch.Tensor, routes: Routes) -> Combine:
-        """Start the exchange; the routes' ids are global.
+        """Start the exchange; the routes' ids are global. Of the only rank on a GPU the routes have lists.
 
         The returned function waits for the sums of the tokens' owners, and gives what the device's `sum_experts` takes:
         on the CPU the float32 sums [T, D]; on the GPU what is yet to be added, in float32 and in order: terms [T, J, D]

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
+from nmoe.worker.kernels.device import FEW_TOKENS
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.lists import Routes
 from nmoe.worker.rdep import Combine, LocalExperts, OneRank
-
-_SMALL = 16  # tokens, up to which linear_triton.py computes products
 
 
 class SharedExpertsStream:
@@ -51,12 +50,12 @@ class OneGPU(OneRank):
 
     def announce(self, num_tokens: int) -> None:
         """See Exchange."""
-        if num_tokens > _SMALL:
+        if num_tokens > FEW_TOKENS:
             self._second.fork(num_tokens)
 
     def dispatch(self, experts: LocalExperts, x_TD: torch.Tensor, routes: Routes) -> Combine:
         """See Exchange; the returned function gives the experts' terms, [T, K, D] in the model's dtype."""
-        if len(x_TD) <= _SMALL:
+        if len(x_TD) <= FEW_TOKENS:
             self._second.fork(len(x_TD))
         parts_TKD = experts(x_TD, routes)
 
