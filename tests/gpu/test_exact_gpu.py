@@ -205,6 +205,8 @@ def test_decode_and_prefill_give_a_query_the_same_bits(heads, page):
         held = rows_of(cache, table[row], page)[: contexts[row]]
         close(together[row], expected_latent(q_latent[row], q[row], held))
         assert torch.equal(decode([row])[0], together[row])
+    for chosen in ([9, 0], [2, 4, 6], [1, 2, 3, 4, 5, 7, 8, 9]):
+        assert torch.equal(decode(chosen), together[chosen])
 
     for count in (1, 3, 70, 200):  # each row's last queries as a chunk, of which the last is the decode's
         counts = [min(count, context) for context in contexts]

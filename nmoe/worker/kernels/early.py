@@ -7,7 +7,8 @@ waits only takes room: measured, 3% of its time.
 A norm lets the next one be made ready first of all: what follows a norm multiplies by weights, as many of which as it
 has room for it reads while the norm still waits.
 
-Before its wait a kernel writes nothing, and reads only
+Before its wait a kernel writes nothing but its own counter, which was set to zero two kernels before (the experts'
+second product: lists.py), and reads only
 - weights;
 - the step's plan: positions, places, contexts and their running sums. Between what writes these and the first layer
   lies an ordinary launch, the embedding's, which nothing passes;

@@ -141,7 +141,7 @@ def _multiply_up(
         piece = told_piece(items, nth)
 
 
-@gluon.jit(do_not_specialize=["block_stride", "num_rows", "capacity"])
+@gluon.jit(do_not_specialize=["block_stride", "num_rows", "capacity", "most"])
 def _gate_up_kernel(
     x_ptr,
     x_scales_ptr,
@@ -155,6 +155,7 @@ def _gate_up_kernel(
     block_stride,
     num_rows,
     capacity,
+    most,
     D: gl.constexpr,
     F: gl.constexpr,
     K: gl.constexpr,
@@ -172,7 +173,7 @@ def _gate_up_kernel(
     scales = make_scales(ROWS, STAGES)
     items = make_pieces()
     wait_for_kernel_before()
-    lists = ListPointers(pairs_ptr, counts_ptr, capacity)
+    lists = ListPointers(pairs_ptr, counts_ptr, capacity, most)
     out = (out_ptr, out_scales_ptr)
     x = (x_ptr, x_scales_ptr, slots_ptr, block_stride)
     gl.warp_specialize(
@@ -223,7 +224,7 @@ def _multiply_down(
         piece = told_piece(items, nth)
 
 
-@gluon.jit(do_not_specialize=["num_rows", "capacity"])
+@gluon.jit(do_not_specialize=["num_rows", "capacity", "most"])
 def _down_kernel(
     hidden_ptr,
     hidden_scales_ptr,
@@ -235,6 +236,7 @@ def _down_kernel(
     out_ptr,
     num_rows,
     capacity,
+    most,
     D: gl.constexpr,
     F: gl.constexpr,
     E: gl.constexpr,
@@ -250,7 +252,7 @@ def _down_kernel(
     ring = make_ring(w_desc, ROWS, STAGES)
     scales = make_scales(ROWS, STAGES)
     items = make_pieces()
-    lists = ListPointers(pairs_ptr, counts_ptr, capacity)
+    lists = ListPointers(pairs_ptr, counts_ptr, capacity, most)
     hidden = (hidden_ptr, hidden_scales_ptr)
     gl.warp_specialize(
         [
@@ -308,6 +310,7 @@ def grouped_mlp(
         block_stride,
         num_rows,
         pairs_EC.shape[1],
+        most,
         **sizes,
         K=slots,
         **form.options(hidden // BLOCK),
@@ -324,6 +327,7 @@ def grouped_mlp(
         parts_TKD,
         num_rows,
         pairs_EC.shape[1],
+        most,
         **sizes,
         **form.options(inter // BLOCK),
         launch_pdl=early(tokens),

@@ -101,7 +101,7 @@ def _multiply_up(ring, items, out_ptr, C: gl.constexpr, F: gl.constexpr, STAGES:
         piece = told_piece(items, nth)
 
 
-@gluon.jit(do_not_specialize=["capacity"])
+@gluon.jit(do_not_specialize=["capacity", "most"])
 def _gate_up_kernel(
     x_ptr,
     slots_ptr,
@@ -110,6 +110,7 @@ def _gate_up_kernel(
     counts_ptr,
     out_ptr,
     capacity,
+    most,
     D: gl.constexpr,
     F: gl.constexpr,
     K: gl.constexpr,
@@ -125,7 +126,7 @@ def _gate_up_kernel(
     ring = make_ring(w_desc, ROWS, STAGES)
     items = make_pieces()
     wait_for_kernel_before()
-    lists = ListPointers(pairs_ptr, counts_ptr, capacity)
+    lists = ListPointers(pairs_ptr, counts_ptr, capacity, most)
     x = (x_ptr, None, slots_ptr, None)
     gl.warp_specialize(
         [
@@ -172,7 +173,7 @@ def _multiply_down(
         piece = told_piece(items, nth)
 
 
-@gluon.jit(do_not_specialize=["capacity"])
+@gluon.jit(do_not_specialize=["capacity", "most"])
 def _down_kernel(
     hidden_ptr,
     w_desc,
@@ -181,6 +182,7 @@ def _down_kernel(
     counts_ptr,
     out_ptr,
     capacity,
+    most,
     D: gl.constexpr,
     F: gl.constexpr,
     E: gl.constexpr,
@@ -194,7 +196,7 @@ def _down_kernel(
     C: gl.constexpr = F // 64
     ring = make_ring(w_desc, ROWS, STAGES)
     items = make_pieces()
-    lists = ListPointers(pairs_ptr, counts_ptr, capacity)
+    lists = ListPointers(pairs_ptr, counts_ptr, capacity, most)
     gl.warp_specialize(
         [
             (_multiply_down, (ring, items, weights_ptr, pairs_ptr, out_ptr, C, D, STAGES, 0)),
@@ -240,6 +242,7 @@ def grouped_mlp(
         counts_EW,
         hidden_NF,
         pairs_EC.shape[1],
+        most,
         **sizes,
         K=slots,
         **form.options(hidden // 64),
@@ -253,6 +256,7 @@ def grouped_mlp(
         counts_EW,
         parts_TKD,
         pairs_EC.shape[1],
+        most,
         **sizes,
         **form.options(inter // 64),
         launch_pdl=early(tokens),

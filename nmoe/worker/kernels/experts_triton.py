@@ -67,7 +67,7 @@ def _shape(rows_per_expert: float) -> _Shape:
     return _MORE if rows_per_expert <= 96 else _MANY
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit(do_not_specialize=["capacity", "most"])
 def _gate_up_kernel(
     x_ptr,
     slots_ptr,
@@ -76,6 +76,7 @@ def _gate_up_kernel(
     counts_ptr,
     out_ptr,
     capacity,
+    most,
     D: tl.constexpr,
     F: tl.constexpr,
     K: tl.constexpr,
@@ -91,7 +92,7 @@ def _gate_up_kernel(
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
     PER_TILE: tl.constexpr = F // COLUMNS
-    counts, ends = load_counts(counts_ptr, capacity, E, BINS, ROWS)
+    counts, ends = load_counts(counts_ptr, capacity, most, E, BINS, ROWS)
     for work in range(tl.program_id(0), tl.max(ends, 0) * PER_TILE, tl.num_programs(0)):
         tile = work // PER_TILE
         column = (work % PER_TILE) * COLUMNS
@@ -117,7 +118,7 @@ def _gate_up_kernel(
         tl.store(out_ptr + row[:, None] * F + column + tl.arange(0, COLUMNS)[None, :], hidden)
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit(do_not_specialize=["capacity", "most"])
 def _down_kernel(
     hidden_desc,
     weight_desc,
@@ -126,6 +127,7 @@ def _down_kernel(
     counts_ptr,
     out_ptr,
     capacity,
+    most,
     D: tl.constexpr,
     F: tl.constexpr,
     E: tl.constexpr,
@@ -138,7 +140,7 @@ def _down_kernel(
 ):
     """hidden @ down times the router's weight, back in the order of the pairs."""
     PER_TILE: tl.constexpr = D // COLUMNS
-    counts, ends = load_counts(counts_ptr, capacity, E, BINS, ROWS)  # the kernel before has waited for them
+    counts, ends = load_counts(counts_ptr, capacity, most, E, BINS, ROWS)  # the kernel before has waited for them
     works = tl.max(ends, 0) * PER_TILE
     work = tl.program_id(0)
     expert, first, left = find_tile(work // PER_TILE, counts, ends, ROWS)
@@ -247,6 +249,7 @@ def grouped_mlp(
         counts_EW,
         hidden_NF,
         pairs_EC.shape[1],
+        tiles,
         **sizes,
         K=slots,
         ROWS=rows,
@@ -265,6 +268,7 @@ def grouped_mlp(
         counts_EW,
         parts_TKD,
         pairs_EC.shape[1],
+        tiles,
         **sizes,
         ROWS=rows,
         COLUMNS=down.columns,

@@ -36,6 +36,7 @@ class ListPointers(NamedTuple):
     pairs: gl.tensor  # pointers
     counts: gl.tensor
     capacity: gl.tensor
+    most: gl.tensor  # tiles: more would find no room between the products
 
 
 @gluon.jit
@@ -79,7 +80,8 @@ def _load_counts(lists, E: gl.constexpr, ROWS: gl.constexpr):
     BINS: gl.constexpr = _bins(E)
     bins = gl.arange(0, BINS, gl.BlockedLayout([BINS // 32], [32], [1], [0]))
     counts = gl.minimum(load_now(lists.counts + bins * WORDS, bins < E, 0), lists.capacity)
-    return counts, gl.associative_scan((counts + ROWS - 1) // ROWS, 0, _add)
+    ends = gl.associative_scan((counts + ROWS - 1) // ROWS, 0, _add)
+    return counts, gl.minimum(ends, lists.most)  # counts of a void step may be any
 
 
 @gluon.jit

@@ -2,7 +2,7 @@
 
 Few tokens are multiplied here, more by the warps of fp8_gluon.py, and by the library where there are tiles for most
 multiprocessors. Where there are not, a product is cut along its inputs as well, so that every multiprocessor reads
-weights; the pieces are added in their order.
+weights, and the pieces are added in their order; of the exact class it takes the smaller tiles here.
 
 Shape suffixes: T tokens, O outputs, I inputs, B and C blocks of O and of I.
 """

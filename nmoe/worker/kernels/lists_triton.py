@@ -31,13 +31,14 @@ def add_pairs(ids, pairs, exist, counts_ptr, pairs_ptr, capacity):
 
 
 @triton.jit
-def load_counts(counts_ptr, capacity, E: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr):
-    """Of each expert: how many pairs it has, and where its tiles end when all experts' are counted on. Also before the
-    wait (early.py) of a kernel behind the first that reads them."""
+def load_counts(counts_ptr, capacity, most, E: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr):
+    """Of each expert: how many pairs it has, and where its tiles end when all experts' are counted on, up to the `most`
+    that there is room for: counts of a void step may be any. Also before the wait (early.py) of a kernel behind the
+    first that reads them."""
     bins = tl.arange(0, BINS)
     counts = tl.load(counts_ptr + bins * WORDS, mask=bins < E, other=0, cache_modifier=".cg")
     counts = tl.minimum(counts, capacity)
-    return counts, tl.cumsum((counts + ROWS - 1) // ROWS, 0)
+    return counts, tl.minimum(tl.cumsum((counts + ROWS - 1) // ROWS, 0), most)
 
 
 @triton.jit

@@ -157,9 +157,10 @@ def _choose_kernel(
     biased = tl.where(routed, score + bias, float("-inf"))
     if TOP_GROUPS < GROUPS:
         biased = _of_best_groups(biased, GROUPS, TOP_GROUPS)
-    # As integers in the same order, of which a warp finds the largest at once. (NaN comes first.)
+    # As integers in the same order, of which a warp finds the largest at once. Whatever they are, also NaN, an expert
+    # that exists and is not chosen yet comes before what does not.
     bits = biased.to(tl.int32, bitcast=True)
-    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = tl.where(routed, tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), _TAKEN + 1), _TAKEN)
     score_bits = score.to(tl.int32, bitcast=True)
     slot = tl.arange(0, BLOCK_K)[None, :]
     ids = tl.zeros([ROWS, BLOCK_K], tl.int32)
