@@ -37,6 +37,7 @@ from nmoe.worker.kernels.experts_warps_gluon import (
 )
 from nmoe.worker.kernels.fp8 import BLOCK, Activations, BlockFP8
 from nmoe.worker.kernels.fp8_triton import quantise
+from nmoe.worker.kernels.hopper_gluon import wait_for_kernel_before
 from nmoe.worker.kernels.lists import Routes
 from nmoe.worker.kernels.warps_gluon import (
     OUTPUTS,
@@ -47,7 +48,6 @@ from nmoe.worker.kernels.warps_gluon import (
     make_scales,
     store,
     store_rows,
-    wait_for_kernel_before,
 )
 
 # benchmarks/LOG.md has the times of these and others.

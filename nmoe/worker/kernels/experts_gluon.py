@@ -34,6 +34,7 @@ from nmoe.worker.kernels.experts_warps_gluon import (
     told_piece,
     up_work,
 )
+from nmoe.worker.kernels.hopper_gluon import wait_for_kernel_before
 from nmoe.worker.kernels.lists import Routes
 from nmoe.worker.kernels.warps_gluon import (
     OUTPUTS,
@@ -43,7 +44,6 @@ from nmoe.worker.kernels.warps_gluon import (
     make_ring,
     store,
     store_rows,
-    wait_for_kernel_before,
 )
 
 # benchmarks/LOG.md has the times of these and others. What registers they leave is room for the shared experts' small

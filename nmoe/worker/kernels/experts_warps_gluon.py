@@ -15,8 +15,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from nmoe.worker.kernels import lists
+from nmoe.worker.kernels.hopper_gluon import wait_for_kernel_before
 from nmoe.worker.kernels.items_gluon import make_items, read_word, release_item, tell, wait_for_item
-from nmoe.worker.kernels.warps_gluon import LOADERS, Work, load_rows, produce, row_lanes, wait_for_kernel_before
+from nmoe.worker.kernels.warps_gluon import LOADERS, Work, load_rows, produce, row_lanes
 
 WORDS = gl.constexpr(lists.WORDS)
 

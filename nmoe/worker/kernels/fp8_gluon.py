@@ -21,7 +21,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -30,10 +29,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from nmoe.worker.kernels.device import multiprocessors
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.fp8 import BLOCK, BlockFP8, Quantised
-from nmoe.worker.kernels.warps_gluon import store, store_rows, wait_for_kernel_before
-
-# Its name before Triton 3.9 is the second one.
-_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+from nmoe.worker.kernels.hopper_gluon import copy_tile, wait_for_kernel_before
+from nmoe.worker.kernels.warps_gluon import store, store_rows
 
 
 class _Ring(NamedTuple):
@@ -106,7 +103,7 @@ def _produce(
     ahead = gl.minimum(piece.steps, STAGES)
     for i in range(ahead):
         mbarrier.expect(ring.filled.index(i), BYTES)
-        _copy(w_desc, [piece.block * OUTPUTS, (piece.first + i) * 128], ring.filled.index(i), ring.w.index(i))
+        copy_tile(w_desc, [piece.block * OUTPUTS, (piece.first + i) * 128], ring.filled.index(i), ring.w.index(i))
     wait_for_kernel_before()
     at = 0
     while item < items:
@@ -117,9 +114,9 @@ def _produce(
             if at >= ahead:
                 mbarrier.wait(ring.free.index(stage), (at // STAGES & 1) ^ 1)
                 mbarrier.expect(filled, BYTES)
-                _copy(w_desc, [piece.block * OUTPUTS, c * 128], filled, ring.w.index(stage))
-            _copy(x_desc, [piece.row, c * 128], filled, ring.x.index(stage))
-            _copy(scales_desc, [c * scales_stride + piece.row], filled, ring.scales.index(stage))
+                copy_tile(w_desc, [piece.block * OUTPUTS, c * 128], filled, ring.w.index(stage))
+            copy_tile(x_desc, [piece.row, c * 128], filled, ring.x.index(stage))
+            copy_tile(scales_desc, [c * scales_stride + piece.row], filled, ring.scales.index(stage))
             at += 1
         item += gl.num_programs(0)
 

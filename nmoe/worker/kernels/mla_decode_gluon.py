@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from nmoe.worker.kernels.early import early
+from nmoe.worker.kernels.hopper_gluon import wait_for_kernel_before
 from nmoe.worker.kernels.mla_tiles_triton import block_of_rows
 from nmoe.worker.kernels.mla_values_gluon import Parts
 from nmoe.worker.kernels.mla_warps_gluon import (
@@ -28,7 +29,6 @@ from nmoe.worker.kernels.mla_warps_gluon import (
     rope_descriptor,
     stages_of,
 )
-from nmoe.worker.kernels.warps_gluon import wait_for_kernel_before
 
 _M, _TILE = gl.constexpr(ROWS), gl.constexpr(TILE)
 

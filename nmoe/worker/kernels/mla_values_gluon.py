@@ -20,7 +20,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -28,9 +27,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nmoe.worker.kernels.device import multiprocessors
 from nmoe.worker.kernels.early import early
-from nmoe.worker.kernels.warps_gluon import wait_for_kernel_before
+from nmoe.worker.kernels.hopper_gluon import copy_tile, wait_for_kernel_before
 
-_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name before Triton 3.9
 _HELD = 8  # parts of 512 that a warp's registers hold
 
 
@@ -193,7 +191,7 @@ def _values_kernel(
     head = gl.program_id(0)
     column = gl.program_id(1) * COLUMNS
     mbarrier.expect(w_there, COLUMNS * LATENT * 2)
-    _copy(w_desc, [head, column, 0], w_there, w)
+    copy_tile(w_desc, [head, column, 0], w_there, w)
     if partial_ptr is not None:
         partial_ptr += head.to(gl.int64) * LATENT
         lse_ptr += head

@@ -20,17 +20,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from nmoe.worker.kernels.hopper_gluon import copy_tile
+
 ROWS = 64  # of a program: heads times queries
 TILE = 32  # positions that are weighed at a time
 _M, _TILE = gl.constexpr(ROWS), gl.constexpr(TILE)
-_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name before Triton 3.9
 _SHARED_BYTES = 227 << 10  # of a multiprocessor of Hopper
 _OTHER_BYTES = 11_024  # of these, what is neither queries nor ring
 _BARRIER_BYTES = 16  # of a stage of the ring
@@ -110,14 +110,14 @@ def load_queries(shared, q_desc, q_row, q_column, nth):
     mbarrier.expect(shared.q_bars.index(0), _M * (4 * QUARTER + ROPE) * 2)
     for i in gl.static_range(4):
         to = shared.q_latent.index(i)
-        _copy(q_desc, [q_row, q_column + i * QUARTER], shared.q_bars.index(0), to)
+        copy_tile(q_desc, [q_row, q_column + i * QUARTER], shared.q_bars.index(0), to)
 
 
 @gluon.jit
 def load_ropes(shared, q_rope_desc, token, head, NOPE: gl.constexpr):
     """Producer: the roped part of the same queries, tokens from `token` and heads from `head` on; zeros where no tokens
     are."""
-    _copy(q_rope_desc, [token, head, NOPE], shared.q_bars.index(0), shared.q_rope)
+    copy_tile(q_rope_desc, [token, head, NOPE], shared.q_bars.index(0), shared.q_rope)
 
 
 @gluon.jit
@@ -136,8 +136,8 @@ def load_tiles(
         mbarrier.expect(filled, _TILE * (4 * QUARTER + ROPE) * 2)
         for i in gl.static_range(4):
             to = shared.k_latent.index(stage * 4 + i)
-            _copy(latent_desc, [k_row, i * QUARTER], filled, to)
-        _copy(rope_desc, [k_row, 4 * QUARTER], filled, shared.k_rope.index(stage))
+            copy_tile(latent_desc, [k_row, i * QUARTER], filled, to)
+        copy_tile(rope_desc, [k_row, 4 * QUARTER], filled, shared.k_rope.index(stage))
         at += 1
     return at
 

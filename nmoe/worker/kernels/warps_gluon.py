@@ -18,17 +18,15 @@ from typing import NamedTuple
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nmoe.worker.kernels.device import multiprocessors
+from nmoe.worker.kernels.hopper_gluon import copy_tile, gather
 
 OUTPUTS = 256  # of a tile: two blocks of 128, which need not be neighbours
 LOADERS = gl.constexpr(2)  # warps
 WORKER_WARPS = gl.constexpr([4, 1, 2])  # the second warpgroup, the producer, the loader
-# Their names before Triton 3.9 are the second ones.
-_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_gather = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
 class Form(NamedTuple):
@@ -117,7 +115,7 @@ def produce(ring, w_desc, work, at, C: gl.constexpr, STAGES: gl.constexpr, TOGET
                 row = work.second * 128 + (part - 2) * 64
             for i in gl.static_range(TOGETHER):
                 stage = (at + i) % STAGES
-                _copy(w_desc, [row, (c + i) * INPUTS], ring.filled.index(stage), ring.w.index(stage * 4 + part))
+                copy_tile(w_desc, [row, (c + i) * INPUTS], ring.filled.index(stage), ring.w.index(stage * 4 + part))
         at += TOGETHER
     return at
 
@@ -145,9 +143,9 @@ def load_rows(ring, scales, rows, row_scales, block_stride, at, C: gl.constexpr,
     for c in range(C):
         stage = at % STAGES
         mbarrier.wait(ring.free.index(stage), (at // STAGES & 1) ^ 1)
-        _gather(ring.x.index(stage), values_ptr + c * INPUTS, mask=mask)
+        gather(ring.x.index(stage), values_ptr + c * INPUTS, mask=mask)
         if scales is not None:
-            _gather(scales.index(stage), scale_ptr, mask=has_scale)
+            gather(scales.index(stage), scale_ptr, mask=has_scale)
             scale_ptr += block_stride
         async_copy.mbarrier_arrive(ring.filled.index(stage), increment_count=False)
         at += 1
@@ -170,19 +168,6 @@ def store_rows(first, ROWS: gl.constexpr, BYTES: gl.constexpr):
     PER_ROW: gl.constexpr = 64 * BYTES // 16
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16 // BYTES], [32 // PER_ROW, PER_ROW], [4, 1], [1, 0])
     return first + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-
-
-@gluon.jit
-def wait_for_kernel_before():
-    """`gdc_wait` and `gdc_launch_dependents`; see early.py."""
-    gl.inline_asm_elementwise(
-        "griddepcontrol.wait; griddepcontrol.launch_dependents; // dummy $0",
-        "=r",
-        [],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 def descriptor(weight_OI: torch.Tensor) -> TensorDescriptor:

@@ -1,0 +1,24 @@
+"""What kernels in Gluon have in common on Hopper: copies into shared memory by whoever makes them, and the wait for the
+kernel before.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, tma
+
+# Their names before Triton 3.9 are the second ones.
+copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # descriptor, where, barrier, to
+gather = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # to, pointers, mask
+
+
+@gluon.jit
+def wait_for_kernel_before():
+    """`gdc_wait` and `gdc_launch_dependents`; see early.py."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; griddepcontrol.launch_dependents; // dummy $0",
+        "=r",
+        [],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
