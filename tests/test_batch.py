@@ -159,6 +159,23 @@ def test_killed_while_shards_are_written_no_tensor_is_lost_or_doubled(server, co
             assert choice.top_k_ids.shape == (len(choice.token_ids), 10)
 
 
+def test_seeds_that_were_drawn_are_told_and_repeat_their_samples(server, config, tmp_path):
+    prompts = [[5, 6, 7], [8, 9]]
+    lines = [
+        line("one", GENERATE, prompt=prompts[0], max_tokens=6),
+        line("two", GENERATE, prompt=prompts, max_tokens=6),
+    ]
+    source, folder, log = write_input(tmp_path / "in.jsonl", lines), tmp_path / "out", tmp_path / "log"
+    code, said = finish(start_batch(config, source, folder, "--profile", "rl_sample", output=log), log)
+    assert code == 0, said
+    one, two = (read_output(folder)[number]["response"]["body"] for number in (1, 2))
+    seeds = [one["seed"], *(choice["seed"] for choice in two["choices"])]
+    with Client(server.url) as client:
+        for prompt, seed, choice in zip([prompts[0], *prompts], seeds, one["choices"] + two["choices"], strict=True):
+            (again,) = client.generate(prompt, profile="rl_sample", seed=seed, max_tokens=6).choices
+            assert again.text == choice["text"]
+
+
 def test_told_to_stop_it_leaves_a_state_that_goes_on(config, tmp_path):
     source, folder, log = write_jsonl(tmp_path / "in.jsonl", NUM_LINES), tmp_path / "out", tmp_path / "log"
     process = start_batch(config, source, folder, output=log)

@@ -42,6 +42,7 @@ WRONG = [
     ("top_p", 1.01, "<= 1"),
     ("top_k", -2, ">= -1"),
     ("seed", 1 << 63, "int"),
+    ("seed", float(1 << 70), "64 bits"),  # as JSON with more than 64 bits is read
     ("seed", 1.5, "expected `int`"),
     ("seed", -(1 << 63) - 1, "int"),
     ("stop", ["a", "b", "c", "d", "e"], "<= 4"),

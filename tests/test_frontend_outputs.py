@@ -3,6 +3,7 @@
 import array
 import asyncio
 import base64
+import codecs
 import json
 import math
 import struct
@@ -18,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmoe.errors import RequestError
-from nmoe.frontend.logprobs import ChoiceFormats, Formats, PromptFormats, Vocabulary, fragment
+from nmoe.frontend.detokenizer import ByteLevelDetokenizer
+from nmoe.frontend.logprobs import ChoiceFormats, Formats, Offsets, PromptFormats, Vocabulary, fragment
 from nmoe.frontend.openai import Call
 from nmoe.frontend.outputs import Outputs
 from nmoe.frontend.prompt import Prompt
@@ -237,6 +239,31 @@ async def test_parts_of_characters(rig):
             assert logprobs["tokens"] == ["a", "\ufffd", "\ufffd", "!"] and logprobs["text_offset"] == [0, 1, 1, 2]
         else:
             assert b"".join(bytes(entry["bytes"]) for entry in logprobs["content"]) == "aé!".encode()
+
+
+class Bytes:
+    """A tokenizer of tokens that are these bytes."""
+
+    def __init__(self, pieces):
+        self._pieces = dict(enumerate(pieces))
+
+    def token_bytes(self, token):
+        return self._pieces[token]
+
+    def detokenizer(self):
+        return ByteLevelDetokenizer(self._pieces)
+
+
+@given(st.lists(st.lists(st.sampled_from(b"a!\xc3\xa9\xe4\xbd\xa0"), min_size=1, max_size=3).map(bytes), max_size=8))
+def test_a_token_begins_where_its_character_does(pieces):
+    """Also behind a character that nobody completes, whose place a replacement character takes."""
+    expected, before = [], b""
+    for piece in pieces:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        goes_on = piece[0] & 0xC0 == 0x80
+        expected.append(len(decoder.decode(before, not goes_on)))
+        before += piece
+    assert Offsets(Vocabulary(Bytes(pieces)), 0).of(range(len(pieces))) == expected
 
 
 @pytest.mark.parametrize("is_stream", [False, True])

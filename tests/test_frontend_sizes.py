@@ -105,7 +105,7 @@ class Tokenizer:
         return b" %04d" % (token % 10_000)
 
     def detokenizer(self):
-        return types.SimpleNamespace(feed=lambda token: self.token_bytes(token).decode())
+        return types.SimpleNamespace(feed=lambda token: self.token_bytes(token).decode(), holds=False)
 
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])

@@ -109,6 +109,11 @@ class _Rows:
             file.close()
 
 
+def _seed(drawn: int | None) -> dict[str, int]:
+    """Of the answer, or, where there are several prompts, of each choice."""
+    return {} if drawn is None else {"seed": drawn}
+
+
 def _stored(line: Line, answer: Answer[Tensor], rows: _Rows) -> Result:
     """An answer, and its tensors under the names that they will have."""
     stored: list[Stored] = []
@@ -126,15 +131,15 @@ def _stored(line: Line, answer: Answer[Tensor], rows: _Rows) -> Result:
                 "index": choice.index,
                 "text": choice.text,
                 "finish_reason": choice.finish_reason,
+                **_seed(choice.seed),
                 "tensors": described,
             }
         )
-    seed = {} if answer.seed is None else {"seed": answer.seed}
     body = {
         "id": answer.id,
         "model": answer.model,
         "created": answer.created,
-        **seed,
+        **_seed(answer.seed),
         "choices": choices,
         "usage": answer.usage,
     }

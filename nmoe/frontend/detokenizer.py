@@ -49,6 +49,16 @@ def token_bytes(piece: str) -> bytes:
         return piece.encode()
 
 
+def begins_character(raw: bytes) -> bool:
+    """Whether these bytes of UTF-8 do not go on with a character that was begun before."""
+    return bool(raw) and raw[0] & 0xC0 != 0x80
+
+
+def whole_characters(raw: bytes) -> str:
+    """Their text, but of a character that is yet to be completed."""
+    return _Utf8Decoder("replace").decode(raw)
+
+
 class BytePieces(dict[int, str | bytes]):
     """Token id -> its text, or its bytes where they are no text of their own; filled as ids are met."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import orjson
 
-from nmoe.frontend.detokenizer import Detokenizer
+from nmoe.frontend.detokenizer import Detokenizer, begins_character, whole_characters
 from nmoe.frontend.openai import Call
 from nmoe.frontend.outputs import Outputs
 from nmoe.frontend.prompt import Prompt
@@ -78,6 +78,7 @@ class Offsets:
     """Where in a text its tokens begin, in characters."""
 
     def __init__(self, vocabulary: Vocabulary, start: int, silent_ids: Sequence[int] = ()) -> None:
+        self._vocabulary = vocabulary
         self._detokenizer = vocabulary.detokenizer()
         self._silent_ids = silent_ids
         self._at = start
@@ -86,10 +87,20 @@ class Offsets:
         """Of the next tokens; those within a character begin where it does."""
         found = []
         for token in ids:
-            found.append(self._at)
+            start = self._at
             if self._detokenizer is not None and token not in self._silent_ids:
-                self._at += len(self._detokenizer.feed(token))
+                held = self._detokenizer.holds
+                text = self._detokenizer.feed(token)
+                if held and text:  # perhaps a character that was never completed comes first
+                    start += self._length_before(token, text)
+                self._at += len(text)
+            found.append(start)
         return found
+
+    def _length_before(self, token: int, text: str) -> int:
+        """Of what came with a token: how much is not its own, if it begins a character."""
+        raw = self._vocabulary.raw(token) or b""
+        return max(0, len(text) - len(whole_characters(raw))) if begins_character(raw) else 0
 
 
 class Formats(msgspec.Struct, frozen=True):
