@@ -29,8 +29,7 @@ from nmoe.worker.kernels.experts_warps_gluon import (
     load_now,
     load_up,
     make_pieces,
-    produce_down,
-    produce_up,
+    produce_pieces,
     told_piece,
     up_work,
 )
@@ -132,7 +131,7 @@ def _gate_up_kernel(
         [
             (_multiply_up, (ring, items, out_ptr, C, F, STAGES, 0)),
             (_multiply_up, (ring, items, out_ptr, C, F, STAGES, 1)),
-            (produce_up, (ring, items, w_desc, lists, E, C, F, STAGES, TOGETHER)),
+            (produce_pieces, (ring, items, w_desc, lists, E, C, F // 128, True, STAGES, TOGETHER)),
             (load_up, (ring, None, items, x, pairs_ptr, C, K, STAGES)),
         ],
         WORKER_WARPS,
@@ -201,7 +200,7 @@ def _down_kernel(
         [
             (_multiply_down, (ring, items, weights_ptr, pairs_ptr, out_ptr, C, D, STAGES, 0)),
             (_multiply_down, (ring, items, weights_ptr, pairs_ptr, out_ptr, C, D, STAGES, 1)),
-            (produce_down, (ring, items, w_desc, lists, E, C, D, STAGES, TOGETHER)),
+            (produce_pieces, (ring, items, w_desc, lists, E, C, D // 128, False, STAGES, TOGETHER)),
             (load_down, (ring, None, items, (hidden_ptr, None), None, C, D, STAGES)),
         ],
         WORKER_WARPS,

@@ -96,7 +96,7 @@ def _piece(number, tile, counts, ends, lists, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def _produce(
+def produce_pieces(
     ring,
     items,
     w_desc,
@@ -108,7 +108,8 @@ def _produce(
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
 ):
-    """Producer of the first product or the second one, of which a tile has so many blocks of outputs."""
+    """Producer of the first product, `UP`, whose gate has so many blocks of outputs, or of the second one, whose
+    weights begin to come while the first one ends, which had waited for the lists."""
     ROWS: gl.constexpr = ring.x.shape[1]
     PER_TILE: gl.constexpr = BLOCKS if UP else (BLOCKS + 1) // 2
     counts, ends = _load_counts(lists, E, ROWS)
@@ -135,22 +136,6 @@ def up_work(piece, BLOCKS: gl.constexpr):
     block = piece.number % BLOCKS
     gate = piece.expert * (2 * BLOCKS) + block
     return Work(piece.number // BLOCKS, block, gate, gate + BLOCKS)
-
-
-@gluon.jit
-def produce_up(
-    ring,
-    items,
-    w_desc,
-    lists,
-    E: gl.constexpr,
-    C: gl.constexpr,
-    F: gl.constexpr,
-    STAGES: gl.constexpr,
-    TOGETHER: gl.constexpr,
-):
-    """Producer of the first product."""
-    _produce(ring, items, w_desc, lists, E, C, F // 128, True, STAGES, TOGETHER)
 
 
 @gluon.jit
@@ -192,23 +177,6 @@ def down_work(piece, BLOCKS: gl.constexpr):
     block = piece.number % PER_TILE * 2
     first = piece.expert * BLOCKS
     return Work(piece.number // PER_TILE, block, first + block, first + gl.minimum(block + 1, BLOCKS - 1))
-
-
-@gluon.jit
-def produce_down(
-    ring,
-    items,
-    w_desc,
-    lists,
-    E: gl.constexpr,
-    C: gl.constexpr,
-    D: gl.constexpr,
-    STAGES: gl.constexpr,
-    TOGETHER: gl.constexpr,
-):
-    """Producer of the second product: weights begin to come while the first one ends, which had waited for the
-    lists."""
-    _produce(ring, items, w_desc, lists, E, C, D // 128, False, STAGES, TOGETHER)
 
 
 @gluon.jit

@@ -46,10 +46,10 @@ def tell(items, nth, words):
 
 
 @gluon.jit
-def told(items, nth, WARPS: gl.constexpr = 4):
-    """A reader of so many warps: the same, where it is one word."""
+def told(items, nth):
+    """A warpgroup: the same, where it is one word."""
     wait_for_item(items, nth)
-    item = read_word(items, nth, 0, WARPS)
+    item = read_word(items, nth, 0, 4)
     release_item(items, nth)
     return item
 

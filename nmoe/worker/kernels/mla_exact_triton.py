@@ -40,11 +40,18 @@ def span_length(context):
 
 
 @triton.jit
-def _scores(q_latent, q_rope, k_latent, k_rope, position, context, scale_log2):
-    """Of the queries of some heads to a tile of positions, [H, TILE], scaled to the base 2."""
+def _scores(q_latent, q_rope, rows_ptr, k_row, position, context, scale_log2):
+    """Of the queries of some heads to a tile of positions, which lie at `k_row` of the cache: [H, TILE], scaled to the
+    base 2; and the tile's latents, [TILE, L]."""
+    LATENT: tl.constexpr = q_latent.shape[1]
+    ROPE: tl.constexpr = q_rope.shape[1]
+    k_at = rows_ptr + k_row[:, None] * (LATENT + ROPE)
+    k_latent = tl.load(k_at + tl.arange(0, LATENT)[None, :])
+    k_rope = tl.load(k_at + LATENT + tl.arange(0, ROPE)[None, :])
     s = tl.dot(q_latent, tl.trans(k_latent))
     s = tl.dot(q_rope, tl.trans(k_rope), s)
-    return tl.where((position + tl.arange(0, k_latent.shape[0]))[None, :] < context, s * scale_log2, float("-inf"))
+    is_context = (position + tl.arange(0, k_latent.shape[0]))[None, :] < context
+    return tl.where(is_context, s * scale_log2, float("-inf")), k_latent
 
 
 @triton.jit
@@ -112,7 +119,6 @@ def _spans_kernel(
     before this one, so it is read before the wait."""
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     latent = tl.arange(0, LATENT)
-    rope = tl.arange(0, ROPE)
     token = tl.arange(0, TILE)
     total = tl.load(prefix_ptr + num_rows)
     item = tl.program_id(0) * total // tl.num_programs(0)
@@ -130,10 +136,7 @@ def _spans_kernel(
         peak, weight, acc = _empty_span(BLOCK_H, LATENT)
         for position in tl.range(begin, stop, TILE, num_stages=STAGES):
             k_row = cache_row(pages_ptr, row, max_pages, position, PAGE) + token
-            k_at = rows_ptr + k_row[:, None] * (LATENT + ROPE)
-            k_latent = tl.load(k_at + latent[None, :])
-            k_rope = tl.load(k_at + LATENT + rope[None, :])
-            scores = _scores(q_latent, q_rope, k_latent, k_rope, position, context, scale_log2)
+            scores, k_latent = _scores(q_latent, q_rope, rows_ptr, k_row, position, context, scale_log2)
             peak, weight, acc = _add_tile(peak, weight, acc, scores, k_latent)
         slot = item.to(tl.int64) * HEADS + head
         tl.store(peak_ptr + slot, peak)
@@ -167,7 +170,6 @@ def _scores_kernel(
     row = tl.program_id(0)
     head = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
     latent = tl.arange(0, LATENT)
-    rope = tl.arange(0, ROPE)
     token = tl.arange(0, TILE)
     context = tl.load(contexts_ptr + row)  # the plan: see above
     tl.extra.cuda.gdc_wait()
@@ -177,10 +179,7 @@ def _scores_kernel(
     q_rope = load_ropes(q_ptr, row, head, Q_STRIDE, NOPE, ROPE)
     for position in range(tl.program_id(1) * TILE, context, tl.num_programs(1) * TILE):
         k_row = cache_row(pages_ptr, row, max_pages, position, PAGE) + token
-        k_at = rows_ptr + k_row[:, None] * (LATENT + ROPE)
-        k_latent = tl.load(k_at + latent[None, :])
-        k_rope = tl.load(k_at + LATENT + rope[None, :])
-        scores = _scores(q_latent, q_rope, k_latent, k_rope, position, context, scale_log2)
+        scores, _ = _scores(q_latent, q_rope, rows_ptr, k_row, position, context, scale_log2)
         tl.store(scores_ptr + place * positions + position + token[None, :], scores)
 
 
@@ -330,6 +329,14 @@ def exact_decode(
     )
 
 
+def _common(queries: _Queries, cache: _Cache) -> dict[str, int | bool]:
+    """What every kernel that attends is launched with."""
+    rows, heads, latent = queries.latent_RHL.shape
+    sizes = {"HEADS": heads, "BLOCK_H": form_of(heads).heads, "LATENT": latent, "ROPE": cache.rows_KC.shape[1] - latent}
+    tiles = {"PAGE": cache.page_size, "TILE": TILE}
+    return {**sizes, **tiles, "enable_fp_fusion": False, "launch_pdl": early(rows)}
+
+
 def _attend_spans(
     queries: _Queries, cache: _Cache, partial: torch.Tensor, peaks: torch.Tensor, weights: torch.Tensor
 ) -> None:
@@ -353,17 +360,10 @@ def _attend_spans(
         queries.scale_log2,
         Q_STRIDE=queries.q_RHQ.stride(0),
         BLOCK_R=block_of_rows(rows),
-        HEADS=heads,
-        BLOCK_H=form.heads,
         NOPE=queries.q_RHQ.shape[2] - rope,
-        ROPE=rope,
-        LATENT=latent,
-        PAGE=cache.page_size,
-        TILE=TILE,
         STAGES=form.stages,
         num_warps=form.warps,
-        enable_fp_fusion=False,
-        launch_pdl=early(rows),
+        **_common(queries, cache),
     )
 
 
@@ -387,16 +387,9 @@ def _attend_few(
         positions,
         queries.scale_log2,
         Q_STRIDE=queries.q_RHQ.stride(0),
-        HEADS=heads,
-        BLOCK_H=form.heads,
         NOPE=queries.q_RHQ.shape[2] - rope,
-        ROPE=rope,
-        LATENT=latent,
-        PAGE=cache.page_size,
-        TILE=TILE,
         num_warps=form.warps,
-        enable_fp_fusion=False,
-        launch_pdl=early(rows),
+        **_common(queries, cache),
     )
     _weigh_kernel[(rows, len(partial) // rows, blocks * (latent // _COLUMNS))](
         scores_RHT,
@@ -409,15 +402,8 @@ def _attend_few(
         weights,
         cache.pages_RB.stride(0),
         positions,
-        HEADS=heads,
-        BLOCK_H=form.heads,
-        LATENT=latent,
-        ROPE=rope,
         COLUMNS=_COLUMNS,
-        PAGE=cache.page_size,
-        TILE=TILE,
         STAGES=_STAGES,
         num_warps=triton.cdiv(form.heads, 16),
-        enable_fp_fusion=False,
-        launch_pdl=early(rows),
+        **_common(queries, cache),
     )
