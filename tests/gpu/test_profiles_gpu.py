@@ -9,10 +9,13 @@ from tests.test_profiles import check_repeats
 
 # Few pages, so that the crowd loses some; a page is the least that the kernels take.
 SCARCE = {"num_pages": 12, "page_size": 32, "max_batch_size": 16, "max_prefill_tokens": 64}
-TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a GPU for each of two workers")
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=TWO)])
+def gpus(count):
+    return pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs a GPU for each of {count} workers")
+
+
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=gpus(2)), pytest.param(4, marks=gpus(4))])
 @pytest.mark.parametrize("variant", ["moonlight-like", "v3-like, fp8"])
 def test_exact_profiles_repeat_to_the_bit(tmp_path, variant, world_size):
     folder = make_checkpoint(tmp_path / "tiny", **SHAPE, **VARIANTS[variant])
