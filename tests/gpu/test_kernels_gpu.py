@@ -17,6 +17,7 @@ from nmoe.worker.kernels import (
     experts_gluon,
     experts_triton,
     fp8_triton,
+    linear_parts_gluon,
     linear_triton,
     norm,
     norm_triton,
@@ -75,6 +76,26 @@ def added(parts, shared):
 def test_linear(tokens, outputs, inputs):
     weight, x = random(outputs, inputs), random(tokens, inputs + 32)[:, :inputs]
     close(linear_triton.linear(x, weight), x.double() @ weight.double().t())
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(2048, 2048), (64, 512), (640, 1024)])
+@pytest.mark.parametrize("tokens", [17, 32, 63, 128])
+def test_a_products_parts_are_added_by_the_norm(tokens, outputs, inputs):
+    weight, x, residual = random(outputs, inputs), random(tokens, inputs + 32)[:, :inputs], random(tokens, outputs)
+    parts = linear_parts_gluon.parts_of(x, weight)
+    assert parts.shape == (tokens, inputs // 512, outputs)
+    product = x.double() @ weight.double().t()
+    close(parts.double().sum(1), product)
+    norm_weight = random(outputs)
+    summed, normed = norm_triton.add_rms_norm(residual, experts_triton.Terms(parts), norm_weight, 1e-6)
+    close(summed, residual.double() + product)
+    close(normed, norm.rms_norm(summed, norm_weight, 1e-6))
+
+
+def test_many_tokens_and_wide_products_have_no_parts():
+    assert linear_parts_gluon.parts_of(random(129, 512), random(64, 512)) is None
+    assert linear_parts_gluon.parts_of(random(16, 512), random(64, 512)) is None
+    assert linear_parts_gluon.parts_of(random(64, 4096), random(2048, 4096)) is None
 
 
 @pytest.mark.parametrize("architecture", [MOONLIGHT, V3], ids=["moonlight", "v3"])
@@ -147,6 +168,7 @@ def routing(tokens, num_experts, slots, skew=0.0):
     ("tokens", "num_experts", "hidden", "inter", "slots", "skew"),
     [
         (1, 64, 2048, 1408, 6, 0),
+        (17, 64, 2048, 1408, 6, 0),
         (40, 64, 2048, 1408, 6, 0),
         (256, 64, 2048, 1408, 6, 0),
         (700, 64, 2048, 1408, 6, 0),

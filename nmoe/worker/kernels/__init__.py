@@ -30,6 +30,7 @@ class Ops:
     add_rms_norm: Callable[..., tuple[_Tensor, Activations]]
     route: Callable[..., Routes]
     linear: Callable[[Any, Any], _Tensor]
+    linear_to_add: Callable[[Any, Any], Any]  # the same, as `add_rms_norm` takes it
     linear_into: Callable[[_Tensor, _Tensor, _Tensor], None]  # the last head: x, weight, where the product goes
     silu_mul: Callable[..., Activations]
     grouped_mlp: Callable[..., _Tensor]
@@ -61,6 +62,7 @@ def _reference() -> Ops:
         add_rms_norm=norm.add_rms_norm,
         route=router.route,
         linear=torch.nn.functional.linear,
+        linear_to_add=torch.nn.functional.linear,
         linear_into=_library_product,
         silu_mul=experts.silu_mul,
         grouped_mlp=experts.grouped_mlp,
@@ -76,6 +78,7 @@ def _exact_reference() -> Ops:
         add_rms_norm=exact.add_rms_norm,
         route=exact.route,
         linear=exact.linear,
+        linear_to_add=exact.linear,
         linear_into=exact.linear_into,
         silu_mul=exact.silu_mul,
         grouped_mlp=exact.grouped_mlp,
@@ -89,6 +92,7 @@ def _triton() -> Ops:
         experts_gluon,
         experts_triton,
         fp8_triton,
+        linear_parts_gluon,
         linear_triton,
         norm_triton,
         router_triton,
@@ -98,6 +102,13 @@ def _triton() -> Ops:
         if isinstance(weight, BlockFP8):
             return fp8_triton.linear(x, weight)
         return linear_triton.linear(unquantised(x), weight)
+
+    def linear_to_add(x: Activations, weight: Weight) -> _Tensor | experts_triton.Terms:
+        if not isinstance(weight, BlockFP8):
+            parts_TPO = linear_parts_gluon.parts_of(unquantised(x), weight)
+            if parts_TPO is not None:
+                return experts_triton.Terms(parts_TPO)
+        return linear(x, weight)
 
     def grouped_mlp(x: Activations | Arrived, routes: Routes, w_gate_up: Weight, w_down: Weight) -> _Tensor:
         if isinstance(w_gate_up, BlockFP8) and isinstance(w_down, BlockFP8):
@@ -110,6 +121,7 @@ def _triton() -> Ops:
         add_rms_norm=norm_triton.add_rms_norm,
         route=router_triton.route,
         linear=linear,
+        linear_to_add=linear_to_add,
         linear_into=_library_product,
         silu_mul=experts_triton.silu_mul,
         grouped_mlp=grouped_mlp,
@@ -126,7 +138,9 @@ def _exact_triton() -> Ops:
             return fp8_triton.linear_exact(x, weight)
         return linear_exact_triton.linear(unquantised(x), weight)
 
-    return dataclasses.replace(_triton(), linear=linear, linear_into=linear_exact_triton.linear_into)
+    return dataclasses.replace(
+        _triton(), linear=linear, linear_to_add=linear, linear_into=linear_exact_triton.linear_into
+    )
 
 
 def _quantising(ops: Ops) -> Ops:

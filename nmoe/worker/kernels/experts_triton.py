@@ -29,10 +29,11 @@ from nmoe.worker.kernels.products_triton import add_product, by_rows, empty_tile
 
 
 class Terms(NamedTuple):
-    """A token's expert results and its shared experts', to be added in float32 in this order and rounded once."""
+    """What is to be added in float32 in this order and rounded once: a token's expert results and its shared experts',
+    or the parts of a product."""
 
     parts_TKD: torch.Tensor | Returned
-    shared_TD: torch.Tensor
+    shared_TD: torch.Tensor | None = None
 
 
 class _Tile(NamedTuple):

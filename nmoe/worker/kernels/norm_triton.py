@@ -43,14 +43,15 @@ def _norm_kernel(
     weight = tl.load(weight_ptr + lane, mask=inside, other=0.0).to(tl.float32)  # no kernel writes it: before the wait
     tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + row * x_stride + lane, mask=inside, other=0.0).to(tl.float32)
-    if delta_ptr is not None:
+    if sum_ptr is not None:
         delta = tl.zeros([BLOCK], tl.float32)
         owners = -1 if owners_ptr is None else tl.load(owners_ptr + row)
         for k in tl.static_range(K):
             part_ptr = parts_ptr + row * token_stride + tl.cast(k, tl.int64) * part_stride
             there = inside & ((owners >> k) & 1 == 1)
             delta += tl.load(part_ptr + lane, mask=there, other=0.0).to(tl.float32)
-        delta += tl.load(delta_ptr + row * D + lane, mask=inside, other=0.0).to(tl.float32)
+        if delta_ptr is not None:
+            delta += tl.load(delta_ptr + row * D + lane, mask=inside, other=0.0).to(tl.float32)
         x += delta.to(sum_ptr.dtype.element_ty).to(tl.float32)
         rounded = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * D + lane, rounded, mask=inside)

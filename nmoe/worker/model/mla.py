@@ -4,7 +4,7 @@ Shape suffixes as in nmoe/worker/batch.py and nmoe/worker/kernels/mla.py; D hidd
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -179,11 +179,12 @@ class Attention:
         self._w_o = empty_weight(like, a.hidden_size, a.num_heads * a.v_head_dim, fp8=fp8)
         source.fill(self._w_o, f"{prefix}.o_proj.weight")
 
-    def forward(self, x: Activations, plan: Plan, rows_KC: torch.Tensor, ops: Ops) -> torch.Tensor:
-        """Attention of normalised inputs, [T, D]. `rows_KC`: this layer's cache; the step's rows are written."""
+    def forward(self, x: Activations, plan: Plan, rows_KC: torch.Tensor, ops: Ops) -> Any:
+        """Attention of normalised inputs, [T, D], or its parts where `add_rms_norm` takes them. `rows_KC`: this layer's
+        cache; the step's rows are written."""
         a = self._architecture
         q_TA, kv_TC = torch.split(ops.linear(x, self._w_in_ID), self._split, dim=-1)
         if self._w_q_b is not None:
             q_TA = ops.linear(ops.rms_norm(q_TA, self._q_norm_A, LATENT_EPS), self._w_q_b)
         q_THQ = q_TA.view(len(q_TA), a.num_heads, a.qk_head_dim)
-        return ops.linear(plan.attend(q_THQ, kv_TC, self._kv_norm_L, rows_KC, self._up).flatten(1), self._w_o)
+        return ops.linear_to_add(plan.attend(q_THQ, kv_TC, self._kv_norm_L, rows_KC, self._up).flatten(1), self._w_o)
