@@ -328,9 +328,10 @@ def test_absorbed_decode(heads, page, contexts):
     check_absorbed_decode(heads, page, contexts)
 
 
+@pytest.mark.parametrize("heads", [16, 64])
 @pytest.mark.parametrize(("latent", "value"), [(128, 32), (256, 64), (512, 256)])
-def test_absorbed_decode_of_other_sizes(latent, value):
-    check_absorbed_decode(64, 64, [1000, 300, 65], latent, value)
+def test_absorbed_decode_of_other_sizes(heads, latent, value):
+    check_absorbed_decode(heads, 64, [1000, 300, 65], latent, value)
 
 
 def test_absorbed_decode_gives_the_same_bits_twice():

@@ -47,6 +47,7 @@ from nmoe.worker.kernels.warps_gluon import (
 
 # benchmarks/LOG.md has the times of these and others. What registers they leave is room for the shared experts' small
 # kernel.
+_FEWEST = Form(32, 6, 88, 104, 56, together=2, left=8)
 _FEW = Form(32, 6, 88, 104, 56, together=2)
 _SOME = Form(64, 5, 112, 136, 64, together=2)
 _MANY = Form(128, 4, 168, 216, 56)
@@ -214,7 +215,7 @@ def _form(rows_per_expert: float) -> Form | None:
     if rows_per_expert < 1:
         return None
     if rows_per_expert <= 16:
-        return _FEW
+        return _FEWEST if rows_per_expert <= 2 else _FEW
     return _SOME if rows_per_expert <= 64 else _MANY
 
 

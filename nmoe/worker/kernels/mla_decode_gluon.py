@@ -34,7 +34,7 @@ _M, _TILE = gl.constexpr(ROWS), gl.constexpr(TILE)
 
 
 @gluon.jit
-def _part(prefix_ptr, num_rows, BLOCK_R: gl.constexpr, WARPS: gl.constexpr):
+def part_of(prefix_ptr, num_rows, BLOCK_R: gl.constexpr, WARPS: gl.constexpr):
     """The program's part of all rows' pages, laid end to end, [at, stop), and the row in which it begins."""
     total = gl.load(prefix_ptr + num_rows)
     pages = (total + gl.num_programs(0) - 1) // gl.num_programs(0)
@@ -45,7 +45,7 @@ def _part(prefix_ptr, num_rows, BLOCK_R: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _piece(contexts_ptr, prefix_ptr, row, at, stop, PAGE: gl.constexpr):
+def piece_of(contexts_ptr, prefix_ptr, row, at, stop, PAGE: gl.constexpr):
     """The positions [begin, end) of a row that begin at page `at` of all rows' and lie before page `stop`; and the page
     after them."""
     first = gl.load(prefix_ptr + row)
@@ -68,11 +68,11 @@ def _produce(
     contexts_ptr, prefix_ptr, num_rows = plan
     latent_desc, rope_desc, q_desc, q_rope_desc = descs
     L: gl.constexpr = 4 * shared.k_latent.shape[2]
-    at, stop, row = _part(prefix_ptr, num_rows, BLOCK_R, 1)
+    at, stop, row = part_of(prefix_ptr, num_rows, BLOCK_R, 1)
     pieces = 0
     tiles = 0
     while at < stop:
-        begin, end, at = _piece(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
+        begin, end, at = piece_of(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
         load_queries(shared, q_desc, gl.program_id(1) * _M, row * L, pieces)
         load_ropes(shared, q_rope_desc, row, gl.program_id(1) * _M, NOPE)
         row_pages_ptr = pages_ptr + row.to(gl.int64) * max_pages
@@ -103,14 +103,14 @@ def _attend(
     lane_S = gl.arange(0, _M, gl.SliceLayout(1, S))
     lane_O = gl.arange(0, _M, gl.SliceLayout(1, O))
     column = 2 * mine * QUARTER + gl.arange(0, QUARTER, gl.SliceLayout(0, O))[None, :]
-    at, stop, row = _part(prefix_ptr, num_rows, BLOCK_R, 4)
+    at, stop, row = part_of(prefix_ptr, num_rows, BLOCK_R, 4)
     pieces = 0
     tiles = 0
     turn = 0
     their_turn = 0
     turns = (turn, their_turn)
     while at < stop:
-        begin, end, at = _piece(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
+        begin, end, at = piece_of(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
         whole = (begin == 0) & (at == gl.load(prefix_ptr + row + 1))
         mbarrier.wait(shared.q_bars.index(0), pieces & 1)
         count = (end - begin + _TILE - 1) // _TILE
@@ -177,6 +177,11 @@ def _decode_kernel(
         [4, 1],
         [232, 24],
     )
+
+
+def num_parts(multiprocessors: int, heads: int) -> int:
+    """Into how many parts the contexts are cut: each has a program per 64 heads."""
+    return max(1, multiprocessors * ROWS // heads)
 
 
 def attend_parts(

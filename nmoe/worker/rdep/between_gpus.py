@@ -32,7 +32,7 @@ _BOUND_S = 4.0
 _WARM_UP_BOUND_S = 600.0  # ranks compile kernels then, one maybe more than another
 _NAP_S = 0.001  # between looks at who has begun a life
 _TILE_BYTES = 512 << 20  # of the experts' results for the rows of a tile
-_SLOTS_PER_PROGRAM = 256
+_SLOTS_PER_PROGRAM, _OF_FEW_SLOTS, _FEW_SLOTS = 256, 32, 512
 _SLOTS_AT_A_TIME = 2048  # that a program counts before its own
 # Programs take several rows or pieces where there are more of them than these, per multiprocessor.
 _DISPATCH_PROGRAMS, _DISPATCH_WARPS = 4, 8
@@ -196,7 +196,8 @@ class BetweenGPUs:
         """Waits for all ranks' rows and lists them, and their pairs by expert."""
         layout, at = self._layout, self._layout.channels[self._channel]
         slots = layout.world_size * self._most
-        rows.arrive_kernel[(triton.cdiv(slots, _SLOTS_PER_PROGRAM),)](
+        block = _OF_FEW_SLOTS if slots <= _FEW_SLOTS else _SLOTS_PER_PROGRAM
+        rows.arrive_kernel[(triton.cdiv(slots, block),)](
             self._state,
             self._slots_S,
             self._ids_SK,
@@ -216,7 +217,7 @@ class BetweenGPUs:
             **self._sizes,
             EXPERTS=layout.num_experts,
             BLOCK_K=self._block_k,
-            BLOCK=_SLOTS_PER_PROGRAM,
+            BLOCK=block,
             SCAN=_SLOTS_AT_A_TIME,
             num_warps=4,
             launch_pdl=early(self._most),

@@ -2,9 +2,9 @@
 
 Both are captured into one graph. The routed experts' kernels follow the router's on one stream, where each is made
 ready while the one before it runs (early.py), and then keep every multiprocessor. What of the shared experts needs
-whole ones begins beside the router, to be there first. The small kernels of few tokens begin with the routed experts:
-they find room beside them, and would slow the router's by more than they gain. The terms of a token's sum are handed
-over as they are, [T, K, D]: the norm behind the layer adds them, one pass over memory less.
+whole ones begins beside the router, to be there first. Those of a single token begin with the routed experts: they find
+room beside them, and would slow the router's by more than they gain. The terms of a token's sum are handed over as they
+are, [T, K, D]: the norm behind the layer adds them, one pass over memory less.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from nmoe.worker.kernels.device import FEW_TOKENS
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.lists import Routes
 from nmoe.worker.rdep import Combine, LocalExperts, OneRank
@@ -50,12 +49,12 @@ class OneGPU(OneRank):
 
     def announce(self, num_tokens: int) -> None:
         """See Exchange."""
-        if num_tokens > FEW_TOKENS:
+        if num_tokens > 1:
             self._second.fork(num_tokens)
 
     def dispatch(self, experts: LocalExperts, x_TD: torch.Tensor, routes: Routes) -> Combine:
         """See Exchange; the returned function gives the experts' terms, [T, K, D] in the model's dtype."""
-        if len(x_TD) <= FEW_TOKENS:
+        if len(x_TD) <= 1:
             self._second.fork(len(x_TD))
         parts_TKD = experts(x_TD, routes)
 

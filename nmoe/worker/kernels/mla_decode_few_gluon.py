@@ -1,0 +1,270 @@
+"""Absorbed latent attention of one query per row over pages, for 16 heads, in Gluon: memory bounds it.
+
+    producer, one warp   tiles of positions from the pages into a ring, and queries
+    one warpgroup        the tiles, in the order of the positions
+
+Two programs share a multiprocessor. The ring runs on from row to row, and its first tiles are on their way before the
+kernel before has ended: only the step's newest positions are that kernel's, so all before them may be read.
+
+How the rows' contexts are cut into equal parts is mla_decode_triton.py's. Shape suffixes as there; layout M of the
+matrix unit's products, heads times whatever.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from nmoe.worker.kernels.early import early
+from nmoe.worker.kernels.hopper_gluon import copy_tile, wait_for_kernel_before
+from nmoe.worker.kernels.mla_decode_gluon import part_of, piece_of
+from nmoe.worker.kernels.mla_tiles_triton import block_of_rows
+from nmoe.worker.kernels.mla_values_gluon import Parts
+from nmoe.worker.kernels.mla_warps_gluon import TILE, descriptor, load_tiles
+
+HEADS = 16
+_HEADS, _TILE = gl.constexpr(HEADS), gl.constexpr(TILE)
+_STAGES = 2
+_PROGRAMS = 2  # per multiprocessor
+_REGISTERS = 128  # per thread as the program begins, of all 256; the warpgroup takes most of the others'
+
+
+class _Shared(NamedTuple):
+    """Shared memory. Latents lie in quarters of their columns."""
+
+    q_latent: gl.shared_memory_descriptor  # [4, H, L / 4]
+    q_rope: gl.shared_memory_descriptor  # [1, H, P]
+    k_latent: gl.shared_memory_descriptor  # [stages * 4, tile, L / 4]
+    k_rope: gl.shared_memory_descriptor  # [stages, tile, P]
+    # Barriers
+    q_bars: gl.shared_memory_descriptor  # [2]: queries are there, free
+    filled: gl.shared_memory_descriptor  # [stages]
+    free: gl.shared_memory_descriptor  # [stages]
+
+
+@gluon.jit
+def _make_shared(q_desc, q_rope_desc, latent_desc, rope_desc, STAGES: gl.constexpr):
+    QUARTER: gl.constexpr = latent_desc.block_type.shape[1]
+    ROPE: gl.constexpr = rope_desc.block_type.shape[1]
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    shared = _Shared(
+        q_latent=gl.allocate_shared_memory(gl.bfloat16, [4, _HEADS, QUARTER], q_desc.layout),
+        q_rope=gl.allocate_shared_memory(gl.bfloat16, q_rope_desc.block_type.shape, q_rope_desc.layout),
+        k_latent=gl.allocate_shared_memory(gl.bfloat16, [STAGES * 4, _TILE, QUARTER], latent_desc.layout),
+        k_rope=gl.allocate_shared_memory(gl.bfloat16, [STAGES, _TILE, ROPE], rope_desc.layout),
+        q_bars=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
+        filled=gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
+        free=gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
+    )
+    for i in gl.static_range(2):
+        mbarrier.init(shared.q_bars.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(shared.filled.index(i), count=1)
+        mbarrier.init(shared.free.index(i), count=1)
+    fence_async_shared()
+    return shared
+
+
+@gluon.jit
+def _produce(
+    shared,
+    plan,
+    descs,
+    pages_ptr,
+    max_pages,
+    NOPE: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    PAGE: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    contexts_ptr, prefix_ptr, num_rows = plan
+    latent_desc, rope_desc, q_desc, q_rope_desc = descs
+    QUARTER: gl.constexpr = shared.k_latent.shape[2]
+    ROPE: gl.constexpr = shared.k_rope.shape[2]
+    at, stop, row = part_of(prefix_ptr, num_rows, BLOCK_R, 1)
+    pieces = 0
+    tiles = 0
+    begin = at * 0
+    if at < stop:
+        begin, end, _ = piece_of(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
+        old = gl.minimum(end, gl.load(contexts_ptr + row) - 1)
+        ahead = gl.minimum(begin + STAGES * _TILE, old // _TILE * _TILE)
+        row_pages_ptr = pages_ptr + row.to(gl.int64) * max_pages
+        tiles = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, begin, ahead, tiles, PAGE, STAGES)
+        begin += tiles * _TILE
+    wait_for_kernel_before()
+    while at < stop:
+        first, end, at = piece_of(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
+        q_there = shared.q_bars.index(0)
+        mbarrier.wait(shared.q_bars.index(1), (pieces & 1) ^ 1)
+        mbarrier.expect(q_there, _HEADS * (4 * QUARTER + ROPE) * 2)
+        for i in gl.static_range(4):
+            copy_tile(q_desc, [0, (row * 4 + i) * QUARTER], q_there, shared.q_latent.index(i))
+        copy_tile(q_rope_desc, [row, 0, NOPE], q_there, shared.q_rope)
+        row_pages_ptr = pages_ptr + row.to(gl.int64) * max_pages
+        begin = gl.maximum(begin, first)
+        tiles = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, begin, end, tiles, PAGE, STAGES)
+        pieces += 1
+        row += 1
+        begin = at * 0
+
+
+@gluon.jit
+def _scores(shared, stage, M: gl.constexpr):
+    """The queries times the keys of a tile, [H, tile]."""
+    A: gl.constexpr = gl.DotOperandLayout(0, M, 2)
+    B: gl.constexpr = gl.DotOperandLayout(1, M, 2)
+    q_rope = shared.q_rope.reshape([_HEADS, shared.k_rope.shape[2]]).load(A)
+    # Two sums, since a product waits for the one before it in the same sum.
+    zeros = gl.zeros([_HEADS, _TILE], gl.float32, M)
+    even = mma_v2(q_rope, shared.k_rope.index(stage).permute((1, 0)).load(B), zeros)
+    odd = zeros
+    for i in gl.static_range(0, 4, 2):
+        q = shared.q_latent.index(i).load(A)
+        even = mma_v2(q, shared.k_latent.index(stage * 4 + i).permute((1, 0)).load(B), even)
+        q = shared.q_latent.index(i + 1).load(A)
+        odd = mma_v2(q, shared.k_latent.index(stage * 4 + i + 1).permute((1, 0)).load(B), odd)
+    return even + odd
+
+
+@gluon.jit
+def _attend(
+    shared,
+    plan,
+    parts,
+    scale_log2,
+    BLOCK_R: gl.constexpr,
+    PAGE: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    contexts_ptr, prefix_ptr, num_rows = plan
+    partial_ptr, lse_ptr = parts
+    QUARTER: gl.constexpr = shared.k_latent.shape[2]
+    M: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 4], [16, 8])
+    A: gl.constexpr = gl.DotOperandLayout(0, M, 2)
+    B: gl.constexpr = gl.DotOperandLayout(1, M, 2)
+    head = gl.arange(0, _HEADS, gl.SliceLayout(1, M))
+    key = gl.arange(0, _TILE, gl.SliceLayout(0, M))
+    column = gl.arange(0, QUARTER, gl.SliceLayout(0, M))
+    at, stop, row = part_of(prefix_ptr, num_rows, BLOCK_R, 4)
+    pieces = 0
+    tiles = 0
+    while at < stop:
+        begin, end, at = piece_of(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
+        peak = gl.full([_HEADS], float("-inf"), gl.float32, gl.SliceLayout(1, M))
+        weight = gl.zeros([_HEADS], gl.float32, gl.SliceLayout(1, M))
+        acc_0 = gl.zeros([_HEADS, QUARTER], gl.float32, M)
+        acc_1 = gl.zeros([_HEADS, QUARTER], gl.float32, M)
+        acc_2 = gl.zeros([_HEADS, QUARTER], gl.float32, M)
+        acc_3 = gl.zeros([_HEADS, QUARTER], gl.float32, M)
+        mbarrier.wait(shared.q_bars.index(0), pieces & 1)
+        for position in range(begin, end, _TILE):
+            stage = tiles % STAGES
+            mbarrier.wait(shared.filled.index(stage), tiles // STAGES & 1)
+            s = _scores(shared, stage, M)
+            s = gl.where((position + key < end)[None, :], s * scale_log2, float("-inf"))
+            new_peak = gl.maximum(peak, gl.max(s, 1))
+            factor = gl.exp2(peak - new_peak)
+            p = gl.exp2(s - new_peak[:, None])
+            weight = weight * factor + gl.sum(p, 1)
+            peak = new_peak
+            p = gl.convert_layout(p.to(gl.bfloat16), A)
+            v = shared.k_latent
+            acc_0 = mma_v2(p, v.index(stage * 4).load(B), acc_0 * factor[:, None])
+            acc_1 = mma_v2(p, v.index(stage * 4 + 1).load(B), acc_1 * factor[:, None])
+            acc_2 = mma_v2(p, v.index(stage * 4 + 2).load(B), acc_2 * factor[:, None])
+            acc_3 = mma_v2(p, v.index(stage * 4 + 3).load(B), acc_3 * factor[:, None])
+            mbarrier.arrive(shared.free.index(stage), count=1)
+            tiles += 1
+        mbarrier.arrive(shared.q_bars.index(1), count=1)
+        slot = (row + gl.program_id(0)).to(gl.int64) * _HEADS + head
+        gl.store(lse_ptr + slot, peak + gl.log2(weight))
+        out = partial_ptr + slot[:, None] * (4 * QUARTER) + column[None, :]
+        inverse = (1.0 / weight)[:, None]
+        gl.store(out, acc_0 * inverse)
+        gl.store(out + QUARTER, acc_1 * inverse)
+        gl.store(out + 2 * QUARTER, acc_2 * inverse)
+        gl.store(out + 3 * QUARTER, acc_3 * inverse)
+        pieces += 1
+        row += 1
+
+
+@gluon.jit(do_not_specialize=["num_rows", "max_pages"], do_not_specialize_on_alignment=["pages_ptr"])
+def _decode_kernel(
+    q_desc,
+    latent_desc,
+    rope_desc,
+    q_rope_desc,
+    pages_ptr,
+    contexts_ptr,
+    prefix_ptr,
+    partial_ptr,
+    lse_ptr,
+    num_rows,
+    max_pages,
+    scale_log2,
+    NOPE: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    PAGE: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    shared = _make_shared(q_desc, q_rope_desc, latent_desc, rope_desc, STAGES)
+    plan = (contexts_ptr, prefix_ptr, num_rows)
+    descs = (latent_desc, rope_desc, q_desc, q_rope_desc)
+    gl.warp_specialize(
+        [
+            (_attend, (shared, plan, (partial_ptr, lse_ptr), scale_log2, BLOCK_R, PAGE, STAGES)),
+            (_produce, (shared, plan, descs, pages_ptr, max_pages, NOPE, BLOCK_R, PAGE, STAGES)),
+        ],
+        [1],
+        [24],
+    )
+
+
+def num_parts(multiprocessors: int, heads: int) -> int:
+    """Into how many parts the contexts are cut."""
+    return _PROGRAMS * multiprocessors
+
+
+def attend_parts(
+    q_latent_HRL: torch.Tensor,
+    q_RHQ: torch.Tensor,
+    rows_KC: torch.Tensor,
+    pages_RB: torch.Tensor,
+    contexts_R: torch.Tensor,
+    page_size: int,
+    scale: float,
+    parts: Parts,
+) -> None:
+    """The rows' attended latents into `parts`, all but its prefix and `whole_HRL`. H is 16. Every row has a context of
+    at least one position: the warps would wait for ever for a tile of none."""
+    heads, rows, latent = q_latent_HRL.shape
+    rope, quarter = rows_KC.shape[1] - latent, latent // 4
+    q_rope = [1, heads, rope]
+    layout = gl.NVMMASharedLayout.get_default_for(q_rope, gl.bfloat16)
+    _decode_kernel[(parts.num_parts,)](
+        descriptor(q_latent_HRL.view(heads, rows * latent), heads, quarter),
+        descriptor(rows_KC, TILE, quarter),
+        descriptor(rows_KC, TILE, rope),
+        TensorDescriptor.from_tensor(q_RHQ, q_rope, layout),
+        pages_RB,
+        contexts_R,
+        parts.prefix,
+        parts.partial,
+        parts.lse,
+        rows,
+        pages_RB.stride(0),
+        scale * math.log2(math.e),
+        NOPE=q_RHQ.shape[2] - rope,
+        BLOCK_R=block_of_rows(rows),
+        PAGE=page_size,
+        STAGES=_STAGES,
+        num_warps=4,
+        maxnreg=_REGISTERS,
+        launch_pdl=early(rows),
+    )
