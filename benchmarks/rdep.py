@@ -94,7 +94,7 @@ def make_rank(
     """Rank `rank` with `tokens` random tokens."""
     from nmoe.worker.rdep.between_gpus import BetweenGPUs
 
-    link = BetweenGPUs(layout, slab, bases, control, rank, BF16, expected_rows=64)
+    link = BetweenGPUs(layout, slab, bases, control, rank, BF16, expected_rows=layout.world_size * tokens)
     generator = torch.Generator(slab.device).manual_seed(rank)
     x_TD = torch.randn(tokens, a.hidden_size, device=slab.device, generator=generator).to(BF16)
     scores_TE = torch.rand(tokens, a.num_experts, device=slab.device, generator=generator)

@@ -2,7 +2,7 @@
 
 The protocol is docs/rdep.md; the kernels are in `rows_triton.py` and `signals_triton.py`. They follow one another on
 the caller's stream, where each is made ready while the one before it runs (early.py); the caller's shared experts run
-on a second one from the moment the rows are pushed.
+on a second one, beside the router and the exchange.
 
 Shape suffixes: N ranks, T tokens of this rank, C slots per rank, K experts per token, D hidden, S rows of a tile.
 """
@@ -122,7 +122,8 @@ class BetweenGPUs:
         self._channel, self._most, self._real = channel, max(1, num_tokens), real
 
     def announce(self, num_tokens: int) -> None:
-        """See Exchange; the rows go out before anything is computed beside them."""
+        """See Exchange."""
+        self._second.announce(num_tokens)
 
     def leave(self) -> None:
         """See Exchange."""
@@ -143,7 +144,7 @@ class BetweenGPUs:
             raise ValueError(f"{len(x_TD)} tokens in a step that was begun with {self._most} for the largest rank")
         lists = self._empty_lists()
         owners_T = self._push(x_TD, routes, lists)
-        self._second.fork(len(x_TD))
+        self._second.routed(len(x_TD))
         self._arrive(lists)
         self._serve(experts, lists)
 

@@ -1,10 +1,10 @@
 """World size 1 on a GPU: every expert is here, and the shared experts run on a second stream beside the routed ones.
 
 Both are captured into one graph. The routed experts' kernels follow the router's on one stream, where each is made
-ready while the one before it runs (early.py), and then keep every multiprocessor. What of the shared experts needs
-whole ones begins beside the router, to be there first. Those of a single token begin with the routed experts: they find
-room beside them, and would slow the router's by more than they gain. The terms of a token's sum are handed over as they
-are, [T, K, D]: the norm behind the layer adds them, one pass over memory less.
+ready while the one before it runs (early.py), and then keep every multiprocessor. The shared experts begin beside the
+router, to be there first; but of a single token with the routed ones, since they would slow the router's kernels by
+more than they gain. The terms of a token's sum are handed over as they are, [T, K, D]: the norm behind the layer adds
+them, one pass over memory less.
 """
 
 import contextlib
@@ -25,16 +25,29 @@ class SharedExpertsStream:
         self._first = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._in_turn = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._current = self._in_turn
+        self._forked = False
 
-    def fork(self, tokens: int) -> None:
-        """What is put there from now on follows what the caller's stream has been given. What the second stream frees
-        it reuses for itself, after this."""
+    def announce(self, tokens: int) -> None:
+        """The tokens are there, and their router comes next on the caller's stream."""
+        self._forked = tokens > 1
+        if self._forked:
+            self._fork(tokens)
+
+    def routed(self, tokens: int) -> None:
+        """The routed experts come next."""
+        if not self._forked:
+            self._fork(tokens)
+
+    def _fork(self, tokens: int) -> None:
+        # What is put there from now on follows what the caller's stream has been given. What the second stream frees it
+        # reuses for itself, after this.
         self._current = self._first if early(tokens) else self._in_turn
         self._current.wait_stream(torch.cuda.current_stream())
 
     def join(self) -> None:
         """What the caller's stream is given from now on follows what was put there."""
         torch.cuda.current_stream().wait_stream(self._current)
+        self._forked = False
 
     def use(self) -> contextlib.AbstractContextManager[Any]:
         """Put there what runs in this context."""
@@ -49,13 +62,11 @@ class OneGPU(OneRank):
 
     def announce(self, num_tokens: int) -> None:
         """See Exchange."""
-        if num_tokens > 1:
-            self._second.fork(num_tokens)
+        self._second.announce(num_tokens)
 
     def dispatch(self, experts: LocalExperts, x_TD: torch.Tensor, routes: Routes) -> Combine:
         """See Exchange; the returned function gives the experts' terms, [T, K, D] in the model's dtype."""
-        if len(x_TD) <= 1:
-            self._second.fork(len(x_TD))
+        self._second.routed(len(x_TD))
         parts_TKD = experts(x_TD, routes)
 
         def combine() -> torch.Tensor:
