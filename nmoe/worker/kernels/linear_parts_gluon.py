@@ -25,37 +25,35 @@ from nmoe.worker.kernels.hopper_gluon import copy_tile, wait_for_kernel_before
 from nmoe.worker.kernels.warps_gluon import store, store_rows
 
 _OUTPUTS, _SPAN, _DEPTH = 64, 512, 64
-_MOST_TOKENS = 128  # of which a program reads half a kilobyte each: with more, the library's larger tiles read less
+_STEPS = gl.constexpr(_SPAN // _DEPTH)
+_MOST_TOKENS = 128  # every program reads its inputs of all of them: of more, the library's larger tiles read less
 
 
 @gluon.jit(do_not_specialize=["tokens"])
 def _part_kernel(x_desc, w_desc, out_ptr, tokens, O: gl.constexpr, PARTS: gl.constexpr):  # noqa: E741
-    STEPS: gl.constexpr = 8
     ROWS: gl.constexpr = x_desc.block_type.shape[0]
     OUTPUTS: gl.constexpr = w_desc.block_type.shape[0]
     DEPTH: gl.constexpr = w_desc.block_type.shape[1]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    w = gl.allocate_shared_memory(w_desc.dtype, [STEPS, OUTPUTS, DEPTH], w_desc.layout)
-    x = gl.allocate_shared_memory(x_desc.dtype, [STEPS, ROWS, DEPTH], x_desc.layout)
-    filled = gl.allocate_shared_memory(gl.int64, [STEPS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STEPS):
+    w = gl.allocate_shared_memory(w_desc.dtype, [_STEPS, OUTPUTS, DEPTH], w_desc.layout)
+    x = gl.allocate_shared_memory(x_desc.dtype, [_STEPS, ROWS, DEPTH], x_desc.layout)
+    filled = gl.allocate_shared_memory(gl.int64, [_STEPS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(_STEPS):
         mbarrier.init(filled.index(i), count=1)
     fence_async_shared()
     output = gl.program_id(0) * OUTPUTS
-    first = gl.program_id(1) * (STEPS * DEPTH)
-    for i in gl.static_range(STEPS):
+    first = gl.program_id(1) * (_STEPS * DEPTH)
+    for i in gl.static_range(_STEPS):
         mbarrier.expect(filled.index(i), (OUTPUTS + ROWS) * DEPTH * 2)
         copy_tile(w_desc, [output, first + i * DEPTH], filled.index(i), w.index(i))
     wait_for_kernel_before()
-    for i in gl.static_range(STEPS):
+    for i in gl.static_range(_STEPS):
         copy_tile(x_desc, [0, first + i * DEPTH], filled.index(i), x.index(i))
     sums = gl.zeros([OUTPUTS, ROWS], gl.float32, S)
-    for i in gl.static_range(STEPS):
+    for i in gl.static_range(_STEPS):
         mbarrier.wait(filled.index(i), 0)
         sums = warpgroup_mma(w.index(i), x.index(i).permute((1, 0)), sums, is_async=True)
     sums = warpgroup_mma_wait(0, deps=[sums])
-    for i in gl.static_range(STEPS):
-        mbarrier.invalidate(filled.index(i))
     token = store_rows(0, ROWS, 2)
     row_ptr = out_ptr + (token * PARTS + gl.program_id(1)).to(gl.int64) * O
     store(row_ptr, token < tokens, output, O, sums)
