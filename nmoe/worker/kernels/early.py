@@ -12,6 +12,8 @@ second product: lists.py), and reads only
 - weights;
 - the step's plan: positions, places, contexts and their running sums. Between what writes these and the first layer
   lies an ordinary launch, the embedding's, which nothing passes;
+- rows of the cache that earlier steps wrote: pages that a step writes are read by others from the next step on
+  (nmoe/scheduler/scheduler.py);
 - past the multiprocessor's own cache (`.cg`), what a kernel before the last one has written, where the last one is no
   norm: it was let go by its own wait, so those before it have ended.
 Whoever calls such a kernel by itself sees to it that its weights and its plan were not written by the kernel before.
