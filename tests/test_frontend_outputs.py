@@ -454,6 +454,17 @@ async def test_a_prompt_that_is_refused_ends_a_stream_before_it_began(rig):
     assert (await rig.next(Abort)).uid == one.uid
 
 
+async def test_a_timeout_before_all_prompts_are_computed_is_an_error(tmp_path):
+    """Nothing has been sent, though one of the prompts has an output already."""
+    async with Rig(write_model(tmp_path), request_timeout_s=0.1) as rig:
+        asked = run(rig.ask(COMPLETIONS, prompt=["ab", "cd"], echo=True, logprobs=0, stream=True))
+        one, two = [await rig.next(Submit), await rig.next(Submit)]
+        await rig.tokens(one, "x", block=block(one, [*ints(one.prompt)[1:], *ids_of("x")]))
+        status, _, body = await asked
+        assert status == 504 and body["error"]["code"] == "timeout"
+        assert {(await rig.next(Abort)).uid for _ in range(2)} == {one.uid, two.uid}
+
+
 async def test_a_chats_stream(rig):
     asked = run(read(rig, CHAT, messages=[USER], logprobs=True, prompt_logprobs=0))
     submit = await rig.next(Submit)

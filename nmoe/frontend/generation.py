@@ -42,6 +42,7 @@ class Generation(msgspec.Struct):
     arrived: float  # seconds, CLOCK_MONOTONIC
     submits: list[Submit]  # one per prompt
     choices: list[Choice]  # `n` per prompt
+    is_streaming: bool = False  # its status has been sent, so whatever comes ends a stream
 
 
 class Generations:
@@ -207,6 +208,8 @@ class Generations:
         _raise_error(generation.choices)
         if generation.call.returns.prompt:
             await self._render_prompts(generation)
+            _raise_error(generation.choices)
+        generation.is_streaming = True
         answer = Answer(generation.call, self._config.model_name, generation.choices)
         events = await EventStream.open(request, headers, answer)
         try:
@@ -293,9 +296,8 @@ async def _any_error(choices: Sequence[Choice], ended: Sequence["asyncio.Future[
 def _expire(generation: Generation, timeout: float) -> None:
     """The request's time is over. An answer that is on its way in a stream ends there, with what it has."""
     streams = [choice.stream for choice in generation.choices]
-    begun = generation.call.stream and any(stream.num_tokens for stream in streams)
     for stream in streams:
-        if stream.reason is None and begun:
+        if stream.reason is None and generation.is_streaming:
             stream.finish(Ended(stream.uid, "abort"))
         elif stream.reason is None:
             stream.fail(RequestError(f"not finished within {timeout:g} s", status=504, code="timeout"))
