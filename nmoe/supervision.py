@@ -106,9 +106,15 @@ class Supervisor:
     def _is_loading(self, child: Child) -> bool:
         return child.title in self._loading
 
+    def _alive(self) -> set[str]:
+        """The groups of which a process is left."""
+        return {group_of(child.role, child.index) for child in self._children}
+
     def _timeout(self) -> float:
-        due = [group.restart_at for group in self._groups.values() if group.restart_at is not None]
-        return max(0.0, min(_LOOK_S, *(at - time.monotonic() for at in due))) if due else _LOOK_S
+        """How long nothing is to be done unless something happens, as the death of a group's last process does."""
+        alive, now = self._alive(), time.monotonic()
+        dead = [group.restart_at for name, group in self._groups.items() if name not in alive]
+        return max(0.0, min([_LOOK_S, *(at - now for at in dead if at is not None)]))
 
     def _lost(self, child: Child, how: str) -> None:
         name = group_of(child.role, child.index)
@@ -127,7 +133,7 @@ class Supervisor:
                 other.control.send(Gone(child.role, child.index, child.generation))
 
     def _restart_due(self) -> None:
-        alive = {group_of(child.role, child.index) for child in self._children}
+        alive = self._alive()
         for name, group in self._groups.items():
             if group.restart_at is not None and group.restart_at <= time.monotonic() and name not in alive:
                 group.restart_at, group.up_at = None, math.inf

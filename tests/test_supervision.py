@@ -15,8 +15,8 @@ import aiohttp
 import psutil
 import pytest
 
-from nmoe.children import Child
-from nmoe.ipc import Control
+from nmoe.children import Child, Died
+from nmoe.ipc import Control, Role
 from nmoe.metrics import Board, row_index
 from nmoe.supervision import MAX_TRIES, Supervisor
 from tests.killing import BACK_S, STREAMS, kill, recovered
@@ -100,6 +100,26 @@ def test_who_says_nothing_is_killed_once(silence: float, loading: bool, dies: bo
         assert bool(select.select([child.pidfd], [], [], 5 if dies else 0.1)[0]) == dies
         process.kill()
         os.close(child.pidfd)
+        ours.close()
+        theirs.close()
+
+
+def test_a_restart_waits_for_the_last_of_the_dead_without_spinning() -> None:
+    """Processes with much memory take seconds to die, and their deaths wake the launcher."""
+    started: list[tuple[Role, int]] = []
+    with subprocess.Popen(["sleep", "60"]) as process:
+        ours, theirs = Control.pair()
+        dead, dying = (Child("worker", rank, 1, f"worker {rank}", process.pid, -1, ours) for rank in (0, 1))
+        children = [dead, dying]
+        supervisor = Supervisor(children, Board(4), 2, lambda role, index: started.append((role, index)))
+        children.remove(dead)
+        supervisor.handle(Died(dead, "was killed by SIGKILL"))  # kills the other, which has not been reaped yet
+        supervisor._restart_due()
+        assert not started and supervisor._timeout() > 0.1
+        children.remove(dying)
+        assert supervisor._timeout() == 0
+        supervisor._restart_due()
+        assert started == [("worker", 0), ("worker", 1)]
         ours.close()
         theirs.close()
 
