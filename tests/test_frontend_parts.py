@@ -18,6 +18,7 @@ from nmoe import ipc
 from nmoe.config import Config, Model, Parallel, Trace
 from nmoe.errors import CheckpointError, NmoeError, RequestError
 from nmoe.frontend import sse
+from nmoe.frontend.health import Health
 from nmoe.frontend.openai import parse_call
 from nmoe.frontend.prompt import Prompt
 from nmoe.frontend.replies import Answer, Choice, Chunks
@@ -323,6 +324,27 @@ async def test_an_answer_whose_time_was_up_before_its_first_token_has_no_time_of
             await response.read()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["output_tokens"], line["ttft"] is None) for line in lines] == [(1, False), (0, True)]
+
+
+# ---------------------------------------------------------------------------------------------------------- the engine
+
+
+def test_a_death_heard_late_does_not_end_the_next_life():
+    """The launcher and the scheduler talk over links of their own, and a busy frontend may hear the latter first."""
+    config = Config(parallel=Parallel(world_size=1))
+    health = Health(config, Board(3))
+    health.begin(Serving(1, 100, workers=1))
+    health.begin(Serving(1, 100, workers=2))
+    health.note_death(ipc.Gone("worker", 0, 1))
+    assert health.require_serving() == 100
+    health.note_death(ipc.Gone("worker", 0, 2))
+    with pytest.raises(RequestError, match="starting"):
+        health.require_serving()
+    health.begin(Serving(1, 100, workers=2))  # said before they died
+    with pytest.raises(RequestError, match="starting"):
+        health.require_serving()
+    health.begin(Serving(1, 100, workers=3))
+    assert health.require_serving() == 100
 
 
 # -------------------------------------------------------------------------------------------------------------- process

@@ -21,12 +21,14 @@ class Health:
         self._board = board
         self.max_seq_len: int | None = None  # None until the engine serves
         self.draining = False
+        self._workers = 0  # the generation of workers that serve, or did last
         self._dead_workers = -1  # the newest generation of workers known to be dead
         self._deaths: dict[int, float] = {}  # row on the board -> when its process was said to be dead
 
     def begin(self, serving: Serving) -> None:
         """The engine serves, unless its workers have died since this was said."""
         if serving.workers > self._dead_workers:
+            self._workers = serving.workers
             self.max_seq_len = serving.max_seq_len
 
     def note_death(self, gone: Gone) -> None:
@@ -34,7 +36,8 @@ class Health:
         self._deaths[row_index(gone.role, gone.index, self._config.parallel.world_size)] = time.monotonic()
         if gone.role == "worker":
             self._dead_workers = max(self._dead_workers, gone.generation)
-        if gone.role != "frontend":
+        # The workers' next life may serve already: it is the scheduler who says so, and this comes from the launcher.
+        if gone.role == "scheduler" or self._dead_workers >= self._workers:
             self.max_seq_len = None
 
     def require_serving(self) -> int:
