@@ -1,6 +1,7 @@
 """The frontend's parts on their own: slow readers, chat templates, the trace, and the whole process."""
 
 import array
+import asyncio
 import json
 import pathlib
 import threading
@@ -19,6 +20,7 @@ from nmoe.config import Config, Model, Parallel, Trace
 from nmoe.errors import CheckpointError, NmoeError, RequestError
 from nmoe.frontend import sse
 from nmoe.frontend.health import Health
+from nmoe.frontend.link import Link
 from nmoe.frontend.openai import parse_call
 from nmoe.frontend.prompt import Prompt
 from nmoe.frontend.replies import Answer, Choice, Chunks
@@ -345,6 +347,34 @@ def test_a_death_heard_late_does_not_end_the_next_life():
         health.require_serving()
     health.begin(Serving(1, 100, workers=3))
     assert health.require_serving() == 100
+
+
+async def test_a_flood_of_messages_leaves_http_its_turns(tmp_path):
+    """Also when each message is answered, as ends by stop strings are."""
+    count, turns, done = 4000, [0], asyncio.Event()
+
+    def take(message):
+        turns[-1] += 1
+        link.send(Hello(1))
+        if sum(turns) == count:
+            done.set()
+
+    def turn():
+        turns.append(0)
+        if not done.is_set():
+            asyncio.get_running_loop().call_soon(turn)
+
+    with zmq.Context() as context, ipc.bind_router(context, ipc.frontend_address(tmp_path)) as scheduler:
+        link = Link(ipc.frontend_address(tmp_path), 0, take)
+        link.send(Hello(1))
+        assert scheduler.poll(5000)
+        data = msgspec.msgpack.encode(Serving(1, 100))
+        for _ in range(count):
+            assert ipc.route(scheduler, 0, data) == "sent"
+        turn()
+        await done.wait()
+        link.close()
+    assert max(turns) <= 32  # a burst that was due, and one because the descriptor was readable too
 
 
 # -------------------------------------------------------------------------------------------------------------- process

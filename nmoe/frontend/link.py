@@ -31,7 +31,7 @@ class Link:
         self._address = address
         self._index = index
         self._loop = asyncio.get_running_loop()
-        self._again: asyncio.Handle | None = None
+        self._again: asyncio.Handle | None = None  # the one call of `_drain` that is due
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._connect()
 
@@ -67,14 +67,17 @@ class Link:
         self._socket.close()
 
     def _drain(self) -> None:
-        self._again = None
+        if self._again is not None:  # called for the descriptor's sake, before it was its turn
+            self._again.cancel()
+            self._again = None
         for _ in range(_BURST):
             try:
                 data = self._socket.recv(_NOWAIT)
             except zmq.Again:
                 return
             self._handle(data)
-        self._again = self._loop.call_soon(self._drain)
+        if self._again is None:  # else what it received made it send
+            self._again = self._loop.call_soon(self._drain)
 
     def _handle(self, data: bytes) -> None:
         """A message that fails must not take the ones behind it along."""
