@@ -34,6 +34,7 @@ class Child(msgspec.Struct):
     pid: int
     pidfd: int
     control: Control
+    hung_up: bool = False  # it has closed its end of the link: it is about to die, which may take a while
 
 
 class Said(msgspec.Struct, frozen=True):
@@ -120,7 +121,8 @@ class Children:
         poller = select.poll()
         poller.register(self._signals, select.POLLIN)
         for child in self._alive:
-            poller.register(child.control.fileno(), select.POLLIN)
+            if not child.hung_up:  # else there would always be something
+                poller.register(child.control.fileno(), select.POLLIN)
             poller.register(child.pidfd, select.POLLIN)
         ready = {fd for fd, _ in poller.poll(None if timeout is None else max(0, timeout * 1000))}
         events: list[Event] = []
@@ -140,7 +142,7 @@ class Children:
             while (message := child.control.receive()) is not None:
                 said.append(Said(child, message))
         except EOFError:
-            return said  # its death comes through the pidfd
+            child.hung_up = True  # its death comes through the pidfd
         return said
 
     def _reap(self, child: Child) -> str:

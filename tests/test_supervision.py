@@ -15,10 +15,11 @@ import aiohttp
 import psutil
 import pytest
 
-from nmoe.children import Child, Died
-from nmoe.ipc import Control, Role
+from nmoe.children import Child, Children, Died, Said
+from nmoe.ipc import Control, Failed, Role
 from nmoe.metrics import Board, row_index
 from nmoe.supervision import MAX_TRIES, Supervisor
+from tests.forking import fork_call
 from tests.killing import BACK_S, STREAMS, kill, recovered
 from tests.serving import Server
 
@@ -122,6 +123,26 @@ def test_a_restart_waits_for_the_last_of_the_dead_without_spinning() -> None:
         assert started == [("worker", 0), ("worker", 1)]
         ours.close()
         theirs.close()
+
+
+def test_a_child_that_takes_long_to_die_is_waited_for_asleep() -> None:
+    """The kernel closes its end of the link before it has let go of a GPU's memory."""
+    assert fork_call(_wait_for_a_slow_death).wait(30) == 0  # Children takes the signals of the process that it is in
+
+
+def _wait_for_a_slow_death() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        ours, theirs = Control.pair()
+        children = Children()
+        children._alive.append(Child("worker", 0, 1, "worker 0", process.pid, os.pidfd_open(process.pid), ours))
+        theirs.send(Failed("why"))
+        theirs.close()
+        (said,), began = children.events(10), time.monotonic()
+        nothing, slept = children.events(0.2), time.monotonic() - began
+        process.kill()
+        (died,) = children.events(10)
+        assert isinstance(said, Said) and said.message == Failed("why") and isinstance(died, Died)
+        assert nothing == [] and slept > 0.1
 
 
 def test_what_keeps_dying_ends_the_server_with_the_reason(checkpoint: pathlib.Path, tmp_path: pathlib.Path) -> None:
