@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nmoe.errors import RequestError
 from nmoe.frontend.body import parse_object
-from nmoe.frontend.openai import Call, parse_call
+from nmoe.frontend.openai import Call, parse_call, parse_tokenize
 from nmoe.frontend.schema import FIELDS
 from nmoe.outputs import Returns
 
@@ -341,3 +341,17 @@ def test_the_readme_tells_the_defaults():
     actual = {name: getattr(call, name) for name in defaults if hasattr(call, name)}
     assert len(actual) >= 12
     assert actual == {name: tuple(told) if told == [] else told for name, told in defaults.items() if name in actual}
+
+
+def test_all_that_a_template_may_write_counts_as_text():
+    """What decides which thread tokenizes it, so that a few long ones do not keep the short ones waiting."""
+    long = "x" * 1000
+    called = {"id": "1", "function": {"name": "f", "arguments": long}}
+    for fields in (
+        {"messages": [{"role": "user", "content": long}]},
+        {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [called]}]},
+        {"messages": [USER], "chat_template_kwargs": {"a": {"b": [1, [long]]}}},
+    ):
+        assert 1000 <= parse_call("chat", fields).text_length <= 1010
+        asked = {name: value for name, value in fields.items() if name != "chat_template_kwargs"}
+        assert parse_tokenize(asked | {"chat_template_kwargs": {"c": long}}).text_length >= 1000

@@ -69,7 +69,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     profile: str = "production_generate"
     user: str = ""
     metadata: dict[str, str] = {}
-    text_length: int = 0  # characters that will have to be tokenized, at least
+    text_length: int = 0  # characters that may have to be tokenized, without the template's own
 
     @property
     def is_repeatable(self) -> bool:
@@ -121,8 +121,8 @@ def parse_call(endpoint: Endpoint, document: dict[str, Any]) -> Call:
     _settle_streaming(values, profile)
     _check_scoring(values)
     conversation = values.get("conversation")
-    texts = [message.text for message in conversation.messages] if conversation else values["prompts"]
-    call = Call(endpoint=endpoint, text_length=_text_length(texts), **values)
+    length = _written(conversation) if conversation else _characters(values["prompts"])
+    call = Call(endpoint=endpoint, text_length=length, **values)
     if len(call.prompts) * call.n > MAX_CHOICES:
         message = f"prompt: {len(call.prompts)} prompts with n = {call.n} make more than {MAX_CHOICES} choices"
         raise RequestError(message, param="prompt")
@@ -143,8 +143,7 @@ def parse_tokenize(document: dict[str, Any]) -> ToTokenize:
             "prompt: missing; send prompt or messages", param="prompt", code="missing_required_parameter"
         )
     conversation = _conversation(values)
-    length = _text_length(message.text for message in conversation.messages)
-    return ToTokenize(model, conversation, special is True, strings, length)
+    return ToTokenize(model, conversation, special is True, strings, _written(conversation))
 
 
 def parse_detokenize(document: dict[str, Any]) -> ToDetokenize:
@@ -154,8 +153,22 @@ def parse_detokenize(document: dict[str, Any]) -> ToDetokenize:
     return ToDetokenize(values.get("model", ""), values["tokens"])
 
 
-def _text_length(texts: Iterable[Any]) -> int:
+def _characters(texts: Iterable[Any]) -> int:
     return sum(len(text) for text in texts if isinstance(text, str))
+
+
+def _written(conversation: Conversation) -> int:
+    """How many characters of a conversation its template may write: of all that the client says in it."""
+    count = _characters(message.text for message in conversation.messages)
+    for call in (call for message in conversation.messages for call in message.tool_calls):
+        count += len(call.id) + len(call.function.name) + len(call.function.arguments)
+    containers: list[Any] = [conversation.template_kwargs]  # not recursive: the nesting is the client's
+    while containers:
+        container = containers.pop()
+        items = container.values() if isinstance(container, dict) else container
+        count += _characters(items)
+        containers += [item for item in items if isinstance(item, dict | list)]
+    return count
 
 
 def _read(document: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
