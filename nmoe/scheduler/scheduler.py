@@ -105,9 +105,10 @@ class Scheduler:
         """Queue the first; the others wait until it has computed the prompt that they share."""
         first, *others = requests
         for other in others:
-            self._waiting_siblings[other.lane] += other.state is not State.SIBLING
-            other.state = State.SIBLING
-            other.keys = list(first.keys)
+            if other.state is not State.SIBLING:  # they are when the one that they waited for has ended
+                self._waiting_siblings[other.lane] += 1
+                other.state = State.SIBLING
+                other.keys = list(first.keys)
         first.siblings = others
         self._waiting.push(first)
 
