@@ -116,7 +116,7 @@ def _checked_tensors(folder: pathlib.Path, architecture: Architecture) -> dict[s
         )
     found = _read_tensors(folder)
     wanted = dict(expected_tensors(architecture))
-    tensors = _drop_unused(folder, architecture, found, wanted)
+    tensors = _drop_unused(folder, architecture, found)
     missing = [name for name in wanted if name not in tensors]
     if missing:
         raise CheckpointError(
@@ -145,9 +145,7 @@ def _is_scale(name: str, wanted: dict[str, tuple[int, ...]]) -> bool:
     return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in wanted
 
 
-def _drop_unused(
-    folder: pathlib.Path, a: Architecture, found: dict[str, TensorInfo], wanted: dict[str, tuple[int, ...]]
-) -> dict[str, TensorInfo]:
+def _drop_unused(folder: pathlib.Path, a: Architecture, found: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     """Without the MTP layers, and without what transformers ignores too."""
     mtp = tuple(f"model.layers.{a.num_layers + index}." for index in range(a.num_mtp_layers))
     skipped = [name for name in found if name.startswith(mtp)] if mtp else []

@@ -13,7 +13,7 @@ import pathlib
 import select
 import signal
 import socket
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 import zmq
@@ -128,7 +128,7 @@ class Boot(msgspec.Struct, frozen=True):
     generation: int  # which life of this process: 1 for the first
     config: Config
     run_dir: pathlib.Path
-    control: Any  # Control
+    control: Control
     board: Board
     http_socket: socket.socket | None = None  # bound and listening; frontends only
     slabs: mmap.mmap | None = None  # memory of all ranks (nmoe/slab.py); workers of a world larger than 1

@@ -74,7 +74,7 @@ class Bulk:
         try:
             while error is None:
                 for part in flow.parts(self._rows, self._copy):
-                    await self._send(response, request, frame(part))
+                    await self._send(response, frame(part))
                     flow.check_age()
                 error = flow.error
                 if flow.is_over:
@@ -84,7 +84,7 @@ class Bulk:
                 body = await self._requests.run(lambda: frame(self._answer(call, choices)), 0)
             else:
                 body = frame(Failure(error.status, orjson.loads(replies.error_body(error))["error"]))
-            await self._send(response, request, body)
+            await self._send(response, body)
             async with asyncio.timeout(_UNREAD_S):
                 await response.write_eof()
         except TimeoutError:
@@ -95,7 +95,7 @@ class Bulk:
         return response
 
     @staticmethod
-    async def _send(response: web.StreamResponse, request: web.BaseRequest, data: bytes) -> None:
+    async def _send(response: web.StreamResponse, data: bytes) -> None:
         async with asyncio.timeout(_UNREAD_S):
             await response.write(data)
         await asyncio.sleep(0)  # a client that reads fast must not keep others waiting
@@ -191,7 +191,7 @@ class _Flow:
         first, of_prompt = self._taken[place], outputs.num_prompt_records
         if first < of_prompt:
             most = min(most, of_prompt - first)
-        cells = outputs.take_cells(most)[1]
+        cells = outputs.take_cells(most)
         if not cells:
             return None
         self._taken[place] += len(cells)

@@ -26,7 +26,6 @@ _MAX_REQUEST_ID = 128  # characters
 _HEAD_S = 60.0  # within which a new connection's first head must have arrived
 _BODY_S = 60.0  # within which a body must have arrived
 _IDLE_S = 75.0  # after which a connection is closed that has not begun, or not completed the head of, a request
-_KEEP_ALIVE_S = 300.0  # how long a connection may wait for its next request to be complete
 _UNREAD_S = 60  # after which a client that reads nothing of what was sent to it is dropped
 _PROBE_S = 60  # of silence, after which the kernel asks whether the other end of a connection still exists
 

@@ -59,10 +59,10 @@ class Outputs:
         """How many cells the next call of `take_cells` can give."""
         return len(self._cells)
 
-    def take_cells(self, most: int | None = None) -> tuple[int, "array.array[int]"]:
-        """The next cells, `most` of them if there are more, each with the logits behind one record, to be released by
-        the caller; and which record the first belongs to, counted over those of the prompt and the output together."""
-        first, cells = self._num_cells, self._cells[:most]
+    def take_cells(self, most: int | None = None) -> "array.array[int]":
+        """The next cells, `most` of them if there are more, each with the logits behind one record, first those of the
+        prompt; to be released by the caller."""
+        cells = self._cells[:most]
         self._num_cells += len(cells)
         del self._cells[: len(cells)]
-        return first, cells
+        return cells

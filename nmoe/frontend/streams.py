@@ -189,7 +189,7 @@ class Streams:
         """Nobody reads the stream any more: if the scheduler still computes for it, it stops now."""
         stream.on_tokens = stream.on_outputs = None
         if stream.outputs is not None:
-            self.release(stream.outputs.take_cells()[1])
+            self.release(stream.outputs.take_cells())
         if self._live.pop(stream.uid, None) is not None and not stream.stopped:
             self._tell(Abort(self._generation, stream.uid))
 

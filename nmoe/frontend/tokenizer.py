@@ -40,11 +40,11 @@ class Tokenizer:
         self._tokenizer = tokenizer
         special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
         self._hidden = frozenset(special | set(eos_ids))
-        is_plain = tokenizer.normalizer is None and _is_byte_level(file, json.loads(text))
+        self._is_byte_level = _is_byte_level(file, json.loads(text))
+        is_plain = tokenizer.normalizer is None and self._is_byte_level
         self._longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=0) if is_plain else 0
         if any(added.lstrip or added.rstrip for added in tokenizer.get_added_tokens_decoder().values()):
             self._longest = 0  # these take any amount of space along
-        self._is_byte_level = _is_byte_level(file, json.loads(text))
         self._pieces = BytePieces(tokenizer, self._hidden) if self._is_byte_level else None
         self._token_bytes: dict[int, bytes] = {}
 

@@ -12,8 +12,6 @@ from nmoe.outputs import MAX_SCORED, MAX_TOP_K, Returns, RoutingLayout
 from nmoe.profiles import PROFILES
 
 _RECORDS_BYTES = 1 << 20  # that one request may return in one step
-
-
 _FEWEST_CELLS = 16  # that one request may have whatever the others need
 
 

@@ -193,13 +193,13 @@ class Scheduler:
             ranks.publish(request, planned)
             if chunk.last:
                 ranks.start_decode(request)
-                self._release_siblings(request, request.rank)
+                self._release_siblings(request)
 
-    def _release_siblings(self, request: Request, rank: int) -> None:
-        """The prompt is computed on `rank`: those that waited for it may follow."""
+    def _release_siblings(self, request: Request) -> None:
+        """The prompt is computed on the request's rank: those that waited for it may follow."""
         for sibling in request.siblings:
             if sibling.state is State.SIBLING:
-                sibling.pinned = rank
+                sibling.pinned = request.rank
                 self._waiting_siblings[request.lane] -= 1
                 self._waiting.push(sibling)
         request.siblings = []
