@@ -263,9 +263,7 @@ def _read_header(file: pathlib.Path) -> dict[str, TensorInfo]:
             header = stream.read(length) if is_whole else b""
         is_pointer = is_lfs_pointer(file)
     except OSError as error:
-        raise CheckpointError(
-            f"{file}: cannot be read: {error.strerror}; see to the file and who may read it"
-        ) from None
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}; check the file and its permissions") from None
     if is_pointer:
         raise CheckpointError(f"{file}: is a Git LFS placeholder, not the file; run `git lfs pull` in its folder")
     if not is_whole:

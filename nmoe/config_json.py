@@ -211,7 +211,7 @@ def config_file(path: str | pathlib.Path) -> pathlib.Path:
         is_file, is_folder = path.is_file(), path.is_dir()
     except OSError as error:  # who may not look into the folder above, or a name that is too long for one
         raise CheckpointError(
-            f"{path}: cannot be read: {error.strerror}; see to [model] path and who may read it"
+            f"{path}: cannot be read: {error.strerror}; check [model] path and its permissions"
         ) from None
     if is_file and path.suffix == ".json":
         return path

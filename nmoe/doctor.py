@@ -234,7 +234,7 @@ def _gpus(facts: Facts) -> Row | None:
     found, needed = len(facts.gpus.gpus), facts.config.parallel.world_size
     names = ", ".join(sorted({gpu.name for gpu in facts.gpus.gpus}))
     if found < needed:
-        remedy = f"set [parallel] world_size to at most {found}, or see to CUDA_VISIBLE_DEVICES"
+        remedy = f"set [parallel] world_size to at most {found}, or check CUDA_VISIBLE_DEVICES"
         return Row("GPUs", "fail", f"{found} for world_size = {needed} ({names or 'none'})", remedy)
     return Row("GPUs", "ok", f"{found} for world_size = {needed} ({names})")
 

@@ -2,8 +2,8 @@
 
 Requests and steps travel over ZeroMQ `ipc://` sockets in the server's private run directory: the scheduler binds one
 ROUTER for the frontends and one for the workers, every peer connects a DEALER whose identity is its index. Supervision
-(progress, up, failed, drain) travels over an inherited socketpair per child, the `Control`: its end-of-file is the
-parent's death, and it leaves the launcher free of ZeroMQ threads, so that it can fork.
+(progress, up, failed, drain, deaths) travels over an inherited socketpair per child, the `Control`: its end-of-file is
+the parent's death, and it leaves the launcher free of ZeroMQ threads, so that it can fork.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from nmoe.metrics import Board
 Role = Literal["frontend", "scheduler", "worker"]
 
 # A peer's messages wait here while it is busy. The traffic is bounded elsewhere (queue limit, two steps in flight), so
-# reaching the mark means that the peer has stopped to read; the sender then gets zmq.Again instead of losing messages
+# reaching the mark means that the peer has stopped reading; the sender then gets zmq.Again instead of losing messages
 # silently.
 HIGH_WATER_MARK = 1 << 16
 # As plain numbers: combining zmq's enumerations takes longer than sending.
@@ -191,8 +191,8 @@ def connect_dealer(context: zmq.Context[zmq.Socket[bytes]], address: str, index:
 
 
 def route(router: zmq.Socket[bytes], index: int, data: bytes) -> Literal["sent", "gone", "full"]:
-    """Send to one peer of a ROUTER without waiting: "gone" when it is not connected, "full" when it lives and has read
-    nothing for long."""
+    """Send to one peer of a ROUTER without waiting: "gone" when it is not connected, "full" when it lives but has
+    not read for a long time."""
     try:
         router.send(identity(index), _MORE_NOWAIT)  # raises when the peer is out of reach
         router.send(data, _NOWAIT)

@@ -1,4 +1,4 @@
-"""How many KV pages a rank takes when [engine] num_pages = 0: the worker's rule, which the doctor foretells."""
+"""How many KV pages a rank takes when [engine] num_pages = 0: the worker's rule, which the doctor predicts it by."""
 
 import pathlib
 

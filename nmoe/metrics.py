@@ -56,7 +56,7 @@ SPECS = (
         "finished_reason",
         ("stop", "length", "abort", "error"),
     ),
-    Spec("nmoe:unread_messages", "counter", "Messages to frontends that had stopped to read: lost, or late"),
+    Spec("nmoe:unread_messages", "counter", "Messages to frontends that had stopped reading: lost, or late"),
     Spec("nmoe:steps", "counter", "Steps completed"),
     _seconds("nmoe:step_time_seconds", "From a step's launch to its last result"),
     Spec("nmoe:iteration_tokens_total", "histogram", "Tokens computed in a step, all ranks", buckets=TOKENS),

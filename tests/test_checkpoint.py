@@ -282,7 +282,7 @@ def test_files_that_cannot_be_read(single, sharded, monkeypatch):
 
     opens = pathlib.Path.open
     monkeypatch.setattr(pathlib.Path, "open", forbidden)  # who runs the tests may be allowed everything
-    refused(sharded, "model-00001-of-00003.safetensors", "Permission denied", "who may read it")
+    refused(sharded, "model-00001-of-00003.safetensors", "Permission denied", "permissions")
 
 
 def test_git_lfs_placeholders(single):

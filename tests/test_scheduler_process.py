@@ -326,7 +326,7 @@ LARGE = Returns(records=True, top_k=128, scored_ids=tuple(range(128)))
 def fill_link(frontend: Frontend, workers: list[Worker], log: pathlib.Path) -> list[int]:
     """Requests whose results nobody reads, until the scheduler cannot send them."""
     uids = []
-    while "stopped to read" not in log.read_text():
+    while "stopped reading" not in log.read_text():
         assert len(uids) < 400, "the link takes everything"
         uids += [frontend.submit(max_tokens=30, returns=LARGE) for _ in range(4)]
         while not all(worker.quiet() for worker in workers):

@@ -36,7 +36,7 @@ class Link:
         self._socket = self._connect()
 
     def send(self, message: FrontendToScheduler) -> None:
-        """Send without waiting. Raises RequestError (503) when the scheduler has long stopped to take messages."""
+        """Send without waiting. Raises RequestError (503) when the scheduler has not taken messages for long."""
         try:
             self._socket.send(self._encode(message), _NOWAIT)
         except zmq.Again:

@@ -198,7 +198,7 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         # A key of an object has no path of its own: "`key` in `$`".
         param = name + path.rpartition(" in ")[2].strip("`").removeprefix("$")
         if isinstance(value, float) and value.is_integer() and message.startswith("Expected `int`"):
-            message = "Expected `int` of at most 64 bits, with its sign"  # a longer one is read as a float
+            message = "Expected `int` of at most 64 bits, sign included"  # a longer one is read as a float
         elif "matching regex" in message:
             message = "Its keys are token ids, written in decimal digits"
         elif param.endswith(".role") and message.startswith("Invalid enum value"):

@@ -1,8 +1,8 @@
 """The frontends' link: what cannot be sent to one that has stopped reading, and what it is told when it reads again.
 
-A link holds so much (`ipc.HIGH_WATER_MARK`) that a full one means a frontend which lives and has read nothing for long.
-What does not go in is lost, but for the ends of requests: they are owed, and go first when there is room again. A
-request of which something was lost must not go on behind a gap, so all that frontend's requests end with an error:
+A link holds so much (`ipc.HIGH_WATER_MARK`) that a full one means a frontend that lives but has not read for a long
+time. What does not go in is lost, but for the ends of requests: they are owed, and go first when there is room again.
+A request of which something was lost must not go on behind a gap, so all that frontend's requests end with an error:
 
     sent ---link full---> cut (nothing is sent) ---`settle`: its requests have ended---> owed ---all paid---> sent
 
@@ -21,7 +21,7 @@ from nmoe.outputs import cells_of
 from nmoe.scheduler.cells import LIFE, Cells
 
 UNREAD = RequestError(
-    "what this request brought was lost, because the frontend process did not read it for long; send it again",
+    "what this request produced was lost, because its frontend process had stopped reading; send it again",
     status=503,
     code="frontend_stalled",
 )

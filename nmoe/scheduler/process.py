@@ -274,10 +274,10 @@ class Process:
             self._report.add_unread(unread)
 
     def _end_unread(self, policy: Scheduler) -> None:
-        """Frontends that live have stopped to read, and something was lost: none of their requests may go on."""
+        """Frontends that live have stopped reading, and something was lost: none of their requests may go on."""
         for frontend in sorted(self._post.cut):
             count = policy.fail(frontend, UNREAD)
-            _log.error("frontend %d has long stopped to read: its %d requests end with an error", frontend, count)
+            _log.error("frontend %d stopped reading a while ago: its %d requests end with an error", frontend, count)
         for frontend, message in policy.drain():
             self._post.send(frontend, message)
         self._post.settle()

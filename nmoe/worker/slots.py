@@ -110,7 +110,7 @@ class SlotTable:
             raise MalformedStep(f"pages: pages {pages.min()} to {pages.max()} of {self.num_pages}")
         order = slots.argsort(kind="stable")
         slots, pages = slots[order], pages[order]
-        # The how-maniest of its slot in this step each page is.
+        # Of the pages that a slot gets in this step, how many come before each.
         nth = np.arange(len(slots)) - np.searchsorted(slots, slots)
         places = self.lengths[slots] + nth
         if places.max(initial=0) >= self.pages_per_slot:
