@@ -15,8 +15,9 @@ import tomli
 from nmoe.errors import ConfigError
 
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
-AtLeast0 = Annotated[int, msgspec.Meta(ge=0)]
-AtLeast1 = Annotated[int, msgspec.Meta(ge=1)]
+_MOST = (1 << 31) - 1  # of anything that is counted: pages, slots and positions are int32
+AtLeast0 = Annotated[int, msgspec.Meta(ge=0, le=_MOST)]
+AtLeast1 = Annotated[int, msgspec.Meta(ge=1, le=_MOST)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # what timers take; infinity is not a time to wait
 
@@ -46,7 +47,7 @@ class Engine(msgspec.Struct, frozen=True):
     page_size: Annotated[int, msgspec.Meta(ge=1, le=256)] = 64  # tokens
     max_batch_size: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 256  # running requests per rank
     max_prefill_tokens: AtLeast1 = 16384  # per step, over all ranks
-    moe_expected_m: Annotated[int, msgspec.Meta(ge=16, multiple_of=16)] = 64  # rows per expert decode kernels expect
+    moe_expected_m: Annotated[int, msgspec.Meta(ge=16, le=_MOST, multiple_of=16)] = 64  # rows per expert
     enable_cuda_graph: bool = True
     enable_overlap: bool = True  # plan step k+1 while step k runs
     enable_prefix_cache: bool = True

@@ -19,6 +19,7 @@ import msgspec
 import zmq
 
 from nmoe.config import Config
+from nmoe.errors import LaunchError
 from nmoe.metrics import Board
 
 Role = Literal["frontend", "scheduler", "worker"]
@@ -143,9 +144,16 @@ class Boot(msgspec.Struct, frozen=True):
 def sparse_memory(size: int) -> mmap.mmap:
     """Anonymous memory of `size` bytes, zeroed, inherited by fork.
 
-    Not reserved: limits ask for more than the traffic will ever touch, and only what is touched becomes memory.
+    Not reserved: limits ask for more than the traffic will ever touch, and only what is touched becomes memory. Raises
+    LaunchError when the system does not give even the addresses.
     """
-    return mmap.mmap(-1, size, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    try:
+        return mmap.mmap(-1, size, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    except (OSError, OverflowError) as error:
+        raise LaunchError(
+            f"processes cannot share {size / (1 << 30):.1f} GiB of addresses ({error}); lower [engine]"
+            " max_prefill_tokens and max_batch_size, or lift `ulimit -v` and vm.overcommit_memory = 2"
+        ) from None
 
 
 def frontend_address(run_dir: pathlib.Path) -> str:

@@ -19,7 +19,7 @@ import aiohttp
 import psutil
 import pytest
 
-from nmoe import launch
+from nmoe import ipc, launch
 from nmoe.__main__ import main
 from nmoe.errors import LaunchError
 from nmoe.run_dir import run_dir
@@ -232,6 +232,12 @@ def test_a_folder_too_deep_for_sockets_is_refused() -> None:
     launch._check_run_dir(pathlib.Path("/tmp/nmoe-run-12345678"))
     with pytest.raises(LaunchError, match="set TMPDIR to a shorter folder"):
         launch._check_run_dir(pathlib.Path("/tmp/" + "d" * 100))
+
+
+def test_more_shared_memory_than_there_are_addresses_is_a_message() -> None:
+    for size in (1 << 60, 1 << 70):
+        with pytest.raises(LaunchError, match=r"GiB of addresses .* lower \[engine\] max_prefill_tokens"):
+            ipc.sparse_memory(size)
 
 
 def test_a_missing_shard_is_named(tmp_path: pathlib.Path) -> None:
