@@ -6,6 +6,7 @@ import sys
 
 from nmoe import doctor, launch
 from nmoe.config import Config, load_config
+from nmoe.errors import NmoeError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +25,9 @@ def configuration(path: str | None) -> Config:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve, or examine with --doctor. Returns the exit code."""
+    """Serve, or examine with --doctor. Returns the exit code. Raises NmoeError."""
+    if arguments.json and not arguments.doctor:
+        raise NmoeError("--json is for the checks; add --doctor, or leave it out to serve")
     config = configuration(arguments.config)
     if arguments.doctor:
         return doctor.run(config, as_json=arguments.json)

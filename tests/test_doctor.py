@@ -341,6 +341,11 @@ def test_the_command_line_in_json(tmp_path, capsys):
     assert [row["name"] for row in rows if row["status"] == "fail"] == ["model"]
 
 
+def test_json_without_the_checks_is_refused(capsys):
+    assert cli.main(["serve", "--json"]) == 1
+    assert "add --doctor" in capsys.readouterr().err
+
+
 def test_a_broken_configuration_is_one_message_and_exit_code_1(tmp_path, capsys):
     file = tmp_path / "config.toml"
     file.write_text("[modle]\n")
