@@ -343,7 +343,7 @@ def test_fp8_scales_of_another_type(fp8, dtype):
     refused(fp8, f"{name} is ", "not supported", "F32")
 
 
-def test_fp8_needs_its_scales_and_its_block(fp8, tmp_path):
+def test_fp8_needs_its_scales_and_its_block(fp8):
     name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
     edit(fp8, quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]})
     refused(fp8, "_scale_inv has shape [1, 1]", "weight_block_size")

@@ -76,8 +76,8 @@ def text_of(token):
     return TOKENIZER.decode([token], skip_special_tokens=False) if token < 261 else ""
 
 
-def completion_logprobs(tokens, number, *, prompt=0, start=0):
-    """OpenAI's format for ASCII tokens; `prompt` of them have not been drawn."""
+def completion_logprobs(tokens, number, *, start=0):
+    """OpenAI's format for ASCII tokens, all of them drawn."""
     tops = []
     for token in tokens:
         top = {}
