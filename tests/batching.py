@@ -27,8 +27,9 @@ def write_input(path, lines):
 
 
 def read_output(folder):
-    """The output's lines by input line; none may be there twice."""
-    lines = [json.loads(text) for text in (folder / "output.jsonl").read_text().splitlines()]
+    """The output's lines by input line; none may be there twice. As bytes: a text's lines also end at U+0085 and the
+    like, which answers may have."""
+    lines = [json.loads(text) for text in (folder / "output.jsonl").read_bytes().splitlines()]
     by_number = {int(entry["id"].removeprefix("batch_req_")): entry for entry in lines}
     assert len(by_number) == len(lines), "a line was answered twice"
     return by_number

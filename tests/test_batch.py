@@ -113,7 +113,7 @@ def test_killed_at_any_moment_it_goes_on_and_every_line_is_there_once(config, tm
 def read_output_until_torn(folder):
     return {
         int(entry["id"].removeprefix("batch_req_")): entry
-        for entry in map(json.loads, (folder / "output.jsonl").read_text().splitlines()[:-1])
+        for entry in map(json.loads, (folder / "output.jsonl").read_bytes().splitlines()[:-1])
     }
 
 
