@@ -210,8 +210,10 @@ async def send(rig, body, content_type="application/msgpack"):
         (msgspec.msgpack.encode({"prompt": "x", "seed": msgspec.msgpack.Ext(5, b"x")}), 400, "seed"),
         (msgspec.msgpack.encode({"prompt": "x", "stream": False}), 400, "stream: unknown field"),
         (msgspec.msgpack.encode({"prompt": [1] * 300_000}), 413, "262144 values; send token ids as the bytes"),
+        (b"\x82\xa6prompt\xa1x\xa8metadata\x82\xa1a\xa1b\xa1a\xa1c", 400, "appears more than once"),
+        (b"\x82\xa6prompt\xa1x\xaalogit_bias\xde\x00\x02\xa15\x01\xa15\x02", 400, "appears more than once"),
     ],
-    ids=range(16),
+    ids=range(18),
 )
 async def test_bad_bodies_get_the_usual_error(rig, body, status, told):
     got, error = await send(rig, body)

@@ -11,6 +11,7 @@ import msgspec
 from nmoe.errors import RequestError
 from nmoe.frontend.body import MAX_VALUES
 
+_decode_fields = msgspec.msgpack.Decoder(dict[str, msgspec.Raw]).decode
 _SMALL = 1 << 15  # bytes; a body up to this size is harmless
 # How many bytes a value of each type takes beside what its length says; and how many of these are the length.
 # Source: the specification of msgpack.
@@ -33,7 +34,7 @@ def unpack_object(body: bytes) -> dict[str, Any]:
         raise RequestError("the body is nested too deeply") from None
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         raise RequestError("the body must be a map whose keys are strings")
-    if len(document) < _num_keys(body):
+    if _repeats_key(body, document):
         raise RequestError("the body has a key that appears more than once")
     prompt = document.get("prompt")
     if isinstance(prompt, bytes):
@@ -51,11 +52,23 @@ def _ids(data: bytes, field: str) -> list[int]:
     return array.array("i", data).tolist()
 
 
-def _num_keys(body: bytes) -> int:
-    """Of the map that the body is."""
-    if body[0] in _HOLDING:
-        return int.from_bytes(body[1 : 1 + _HOLDING[body[0]][0]])
-    return body[0] & 0xF
+def _repeats_key(body: bytes, document: dict[str, Any]) -> bool:
+    """Whether a key appears twice, in the body's map or in one that is a field: no field has maps within maps."""
+    if len(document) < _num_keys(body):
+        return True
+    if not any(isinstance(value, dict) for value in document.values()):
+        return False
+    fields = _decode_fields(body)
+    return any(
+        isinstance(value, dict) and len(value) < _num_keys(memoryview(fields[name])) for name, value in document.items()
+    )
+
+
+def _num_keys(data: bytes | memoryview) -> int:
+    """Of the map that the data are."""
+    if data[0] in _HOLDING:
+        return int.from_bytes(data[1 : 1 + _HOLDING[data[0]][0]])
+    return data[0] & 0xF
 
 
 def _look_through(body: bytes) -> None:
