@@ -22,6 +22,7 @@ from nmoe.ipc import STOPPING, Boot, Control, ControlMessage, Failed, Role, sett
 
 _log = logging.getLogger("nmoe.launch")
 _ENTRY = {"frontend": "nmoe.frontend.server", "scheduler": "nmoe.scheduler.process", "worker": "nmoe.worker.process"}
+_MOST_TOLD = 4000  # characters of why a child cannot go on: one message of its control link
 
 
 class Child(msgspec.Struct):
@@ -104,10 +105,10 @@ class Children:
             importlib.import_module(_ENTRY[boot.role]).main(boot)
             code = 0
         except NmoeError as error:
-            boot.control.send(Failed(str(error)))
+            boot.control.send(Failed(str(error)[:_MOST_TOLD]))
         except BaseException as error:
             _log.exception("%s failed", boot.title)
-            boot.control.send(Failed(f"{type(error).__name__}: {error}"[:4000]))
+            boot.control.send(Failed(f"{type(error).__name__}: {error}"[:_MOST_TOLD]))
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -1,9 +1,11 @@
 """[trace] record: one JSON line per finished request, for benchmarks/replay.py.
 
 Several frontends append to one file: it is opened with O_APPEND and each line is one write, so lines never mix. Writing
-happens in a thread of its own, because a disk may block.
+happens in a thread of its own, because a disk may block; what would wait beyond a bound is not recorded, and the log
+says so.
 """
 
+import errno
 import logging
 import os
 import queue
@@ -18,6 +20,7 @@ from nmoe.messages import Reason, Sampling
 
 _log = logging.getLogger("nmoe.trace")
 _ALWAYS = ("temperature", "top_k", "top_p", "seed")
+_MOST_WAITING = 10_000  # records, each of which keeps its request's tokens
 _INTERNAL = ("barred_ids", "bias_ids", "biases")  # not by these names in the API
 
 
@@ -57,16 +60,26 @@ class Recorder:
         except OSError as error:
             raise NmoeError(f"[trace] record = {path!r}: cannot be opened: {error.strerror}") from error
         self._path = path
-        self._records: queue.SimpleQueue[Callable[[], Record] | None] = queue.SimpleQueue()
+        self._records: queue.Queue[Callable[[], Record] | None] = queue.Queue()
+        self._dropped = 0  # since one was last queued
+        self._torn = False  # what was written last has no end
         self._thread = threading.Thread(target=self._write, name="trace", daemon=True)
         self._thread.start()
 
     def add(self, make: Callable[[], Record]) -> None:
         """Queue a record, which is made in the recorder's thread: one with many biases takes a while. Never blocks."""
+        if self._records.qsize() >= _MOST_WAITING:
+            self._dropped += 1
+            return
+        if self._dropped:
+            _log.error("%s: too slow: %d requests were not recorded", self._path, self._dropped)
+            self._dropped = 0
         self._records.put(make)
 
     def close(self) -> None:
         """Write what is queued, then close the file."""
+        if self._dropped:
+            _log.error("%s: too slow: %d requests were not recorded", self._path, self._dropped)
         self._records.put(None)
         self._thread.join()
         os.close(self._fd)
@@ -75,6 +88,17 @@ class Recorder:
         encoder = msgspec.json.Encoder()
         while (make := self._records.get()) is not None:
             try:
-                os.write(self._fd, encoder.encode(make()) + b"\n")
+                self._append(encoder.encode(make()) + b"\n")
             except OSError as error:
                 _log.error("%s: a request could not be recorded: %s", self._path, error.strerror)
+            except Exception:
+                _log.exception("%s: a request could not be recorded", self._path)
+
+    def _append(self, line: bytes) -> None:
+        """One write, if the disk has room; a line that was cut off is ended by the next one."""
+        if self._torn:
+            line = b"\n" + line
+        written = os.write(self._fd, line)
+        self._torn = self._torn if not written else written < len(line)
+        if written < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -256,6 +256,15 @@ def run_until_killed(path, sizes, death):
     return finished, True
 
 
+def test_an_output_line_is_one_to_whoever_splits_lines():
+    text = "a\x85b\u2028c\u2029d"
+    line = Result(number=1, custom_id=text, status=200, body={"text": text}).line().decode()
+    assert (
+        len(line.splitlines()) == 1
+        and json.loads(line)["custom_id"] == json.loads(line)["response"]["body"]["text"] == text
+    )
+
+
 def check_complete(path, sizes):
     """Every line once; every tensor in one shard, with its values; nothing else in the folder."""
     output = read_output(path)

@@ -3,6 +3,7 @@
 import array
 import asyncio
 import json
+import os
 import pathlib
 import threading
 import time
@@ -15,7 +16,7 @@ import psutil
 import pytest
 import zmq
 
-from nmoe import ipc
+from nmoe import ipc, trace
 from nmoe.config import Config, Model, Parallel, Trace
 from nmoe.errors import CheckpointError, NmoeError, RequestError
 from nmoe.frontend import sse
@@ -275,6 +276,39 @@ def test_trace_lines_of_several_recorders_do_not_mix(tmp_path):
 def test_a_trace_that_cannot_be_written_stops_the_start(tmp_path):
     with pytest.raises(NmoeError, match=r"\[trace\] record = .*: cannot be opened: No such file or directory"):
         Recorder(str(tmp_path / "no" / "trace.jsonl"))
+
+
+def test_a_record_that_is_cut_off_or_cannot_be_made_spoils_no_other(tmp_path, monkeypatch, caplog):
+    path, write = tmp_path / "trace.jsonl", os.write
+    record = partial(Record, 1.0, [1], {}, 5, "stop", 0.1, 0.2)
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:9] if b'"torn"' in data else data))
+    recorder = Recorder(str(path))
+    for make in (partial(record, user="torn"), lambda: 1 // 0, partial(record, user="a"), partial(record, user="b")):
+        recorder.add(make)
+    recorder.close()
+    cut, *lines = path.read_text().splitlines()
+    assert len(cut) == 9 and [json.loads(line)["user"] for line in lines] == ["a", "b"]
+    assert "No space left on device" in caplog.text and "ZeroDivisionError" in caplog.text
+
+
+def test_a_disk_that_blocks_costs_bounded_memory_and_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(trace, "_MOST_WAITING", 3)
+    path, goes_on, begun = tmp_path / "trace.jsonl", threading.Event(), threading.Event()
+    record = Record(1.0, [1], {}, 5, "stop", 0.1, 0.2)
+
+    def slow():
+        begun.set()
+        goes_on.wait()
+        return record
+
+    recorder = Recorder(str(path))
+    recorder.add(slow)
+    begun.wait()
+    for _ in range(8):
+        recorder.add(lambda: record)
+    goes_on.set()
+    recorder.close()
+    assert len(path.read_text().splitlines()) == 4 and "5 requests were not recorded" in caplog.text
 
 
 async def test_each_answer_is_recorded_with_what_it_was_asked_for(tmp_path):

@@ -15,6 +15,7 @@ import msgspec
 
 from nmoe.batch.folder import INDEX, OUTPUT, Finished, output_id
 from nmoe.batch.shards import MAX_BYTES, Shard, Stored
+from nmoe.one_line import on_one_line
 
 _MAX_AGE_S = 60.0  # of a shard: what an interruption costs at most is computed again
 
@@ -46,7 +47,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
             "response": response if self.error is None else None,
             "error": self.error,
         }
-        return msgspec.json.encode(whole) + b"\n"
+        return on_one_line(msgspec.json.encode(whole)) + b"\n"
 
 
 class Results:
@@ -108,7 +109,7 @@ class Results:
         os.fsync(self._output)
         keys = {str(result.custom_id): [tensor.key for tensor in result.tensors] for result in waiting}
         entry = {"shard": shard.name, "num_bytes": shard.num_bytes, "tensors": keys}
-        _write(self._index, msgspec.json.encode(entry) + b"\n")
+        _write(self._index, on_one_line(msgspec.json.encode(entry)) + b"\n")
         os.fsync(self._index)
         self._shard, self._waiting = None, []
 

@@ -15,6 +15,7 @@ from aiohttp.http import HttpVersion11
 from nmoe.errors import RequestError
 from nmoe.frontend.replies import Answer, Choice, Chunks, OutputChunks, error_body
 from nmoe.frontend.streams import Stream
+from nmoe.one_line import on_one_line
 
 _log = logging.getLogger("nmoe.frontend")
 # A client that reads slower than its tokens come has this much waiting; until then later tokens gather in the stream
@@ -29,8 +30,6 @@ _RENDERED_AT_ONCE = 64  # tokens
 _MAX_UNSENT_OUTPUTS = 1 << 24  # bytes
 _DONE = b"[DONE]"
 _BETWEEN = b"\n\ndata: "  # two events in one chunk
-# Characters that end no line of an event, but do for clients that split by str.splitlines, as httpx's iter_lines does.
-_LINE_ENDS = tuple((chr(code).encode(), rb"\u%04x" % code) for code in (0x85, 0x2028, 0x2029))
 
 
 class EventStream:
@@ -164,9 +163,7 @@ class EventStream:
     def _write(self, data: bytes) -> None:
         if self._transport.is_closing():  # the handler is about to be cancelled
             return
-        if not data.isascii():
-            for character, escaped in _LINE_ENDS:
-                data = data.replace(character, escaped)
+        data = on_one_line(data)  # httpx's iter_lines splits so
         if self._chunked:
             self._transport.write(b"%x\r\ndata: %b\n\n\r\n" % (len(data) + 8, data))
         else:
