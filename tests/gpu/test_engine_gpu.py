@@ -104,14 +104,16 @@ def agreement(outputs, others):
     return same / sum(map(len, outputs))
 
 
-def test_greedy_tokens_are_transformers(folder):
+@pytest.mark.parametrize("chunk", [1000, 48, 37])
+def test_greedy_tokens_are_transformers(folder, chunk):
     """Teacher-forced: a token is the largest of transformers' float32 logits, or as good as, save where bfloat16 made a
-    router choose another expert."""
+    router choose another expert. In chunks or whole: how the products of as many tokens round differs, and with it
+    which of two tokens that are as good as each other comes."""
     from transformers import DeepseekV3ForCausalLM
 
     runner = make_runner(folder)
     runner.capture(16, 1024)
-    outputs = generate(runner, chunk=48)
+    outputs = generate(runner, chunk)
     model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).to(GPU).eval()
     behind = []
     for prompt, output in zip(prompts(), outputs, strict=True):
@@ -198,11 +200,6 @@ def test_graphs_and_eager_steps_give_the_same_tokens(folder, chunk):
     graphs = generate(runner, chunk)
     # Padding changes the tiles of a product, hence its last bit; a tie may fall the other way, once in a while.
     assert agreement(graphs, eager) > 0.9
-
-
-def test_chunks_and_whole_prompts_give_the_same_tokens(folder):
-    runner = make_runner(folder)
-    assert agreement(generate(runner, chunk=37), generate(runner, chunk=1000)) > 0.9
 
 
 def test_sampled_rows_beside_greedy_ones(folder):
