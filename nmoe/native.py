@@ -34,7 +34,8 @@ class Choice(msgspec.Struct, Generic[T], frozen=True, omit_defaults=True, kw_onl
     """One output of `n` tokens for a prompt of `p`; what was not asked for is absent.
 
     What is about the prompt has a row for each of its tokens but the first, which nothing comes before, and is in the
-    first choice of each prompt only. K is the request's `top_k_logprobs`, S the number of its `logprob_token_ids`.
+    first choice of each prompt only. K is the greatest of the request's `logprobs`,
+    `prompt_logprobs` and `top_k_logprobs`, S the number of its `logprob_token_ids`.
     """
 
     index: int
