@@ -291,11 +291,19 @@ async def test_continuing_a_message_is_as_transformers_does_it(tmp_path, trims):
     theirs = PreTrainedTokenizerFast(tokenizer_object=TOKENIZER, bos_token="<bos>", eos_token="<eos>")
     theirs.chat_template = template
     async with Rig(write_model(tmp_path, template=template)) as rig:
-        for text in ("so far", " so far", "so far \n", "a"):
+        for text in ("so far", " so far", "so far \n", "a", "eos", ">", "<eos>", "<", " "):
             messages = [USER, {"role": "assistant", "content": text}]
             expected = theirs.apply_chat_template(messages, tokenize=False, continue_final_message=True)
             ids = await chat_prompt(rig, messages=messages, continue_final_message=True)
             assert ids == ids_of(expected)[1:]
+
+
+@pytest.mark.parametrize("shown", ["", "message.content | upper", "message.content[1:]", "message.content[:2]"])
+async def test_a_message_that_the_template_changes_cannot_be_gone_on_with(tmp_path, shown):
+    async with Rig(write_model(tmp_path, template=TEMPLATE.replace("message.content", shown or "''"))) as rig:
+        messages = [{"role": "user", "content": "hello"}]
+        status, _, document = await rig.ask(CHAT, messages=messages, continue_final_message=True)
+        assert status == 400 and document["error"]["param"] == "continue_final_message"
 
 
 async def test_tools_results_and_template_variables_reach_the_template(tmp_path):

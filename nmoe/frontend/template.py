@@ -8,6 +8,7 @@ sandboxed.
 import datetime
 import json
 import pathlib
+import secrets
 from typing import Any, NoReturn
 
 import jinja2
@@ -67,13 +68,16 @@ class ChatTemplate:
         Raises RequestError when the template refuses.
         """
         plain = [_plain(message) for message in conversation.messages]
+        final, mark = plain[-1]["content"], f"[{secrets.token_hex(8)}]"  # which no client can have written
+        if conversation.continue_final_message:
+            plain[-1]["content"] = f"{final}{mark} "
         try:
             names = self._special_tokens | conversation.template_kwargs  # in a dict any name may be there
             names |= {"messages": plain, "tools": None, "documents": None}
             text = self._template.render(names | {"add_generation_prompt": conversation.add_generation_prompt})
         except Exception as error:  # a template is a program whose input is the client's
             raise RequestError(f"messages: the chat template refuses them: {error}", param="messages") from error
-        return _cut_after(text, plain[-1]["content"]) if conversation.continue_final_message else text
+        return _cut_at(text, mark, final) if conversation.continue_final_message else text
 
 
 def _plain(message: ChatMessage) -> dict[str, Any]:
@@ -87,15 +91,19 @@ def _plain(message: ChatMessage) -> dict[str, Any]:
     return plain
 
 
-def _cut_after(text: str, final: str) -> str:
-    """The prompt up to the end of the last message's content, so that the model goes on with it; its own space at the
-    end stays unless the template trims it (transformers, `apply_chat_template`, `continue_final_message`)."""
-    place = text.rfind(final.strip())
-    if place < 0 or not final.strip():
+def _cut_at(text: str, mark: str, final: str) -> str:
+    """The prompt up to the mark that was put behind the last message's content, so that the model goes on with it.
+
+    A template that strips contents takes the space behind the mark too, and would have taken the content's own
+    (transformers, `apply_chat_template`, `continue_final_message`).
+    """
+    kept, found, rest = text.rpartition(mark)
+    if not rest.startswith(" "):
+        kept = kept.rstrip()
+    if not found or not kept.rstrip().endswith(final.strip()):
         message = "continue_final_message: the chat template does not show the last message as it is"
         raise RequestError(message, param="continue_final_message")
-    kept = final.lstrip() if text.startswith(final.lstrip(), place) else final.strip()
-    return text[: place + len(kept)]
+    return kept
 
 
 def load_template(folder: pathlib.Path) -> ChatTemplate | None:
