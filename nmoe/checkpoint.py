@@ -30,6 +30,7 @@ _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, _FP8: 1, "F8_E5M2": 1, "
 _WEIGHT_DTYPES = ("F32", "BF16", "F16", _FP8)
 _SCALE_DTYPES = ("F32", "BF16", "F16")
 _MAX_HEADER_BYTES = 100_000_000
+_HEAD = "lm_head.weight"
 _HARMLESS = re.compile(r".*\.rotary_emb\.inv_freq")
 _FEWEST_TOKENS = 2  # of prompt and answer together
 _SHOWN = 3  # names of a list that an error message spells out
@@ -75,7 +76,9 @@ def open_checkpoint(config: Config) -> Checkpoint:
             f" [parallel] world_size = {config.parallel.world_size} workers; choose a world_size that divides it"
         )
     eos_ids(path, architecture)
-    tensors = {} if config.model.weights == "random" else _checked_tensors(path, architecture)
+    tensors: dict[str, TensorInfo] = {}
+    if config.model.weights == "checkpoint":
+        tensors, architecture = _checked_tensors(path, architecture)
     return Checkpoint(
         path, architecture, tensors, _compute_dtype(config, architecture), _max_seq_len(config, architecture)
     )
@@ -108,13 +111,18 @@ def _max_seq_len(config: Config, architecture: Architecture) -> int:
 # -------------------------------------------------------------------------------------------------------- the tensors
 
 
-def _checked_tensors(folder: pathlib.Path, architecture: Architecture) -> dict[str, TensorInfo]:
+def _checked_tensors(folder: pathlib.Path, architecture: Architecture) -> tuple[dict[str, TensorInfo], Architecture]:
+    """The tensors, and the architecture that they are of."""
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder}: is a single file, which holds no weights; set [model] path to the checkpoint's folder,"
             " or weights = 'random'"
         )
     found = _read_tensors(folder)
+    if architecture.tie_word_embeddings and _HEAD in found:
+        # As in transformers 5 (`tie_weights`) what the checkpoint has counts, whether or not it equals the embedding.
+        log.info("%s: has %s, which is used although config.json says tie_word_embeddings = true", folder, _HEAD)
+        architecture = msgspec.structs.replace(architecture, tie_word_embeddings=False)
     wanted = dict(expected_tensors(architecture))
     tensors = _drop_unused(folder, architecture, found)
     missing = [name for name in wanted if name not in tensors]
@@ -131,7 +139,7 @@ def _checked_tensors(folder: pathlib.Path, architecture: Architecture) -> dict[s
             f"{folder}: {_listed(unknown)} in the checkpoint, but not part of the model that config.json describes;"
             " config.json and the shards must come from the same model"
         )
-    return tensors
+    return tensors, architecture
 
 
 def _listed(names: list[str]) -> str:
@@ -157,8 +165,6 @@ def _drop_unused(folder: pathlib.Path, a: Architecture, found: dict[str, TensorI
             len(skipped),
         )
     ignored = {*skipped, *(name for name in found if _HARMLESS.fullmatch(name))}
-    if a.tie_word_embeddings:
-        ignored.add("lm_head.weight")
     return {name: info for name, info in found.items() if name not in ignored}
 
 

@@ -332,8 +332,16 @@ def test_harmless_tensors_are_tolerated(single):
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     change_tensors(single, lambda tensors: tensors.update(extra))
     assert extra.keys().isdisjoint(opened(single).tensors)
+
+
+def test_a_head_beside_tied_embeddings_is_part_of_the_model(single):
+    """It is loaded, so it counts in what memory the doctor finds, and its shape is checked."""
+    untied = opened(single).architecture.num_params()
     edit(single, tie_word_embeddings=True)
-    assert "lm_head.weight" not in opened(single).tensors
+    checkpoint = opened(single)
+    assert "lm_head.weight" in checkpoint.tensors and checkpoint.architecture.num_params() == untied
+    change_tensors(single, lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"][:5].clone()}))
+    refused(single, "lm_head.weight has shape [5, ")
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.bool, torch.uint8])

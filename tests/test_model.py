@@ -112,6 +112,17 @@ def test_logits_are_those_of_transformers(variant, tmp_path):
     close(torch.cat(outs), expected)
 
 
+@pytest.mark.parametrize("equal", [False, True])
+def test_a_head_that_is_not_the_embedding_to_which_it_is_said_to_be_tied(tmp_path, equal):
+    folder = make_checkpoint(tmp_path)
+    if equal:
+        tensors = load_tensors(folder)
+        save_shards(folder, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, 1)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    close(at_once(ours(folder), PROMPT), theirs(folder, PROMPT))
+
+
 @pytest.mark.parametrize("beside", [{}, {"original_max_position_embeddings": 64}])
 def test_yarn_whose_positions_are_not_among_its_parameters(tmp_path, beside):
     """As transformers itself does not write it: then those beside it count, or else all that the model has."""
