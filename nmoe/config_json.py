@@ -65,7 +65,8 @@ def _rope(keys: _Keys) -> Rope:
     if kind != "yarn":
         raise inner.fail(f"rope type {kind!r} is not supported; supported are 'default' and 'yarn'")
     key = "original_max_position_embeddings"
-    positions = inner.get(key, int | None, None) or keys.get(key, int | None, None)
+    # The outer one first: transformers, modeling_rope_utils.py, `standardize_rope_params`.
+    positions = keys.get(key, int | None, None) or inner.get(key, int | None, None)
     yarn = Yarn(
         factor=inner.get("factor", float),
         original_max_position_embeddings=positions or keys.size("max_position_embeddings", 4096),

@@ -133,6 +133,17 @@ def test_yarn_whose_positions_are_not_among_its_parameters(tmp_path, beside):
     close(at_once(ours(folder), PROMPT), theirs(folder, PROMPT))
 
 
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
+def test_yarn_whose_positions_are_said_twice(tmp_path, spelling):
+    """Those beside its parameters count."""
+    folder = make_checkpoint(tmp_path, rope_parameters=YARN)
+    config = json.loads((folder / "config.json").read_text())
+    config[spelling] = config.pop("rope_parameters")
+    config["original_max_position_embeddings"] = 16
+    (folder / "config.json").write_text(json.dumps(config))
+    close(at_once(ours(folder), PROMPT), theirs(folder, PROMPT))
+
+
 def test_bfloat16(tmp_path):
     """As near to the float32 model as transformers' bfloat16 model is."""
     folder = make_checkpoint(tmp_path / "narrow", dtype=torch.bfloat16)
