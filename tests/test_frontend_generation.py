@@ -7,8 +7,11 @@ import json
 import pytest
 import pytest_asyncio
 
+from nmoe import ipc
+from nmoe.frontend.streams import Streams
 from nmoe.messages import Abort, Ended, Finish, Hello, Rejected, Serving, Submit, Tokens
 from tests.scripted import BOS, EOS, MAX_SEQ_LEN, Rig, events, ids_of, ints, run, write_model
+from tests.test_tokenizer import failing, save
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
@@ -319,6 +322,52 @@ async def test_one_token_per_request_needs_no_counts(rig):
         await rig.send(Tokens(rig.generation, uids, array.array("i", ids_of(letter)).tobytes()))
     await rig.send(Tokens(rig.generation, b"", b"", None, (Ended(submit.uid, "length"),)))
     assert (await asked)[2]["choices"][0]["text"] == "abc"
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("piece", ["▁", "<0x20>"])
+async def test_a_tokenizer_that_panics_ends_its_own_request_only(tmp_path, piece, streams):
+    """On ▁ as it comes; on a byte, which may be a part of a character, at the end."""
+    folder, library = write_model(tmp_path), failing()
+    save(library, folder)
+    async with Rig(folder) as rig:
+        asked, other = run(text_of(rig, prompt="a", stream=streams)), run(rig.ask(COMPLETIONS, prompt="a"))
+        submits = [await rig.next(Submit), await rig.next(Submit)]
+        ids = [library.token_to_id(piece), library.token_to_id("world")]
+        uids = array.array("q", [submit.uid for submit in submits]).tobytes()
+        ends = tuple(Ended(submit.uid, "length") for submit in submits)
+        await rig.send(Tokens(rig.generation, uids, array.array("i", ids).tobytes(), None, ends))
+        status, _, document = await other
+        assert status == 200 and document["choices"][0]["text"] == "world"
+        status, text = await asked
+        assert (status == 500 or streams) and "the model's tokenizer fails on these tokens" in text
+        asked = run(text_of(rig, prompt="a"))
+        submit = await rig.next(Submit)
+        await rig.tokens(submit, ids[1:], "length")
+        assert (await asked)[0] == 200
+        status, _, document = await rig.ask("/detokenize", tokens=ids[:1])
+        assert status == 500 and "tokenizer fails" in document["error"]["message"]
+
+
+async def test_whatever_a_message_does_the_next_is_received(tmp_path, monkeypatch):
+    class Panic(BaseException):
+        pass
+
+    def fail(*_):
+        monkeypatch.undo()
+        raise Panic
+
+    async with Rig(write_model(tmp_path)) as rig:
+        asked = run(rig.ask(COMPLETIONS, prompt="a"))
+        submit = await rig.next(Submit)
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        monkeypatch.setattr(Streams, "deliver", fail)
+        # Both are there when the socket is looked at.
+        encoded = [rig._encode(Tokens(1, b"", b"", None, (Ended(uid, "length"),))) for uid in (5, submit.uid)]
+        for data in encoded:
+            rig.router.send_multipart([ipc.identity(0), data])
+        assert (await asked)[0] == 200
+        asyncio.get_running_loop().set_exception_handler(None)
 
 
 async def test_the_death_of_the_scheduler(tmp_path):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
-from nmoe.errors import CheckpointError
+from nmoe.errors import CheckpointError, RequestError
 from nmoe.frontend.stops import StopFinder
 from nmoe.frontend.tokenizer import Tokenizer
 from tests.scripted import BOS, TOKENIZER, ids_of
@@ -38,6 +38,14 @@ def byte_fallback():
     tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.add_tokens([AddedToken("<think>"), AddedToken(" x ")])
     tokenizer.add_special_tokens(["<unk>", *SPECIALS])
+    return tokenizer
+
+
+def failing():
+    """Whose decoder panics on ▁ alone: there is one space, and it strips one on either side."""
+    tokenizer = byte_fallback()
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 1)]
+    tokenizer.decoder = decoders.Sequence(steps)
     return tokenizer
 
 
@@ -140,6 +148,16 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
     file.write_text(content)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer .* save it again"):
         Tokenizer(file)
+
+
+def test_a_panic_of_the_library_is_an_ordinary_error(tmp_path):
+    library = failing()
+    tokenizer = Tokenizer(save(library, tmp_path))
+    space = library.token_to_id("▁")
+    for decode in (lambda: tokenizer.decode([space]), lambda: tokenizer.detokenizer().feed(space)):
+        with pytest.raises(RequestError, match=r"tokenizer fails on these tokens: .*") as caught:
+            decode()
+        assert caught.value.status == 500
 
 
 def test_a_decoder_that_cannot_be_streamed_is_refused(tmp_path):

@@ -12,6 +12,8 @@ from typing import Protocol
 
 import tokenizers
 
+from nmoe.frontend import library
+
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -151,4 +153,4 @@ class WindowDetokenizer:
         return text
 
     def _text(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        return library.decode(self._tokenizer, ids)

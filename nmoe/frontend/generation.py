@@ -216,6 +216,8 @@ class Generations:
             return await events.follow()
         except ConnectionError:
             raise
+        except RequestError as error:  # of the tokenizer, where outputs are shown
+            return events.give_up(error)
         except Exception:
             _log.exception("request %x failed in its stream", generation.choices[0].stream.uid)
             return events.give_up(RequestError("internal error", status=500))

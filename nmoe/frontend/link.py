@@ -75,7 +75,14 @@ class Link:
                 data = self._socket.recv(_NOWAIT)
             except zmq.Again:
                 return
-            self._handle(data)
+            try:
+                self._handle(data)
+            except BaseException:  # nothing would say again that there are messages behind this one
+                self._drain_soon()
+                raise
+        self._drain_soon()
+
+    def _drain_soon(self) -> None:
         if self._again is None:  # else what it received made it send
             self._again = self._loop.call_soon(self._drain)
 

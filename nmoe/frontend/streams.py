@@ -113,7 +113,12 @@ class Stream:
         if ended.reason == "error":
             self.fail(RequestError(ended.detail, status=ended.status, code=ended.code))
             return
-        rest = self._detokenizer.flush() if self._detokenizer is not None and not self.stopped else ""
+        try:
+            rest = self._detokenizer.flush() if self._detokenizer is not None and not self.stopped else ""
+        except Exception as error:  # as in Streams._advance
+            _log.exception("request %x: its last text could not be made", self.uid)
+            self.fail(_shown(error))
+            return
         if self._stops is not None:
             if rest:
                 self._show(rest, self._stops)
@@ -257,9 +262,9 @@ class Streams:
             return
         try:
             stream.on_outputs()
-        except Exception:  # as in _advance
+        except Exception as error:  # as in _advance
             _log.exception("request %x: its outputs could not be delivered", stream.uid)
-            stream.fail(RequestError("internal error", status=500))
+            stream.fail(_shown(error))
 
     def reject(self, message: Rejected) -> None:
         """The scheduler did not accept a request, nor its siblings."""
@@ -299,14 +304,19 @@ class Streams:
             stream.feed(tokens)
             if stream.on_tokens is not None:
                 stream.on_tokens()
-        except Exception:  # a defect; the other streams of the message must not suffer
+        except Exception as error:  # a defect, ours or the tokenizer's; the message's other streams must not suffer
             _log.exception("request %x: its tokens could not be delivered", stream.uid)
-            stream.fail(RequestError("internal error", status=500))
+            stream.fail(_shown(error))
         if not stream.first_token_at:
             stream.first_token_at = now
             stream.begin()
             self._row.observe("nmoe:time_to_first_token_seconds", now - stream.arrived)
         return stream.stopped
+
+
+def _shown(error: Exception) -> RequestError:
+    """What the client is told."""
+    return error if isinstance(error, RequestError) else RequestError("internal error", status=500)
 
 
 def _split(tokens: list[int], counts: bytes | None) -> Iterable[Sequence[int]]:

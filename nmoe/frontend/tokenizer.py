@@ -10,6 +10,7 @@ from typing import Any
 import tokenizers
 
 from nmoe.errors import CheckpointError
+from nmoe.frontend import library
 from nmoe.frontend.detokenizer import (
     BYTE_TOKEN,
     ByteLevelDetokenizer,
@@ -29,7 +30,7 @@ class Tokenizer:
     def __init__(self, file: pathlib.Path, eos_ids: tuple[int, ...] = ()) -> None:
         try:
             text = file.read_text(encoding="utf-8")
-            tokenizer = tokenizers.Tokenizer.from_str(text)
+            tokenizer = library.load(text)
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(
                 f"{file}: not a tokenizer of the tokenizers library ({error}); save it again with"
@@ -51,7 +52,7 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool) -> tokenizers.Encoding:
         """The encoding of `text`, whose `ids` are made when they are asked for; with `add_special_tokens` also what the
         file's post-processor puts around it (BOS)."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return library.encode(self._tokenizer, text, add_special_tokens=add_special_tokens)
 
     def least_tokens(self, text: str) -> int:
         """What `text` encodes to at least: known at once, because no token stands for more than the longest's bytes."""
@@ -81,7 +82,7 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, special tokens included."""
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        return library.decode(self._tokenizer, ids)
 
     @property
     def largest_id(self) -> int:
