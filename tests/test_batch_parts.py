@@ -40,9 +40,9 @@ def parse(item, profile=None):
 
 
 def test_a_line_is_sent_as_it_came_unless_it_needs_a_profile():
-    raw = b'{"custom_id":"a","method":"POST","url":"/v1/completions","body": {"prompt":"x", "prompt":"y"}}'
-    assert parse(raw).body == b'{"prompt":"x", "prompt":"y"}'  # the server refuses the repeated key
-    assert parse(raw, "rl_sample").body == b'{"profile":"rl_sample","prompt":"x", "prompt":"y"}'
+    raw = b'{"custom_id":"a","method":"POST","url":"/v1/completions","body": {"prompt":"x", "seed":1e0}}'
+    assert parse(raw).body == b'{"prompt":"x", "seed":1e0}'
+    assert parse(raw, "rl_sample").body == b'{"profile":"rl_sample","prompt":"x", "seed":1e0}'
     assert json.loads(parse(line("a", profile=None, prompt="x"), "rl_sample").body)["profile"] == "rl_sample"
     assert json.loads(parse(line("a", profile="eval_exact"), "rl_sample").body) == {"profile": "eval_exact"}
     assert json.loads(parse(line("a"), "rl_sample").body) == {"profile": "rl_sample"}
@@ -90,6 +90,24 @@ def test_a_line_takes_as_much_room_as_it_has_answers(body, weight):
 def test_what_is_no_request_is_said_to_be_none(item, told):
     bad = parse(item)
     assert isinstance(bad, BadLine) and told in bad.problem
+
+
+@pytest.mark.parametrize("url", ["/v1/completions", GENERATE])
+@pytest.mark.parametrize("profile", [None, "rl_sample"])
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ('{"custom_id":"b","method":"POST","custom_id":"a","url":"%s","body":{"prompt":"x"}}', "custom_id"),
+        ('{"custom_id":"a","method":"POST","url":"%s","body":{},"body":{"prompt":"x"}}', "body"),
+        ('{"custom_id":"a","method":"POST","url":"%s","body":{"n":1,"prompt":":","\\u006e":2}}', "body.n"),
+        ('{"custom_id":"a","method":"POST","url":"%s","body":{"logit_bias":{"1":1,"1":2}}}', "body.logit_bias.1"),
+        ('{"custom_id":"a","method":"POST","url":"%s","body":{"profile":null,"profile":null}}', "body.profile"),
+        ('{"custom_id":"a","method":"POST","url":"%s","body":{"a":[0,[{"b":1,"b":2}]]}}', "body.a[1][0].b"),
+    ],
+)
+def test_a_key_that_appears_twice_is_named(text, path, url, profile):
+    bad = parse((text % url).encode(), profile)
+    assert isinstance(bad, BadLine) and bad.problem.startswith(f"{path}: appears more than once")
 
 
 values = st.recursive(

@@ -199,8 +199,13 @@ async def send(rig, body, content_type="application/msgpack"):
         (b"\x81\x01\x02", 400, "must be a map"),
         (b"\x81\x80\x02", 400, "not valid msgpack"),
         (b"\x82\xa1n\x01\xa1n\x02", 400, "more than once"),
-        (b"\xde\x00\x02\xa1n\x01\xa1n\x02", 400, "more than once"),
+        (b"\xde\x00\x02\xa1n\x01\xa1n\x02", 400, "n: appears more than once"),
+        (b"\x81\xaalogit_bias\x82\xa11\x01\xd9\x011\x02", 400, "logit_bias.1: appears more than once"),
+        (b"\x81\xa1x\x92\xc0\x81\xa1a\x91\x82\xa1b\x01\xa1b\x02", 400, "x[1].a[0].b: appears more than once"),
+        (b"\x81\xaalogit_bias\xde\x00\x02\xa11\x01\xa11\x02", 400, "logit_bias.1: appears more than once"),
         (b"\x91" * 3000, 400, "nested too deeply"),
+        (b"\x81\xa1a" * 900 + b"\x01", 400, ""),
+        (b"\x81\xa1a" * 20_000 + b"\x01", 400, "nested too deeply"),
         (b"\x81\xa1\xff\x01", 400, "not valid msgpack"),
         (msgspec.msgpack.encode({"prompt": b"abc"}), 400, "prompt: 3 bytes"),
         (msgspec.msgpack.encode({"prompt": [b"abcd", b"abc"]}), 400, "prompt[1]: 3 bytes"),
@@ -213,7 +218,7 @@ async def send(rig, body, content_type="application/msgpack"):
         (b"\x82\xa6prompt\xa1x\xa8metadata\x82\xa1a\xa1b\xa1a\xa1c", 400, "appears more than once"),
         (b"\x82\xa6prompt\xa1x\xaalogit_bias\xde\x00\x02\xa15\x01\xa15\x02", 400, "appears more than once"),
     ],
-    ids=range(18),
+    ids=range(23),
 )
 async def test_bad_bodies_get_the_usual_error(rig, body, status, told):
     got, error = await send(rig, body)

@@ -10,6 +10,8 @@ from typing import Annotated, Any, BinaryIO, Literal
 
 import msgspec
 
+from nmoe.keys import count_keys, repeated_key, written_keys
+
 GENERATE = "/v1/generate"
 _ENVELOPE_BYTES = 1 << 16  # of a line beside its body
 
@@ -91,6 +93,9 @@ def parse_line(number: int, data: bytes, longest: int, profile: str | None) -> L
         body = _decode_body(envelope.body)
     except _UNREADABLE as error:
         return BadLine(number, custom_id_of(data), f"not a request of OpenAI's batch format: {error}; {_FORM}")
+    if written_keys(data) != len(_Envelope.__struct_fields__) + count_keys(body):
+        path = repeated_key(data) or "a key of the line"
+        return BadLine(number, envelope.custom_id, f"{path}: appears more than once; leave one of them")
     if body.get("stream"):
         return BadLine(number, envelope.custom_id, "body.stream: a batch does not stream; leave it out")
     try:
@@ -101,7 +106,7 @@ def parse_line(number: int, data: bytes, longest: int, profile: str | None) -> L
 
 
 def _request(url: str, raw: msgspec.Raw, body: dict[str, Any], profile: str | None) -> bytes:
-    """What is sent. JSON goes as it came, so that the server sees, for example, a key that appears twice."""
+    """What is sent. JSON goes as it came, so that the server sees, for example, how its numbers are written."""
     if profile is not None and body.get("profile") is None:
         if url != GENERATE and body and "profile" not in body:
             start = bytes(raw).lstrip()

@@ -1,26 +1,22 @@
 """From the bytes of a request body to a JSON object, whatever the bytes are.
 
-orjson refuses deep nesting, invalid UTF-8, NaN and infinities; keys that appear twice are found by counting, which
-costs a fraction of a second parser.
+orjson refuses deep nesting, invalid UTF-8, NaN and infinities; keys that appear twice are found by counting
+(nmoe/keys.py).
 
 Parsing holds the interpreter, and with it every stream of this process, for as long as it takes. Text is fast (32 MiB
 take some 50 ms), many small values are not, so a large body is looked through first, piece by piece: what is not text
 is bounded, in bytes and in values.
 """
 
-import contextlib
-import json
 import re
 from typing import Any
 
 import orjson
 
 from nmoe.errors import RequestError
+from nmoe.keys import count_keys, repeated_key, written_keys
 
-# Also one that does not end, and nothing is tried twice: looking for strings takes linear time, whatever the bytes.
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _INSIDE = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
-_CONTAINERS = {dict, list}
 _SMALL = 1 << 15  # bytes; a body up to this size is harmless
 _PIECE = 1 << 14  # bytes that are looked at without letting go of the interpreter
 MAX_VALUES = 1 << 18  # in a body: the numbers, strings and so on, above all a prompt's token ids
@@ -29,15 +25,14 @@ MAX_OUTSIDE = 4 << 20  # bytes of a body outside of its strings
 
 def parse_object(body: bytes) -> dict[str, Any]:
     """The JSON object in `body`. Raises RequestError that says what is wrong with it: 413 for too much, else 400."""
-    # Outside of strings a colon stands for a key and nothing else.
-    colons = _STRING.sub(b"", body).count(b":") if len(body) <= _SMALL else _look_through(body)
+    keys = written_keys(body) if len(body) <= _SMALL else _look_through(body)
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise RequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(document, dict):
         raise RequestError(f"the body must be a JSON object, not {_kind(document)}")
-    if colons != _count_keys(document):
+    if keys != count_keys(document):
         _refuse_repeated_key(body)
     return document
 
@@ -74,31 +69,10 @@ def _after_string(body: bytes, place: int) -> int:
     return place
 
 
-def _count_keys(document: dict[str, Any]) -> int:
-    count = 0
-    containers: list[Any] = [document]  # not recursive: the nesting is the client's
-    while containers:
-        container = containers.pop()
-        if isinstance(container, dict):
-            count += len(container)
-            container = container.values()
-        if not _CONTAINERS.isdisjoint(map(type, container)):  # a prompt's ids are passed by fast
-            containers.extend(item for item in container if type(item) in _CONTAINERS)
-    return count
-
-
 def _refuse_repeated_key(body: bytes) -> None:
-    def check(pairs: list[tuple[str, Any]]) -> None:
-        seen = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise RequestError(f"{key[:64]!r} appears more than once", param=key[:64])
-            seen.add(key)
-
-    # The standard library is slow, and does not nest as deep as orjson.
-    if len(body) <= _PIECE:
-        with contextlib.suppress(RecursionError):
-            json.loads(body, object_pairs_hook=check)
+    path = repeated_key(body) if len(body) <= _PIECE else None
+    if path is not None:
+        raise RequestError(f"{path}: appears more than once", param=path)
     raise RequestError("the body has a key that appears more than once")
 
 

@@ -41,8 +41,8 @@ class Link:
             self._socket.send(self._encode(message), _NOWAIT)
         except zmq.Again:
             raise RequestError("the engine does not answer", status=503, code="engine_unreachable") from None
-        if self._again is None and int(self._socket.getsockopt(_EVENTS)) & _READABLE:
-            self._again = self._loop.call_soon(self._drain)
+        if int(self._socket.getsockopt(_EVENTS)) & _READABLE:
+            self._drain_soon()
 
     def reconnect(self) -> None:
         """The scheduler died: what is queued for it must not reach its next life."""
@@ -83,7 +83,7 @@ class Link:
         self._drain_soon()
 
     def _drain_soon(self) -> None:
-        if self._again is None:  # else what it received made it send
+        if self._again is None:
             self._again = self._loop.call_soon(self._drain)
 
     def _handle(self, data: bytes) -> None:

@@ -10,8 +10,8 @@ import msgspec
 
 from nmoe.errors import RequestError
 from nmoe.frontend.body import MAX_VALUES
+from nmoe.keys import count_keys, inside
 
-_decode_fields = msgspec.msgpack.Decoder(dict[str, msgspec.Raw]).decode
 _SMALL = 1 << 15  # bytes; a body up to this size is harmless
 # How many bytes a value of each type takes beside what its length says; and how many of these are the length.
 # Source: the specification of msgpack.
@@ -28,14 +28,14 @@ def unpack_object(body: bytes) -> dict[str, Any]:
         _look_through(body)
     try:
         document = msgspec.msgpack.decode(body)
+        if isinstance(document, dict) and (len(document) < _num_keys(body) or count_keys(document) > len(document)):
+            _refuse_repeated_key(body, 0)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RequestError(f"the body is not valid msgpack: {error}") from None
     except RecursionError:
         raise RequestError("the body is nested too deeply") from None
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         raise RequestError("the body must be a map whose keys are strings")
-    if _repeats_key(body, document):
-        raise RequestError("the body has a key that appears more than once")
     prompt = document.get("prompt")
     if isinstance(prompt, bytes):
         document["prompt"] = _ids(prompt, "prompt")
@@ -52,52 +52,60 @@ def _ids(data: bytes, field: str) -> list[int]:
     return array.array("i", data).tolist()
 
 
-def _repeats_key(body: bytes, document: dict[str, Any]) -> bool:
-    """Whether a key appears twice, in the body's map or in one that is a field: no field has maps within maps."""
-    if len(document) < _num_keys(body):
-        return True
-    if not any(isinstance(value, dict) for value in document.values()):
-        return False
-    fields = _decode_fields(body)
-    return any(
-        isinstance(value, dict) and len(value) < _num_keys(memoryview(fields[name])) for name, value in document.items()
-    )
+def _num_keys(body: bytes) -> int:
+    """Of the map that the body is."""
+    return _head(body, 0)[1] // 2
 
 
-def _num_keys(data: bytes | memoryview) -> int:
-    """Of the map that the data are."""
-    if data[0] in _HOLDING:
-        return int.from_bytes(data[1 : 1 + _HOLDING[data[0]][0]])
-    return data[0] & 0xF
+def _refuse_repeated_key(body: bytes, place: int, path: str = "") -> int:
+    """Look at the value at `place` of valid msgpack; where it ends.
+
+    Raises RequestError (400) for a key that a map has twice, and RecursionError.
+    """
+    place, held, is_map = _head(body, place)
+    if not is_map:
+        for item in range(held):
+            place = _refuse_repeated_key(body, place, f"{path}[{item}]")
+        return place
+    seen = set()
+    for _ in range(held // 2):
+        end = _refuse_repeated_key(body, place)
+        key = msgspec.msgpack.decode(body[place:end])
+        name = inside(path, key)
+        if key in seen:
+            raise RequestError(f"{name}: appears more than once", param=name)
+        seen.add(key)
+        place = _refuse_repeated_key(body, end, name)
+    return place
 
 
 def _look_through(body: bytes) -> None:
     """Raises RequestError (413) when there are too many values. What is malformed is left to the parser."""
     left, values, place = 1, 0, 0
     while left and place < len(body):
-        left, values = left - 1, values + 1
+        values += 1
         if values > MAX_VALUES:
             message = f"the body has more than {MAX_VALUES} values; send token ids as the bytes of int32s"
             raise RequestError(message, status=413, code="body_too_large")
-        kind = body[place]
-        if kind < 0x80 or kind >= 0xE0:  # a small number
-            place += 1
-        elif kind < 0x90:  # a small map
-            left += 2 * (kind & 0xF)
-            place += 1
-        elif kind < 0xA0:  # a small array
-            left += kind & 0xF
-            place += 1
-        elif kind < 0xC0:  # a short string
-            place += 1 + (kind & 0x1F)
-        elif kind in _SIZED:
-            size, length = _SIZED[kind]
-            place += size + int.from_bytes(body[place + 1 : place + 1 + length])
-        elif kind in _HOLDING:
-            length, each = _HOLDING[kind]
-            left += each * int.from_bytes(body[place + 1 : place + 1 + length])
-            place += 1 + length
-        elif kind in _PLAIN:
-            place += _PLAIN[kind]
-        else:
-            return
+        place, held, _ = _head(body, place)
+        left += held - 1
+
+
+def _head(body: bytes, place: int) -> tuple[int, int, bool]:
+    """Where the value at `place` ends, or what it holds begins; how many values it holds; whether it is a map."""
+    kind = body[place]
+    if kind < 0x80 or kind >= 0xE0:  # a small number
+        return place + 1, 0, False
+    if kind < 0x90:  # a small map
+        return place + 1, 2 * (kind & 0xF), True
+    if kind < 0xA0:  # a small array
+        return place + 1, kind & 0xF, False
+    if kind < 0xC0:  # a short string
+        return place + 1 + (kind & 0x1F), 0, False
+    if kind in _SIZED:
+        size, length = _SIZED[kind]
+        return place + size + int.from_bytes(body[place + 1 : place + 1 + length]), 0, False
+    if kind in _HOLDING:
+        length, each = _HOLDING[kind]
+        return place + 1 + length, each * int.from_bytes(body[place + 1 : place + 1 + length]), each == 2
+    return place + _PLAIN.get(kind, len(body)), 0, False  # behind the end, if there is no such type
