@@ -241,6 +241,22 @@ async def test_parts_of_characters(rig):
             assert b"".join(bytes(entry["bytes"]) for entry in logprobs["content"]) == "aé!".encode()
 
 
+@pytest.mark.parametrize(
+    ("prompt", "offsets"),
+    [
+        ("a<eos>b é!", [0, 0, 1, 6, 7, 8, 8, 9, 10]),  # BOS is not in the text, another special token is
+        ("<user>", [0, 0, 6]),
+        (ids_of("a<eos>b"), [0, 1, 1, 2]),  # the text of ids is without them
+    ],
+)
+async def test_offsets_of_an_echoed_prompt_are_places_in_its_text(rig, prompt, offsets):
+    asked = run(rig.ask(COMPLETIONS, prompt=prompt, echo=True, logprobs=0))
+    submit = await rig.next(Submit)
+    await rig.tokens(submit, "x", "length", block=block(submit, [*ints(submit.prompt)[1:], *ids_of("x")]))
+    (choice,) = (await asked)[2]["choices"]
+    assert choice["logprobs"]["text_offset"] == offsets and len(choice["text"]) == offsets[-1] + 1
+
+
 class Bytes:
     """A tokenizer of tokens that are these bytes."""
 

@@ -3,10 +3,11 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Library
 
 from nmoe.errors import CheckpointError, RequestError
+from nmoe.frontend.prompt import _beginnings
 from nmoe.frontend.stops import StopFinder
 from nmoe.frontend.tokenizer import Tokenizer
 from tests.scripted import BOS, TOKENIZER, ids_of
@@ -128,6 +129,15 @@ def test_eos_is_never_shown(byte_tokenizer, tmp_path):
     (exclamation,) = ids_of("!")
     assert byte_tokenizer.detokenizer().feed(exclamation) == "!"
     assert Tokenizer(save(TOKENIZER, tmp_path), eos_ids=(exclamation,)).detokenizer().feed(exclamation) == ""
+
+
+def test_a_token_begins_where_the_one_before_ended(tmp_path):
+    """Whatever of a text the tokenizer's own offsets leave out."""
+    library = byte_level()
+    template = processors.TemplateProcessing("<s> $A </s>", special_tokens=[(token, 0) for token in SPECIALS])
+    library.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
+    encoding = Tokenizer(save(library, tmp_path)).encode("a  b</s>é", add_special_tokens=True)
+    assert _beginnings(encoding) == [0, 0, 1, 2, 3, 4, 8, 8, 9]
 
 
 def test_special_tokens_are_added_when_asked_for(byte_tokenizer):

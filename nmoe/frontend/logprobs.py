@@ -159,7 +159,9 @@ class PromptFormats:
         call, ids = self._formats.call, self._prompt.ids
         if not call.echo or call.logprobs is None:
             return None
-        offsets = Offsets(self._formats.vocabulary, 0).of(ids)
+        offsets = self._prompt.offsets
+        if offsets is None:  # ids were given, and their text is what they decode to
+            offsets = Offsets(self._formats.vocabulary, 0).of(ids)
         lists = _completion_lists(self._formats, ids[1:], self._records, offsets[1:])
         first = (self._formats.vocabulary.text(ids[0]), None, None, 0, ids[0], None)
         echoed = {name: [value, *lists[name]] for name, value in zip(_LISTS, first, strict=True)}

@@ -7,6 +7,7 @@ import array
 import random
 
 import msgspec
+import tokenizers
 
 from nmoe.checkpoint import tokenizer_file
 from nmoe.config import Config
@@ -23,11 +24,13 @@ _COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may go on to
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """One prompt: its ids, the field it came from, and with `echo` its text."""
+    """One prompt: its ids, the field it came from, and with `echo` its text; `offsets`, of a text that is echoed with
+    log-probabilities: where in it each id begins, in characters."""
 
     ids: list[int]
     field: str
     text: str = ""
+    offsets: list[int] | None = None
 
 
 class Prompts:
@@ -48,7 +51,9 @@ class Prompts:
         for place, given in enumerate(call.prompts):
             field = "prompt" if len(call.prompts) == 1 else f"prompt[{place}]"
             if isinstance(given, str):
-                prompt = Prompt(self.text_ids(given, field, most), field, given if call.echo else "")
+                encoding = self._encoding(given, field, most)
+                offsets = _beginnings(encoding) if call.echo and call.logprobs is not None else None
+                prompt = Prompt(encoding.ids, field, given if call.echo else "", offsets)
             else:
                 _check_length(len(given), field, most)
                 self.check_ids(given, field)
@@ -64,6 +69,11 @@ class Prompts:
         self, text: str, field: str, most: int, *, add_special_tokens: bool = True, may_be_empty: bool = False
     ) -> list[int]:
         """The ids of a text, `most` at most. Raises RequestError."""
+        return self._encoding(text, field, most, add_special_tokens, may_be_empty).ids
+
+    def _encoding(
+        self, text: str, field: str, most: int, add_special_tokens: bool = True, may_be_empty: bool = False
+    ) -> tokenizers.Encoding:
         if self.tokenizer is None:
             raise RequestError(f"{field}: this model has no tokenizer.json; send `prompt` as token ids", param=field)
         if (least := self.tokenizer.least_tokens(text)) > most:
@@ -77,7 +87,7 @@ class Prompts:
         _check_length(len(encoding), field, most)
         if not len(encoding) and not may_be_empty:
             raise RequestError(f"{field}: has no tokens; there must be something to continue", param=field)
-        return encoding.ids
+        return encoding
 
     def conversation_ids(self, conversation: Conversation, most: int, *, add_special_tokens: bool = False) -> list[int]:
         """The ids of a conversation; its template writes the special tokens itself. Raises RequestError."""
@@ -125,6 +135,16 @@ def load_prompts(config: Config, eos: tuple[int, ...], vocab_size: int) -> Promp
             " config.json; tokenizer and model must come from the same repository"
         )
     return Prompts(tokenizer, load_template(folder), vocab_size)
+
+
+def _beginnings(encoding: tokenizers.Encoding) -> list[int]:
+    """Where in the text each token begins. What is not in it (BOS) lies between its neighbours, and space that no token
+    stands for belongs to the next one."""
+    found, end = [], 0
+    for (start, stop), sequence in zip(encoding.offsets, encoding.sequence_ids, strict=True):
+        found.append(end if sequence is None else min(start, end))
+        end = max(end, stop)
+    return found
 
 
 def _check_length(num_tokens: int, field: str, most: int) -> None:
