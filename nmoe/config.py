@@ -118,6 +118,15 @@ def _nearest(word: str, known: list[str], what: str) -> str:
     return f"did you mean {what.format(close[0])}?" if close else "known: " + ", ".join(map(what.format, known))
 
 
+def _unknown(name: str, given: Any, kinds: dict[str, type[msgspec.Struct]]) -> str:
+    """What is wrong with something at the top that is no section."""
+    if isinstance(given, dict):
+        return f"[{name}]: unknown section; {_nearest(name, list(kinds), '[{}]')}"
+    homes = [section for section, kind in kinds.items() if name in kind.__struct_fields__]
+    sections = " or ".join(f"[{section}]" for section in homes or kinds)
+    return f"{name}: a key outside of any section; put it under {sections}"
+
+
 def _section(name: str, kind: type[msgspec.Struct], given: Any, problems: list[str]) -> Any:
     """The section's Struct from its TOML table; what is wrong is appended to `problems`."""
     if not isinstance(given, dict):
@@ -180,7 +189,7 @@ def load_config(path: str | pathlib.Path) -> Config:
     """
     path = pathlib.Path(path)
     try:
-        document = tomli.loads(path.read_text(encoding="utf-8"))
+        document = tomli.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be read: {error.strerror}; check the path after --config"]) from None
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -188,7 +197,7 @@ def load_config(path: str | pathlib.Path) -> Config:
 
     kinds = {field.name: field.type for field in msgspec.structs.fields(Config)}
     unknown = [name for name in document if name not in kinds]
-    problems = [f"[{name}]: unknown section; {_nearest(name, list(kinds), '[{}]')}" for name in unknown]
+    problems = [_unknown(name, document[name], kinds) for name in unknown]
     sections = {name: _section(name, kind, document.get(name, {}), problems) for name, kind in kinds.items()}
     config = Config(**sections)
     # A key that failed to convert has its default here; only then would a contradiction be news about a wrong value.

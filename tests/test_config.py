@@ -114,6 +114,19 @@ def test_an_unknown_section_is_named_with_the_nearest_one(tmp_path):
     assert "[servers]: unknown section" in problem and "[server]" in problem
 
 
+@pytest.mark.parametrize(
+    ("key", "sections"),
+    [("port", "[server]"), ("max_seq_len", "[model]"), ("zzz", "[model] or [parallel] or [engine]")],
+)
+def test_a_key_outside_of_any_section_is_told_where_it_belongs(tmp_path, key, sections):
+    (problem,) = problems(tmp_path, f'{key} = 1\n[model]\npath = "m"')
+    assert problem.startswith(f"{key}: a key outside of any section; put it under {sections}")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    assert load(tmp_path, '\ufeff[model]\npath = "m"').model.path
+
+
 def test_all_problems_are_reported_at_once(tmp_path):
     text = """
     [model]

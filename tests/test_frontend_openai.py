@@ -44,6 +44,9 @@ WRONG = [
     ("seed", 1 << 63, "int"),
     ("seed", float(1 << 70), "64 bits"),  # as JSON with more than 64 bits is read
     ("seed", 1.5, "expected `int`"),
+    ("max_tokens", 1.0, "expected `int`, got `float`"),
+    ("stop_token_ids", [1.0], "[0]: expected `int`, got `float`"),
+    ("stop_token_ids", [1, float(1 << 70)], "[1]: expected `int` of at most 64 bits"),
     ("seed", -(1 << 63) - 1, "int"),
     ("stop", ["a", "b", "c", "d", "e"], "<= 4"),
     ("stop", "", "must not be empty"),
@@ -124,7 +127,7 @@ def test_wrong_fields_are_named(endpoint, field, value, says):
         ("completions", {"prompt": [1.0]}, "prompt[0]"),
         ("completions", {"prompt": "a", "messages": [USER]}, "messages"),
         ("completions", {"prompt": "a", "max_completion_tokens": 5}, "max_completion_tokens"),
-        ("completions", {"prompt": "a", "stream": True, "stream_options": {"usage": 1}}, "stream_options"),
+        ("completions", {"prompt": "a", "stream": True, "stream_options": {"usage": 1}}, "stream_options.usage"),
         ("chat", {}, "messages"),
         ("chat", {"messages": []}, "messages"),
         ("chat", {"messages": "hi"}, "messages"),
@@ -143,7 +146,8 @@ def test_wrong_fields_are_named(endpoint, field, value, says):
         ("chat", {"messages": [{"role": "user"}]}, "messages[0]"),
         ("chat", {"messages": [{"role": "user", "content": None}]}, "messages[0]"),
         ("chat", {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
-        ("chat", {"messages": [{**USER, "name": "x"}]}, "messages[0]"),
+        ("chat", {"messages": [{**USER, "name": "x"}]}, "messages[0].name"),
+        ("chat", {"messages": [{**USER, "content": [{"type": "text", "a": 1}]}]}, "messages[0].content[0].a"),
         ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
         ("chat", {"messages": [USER], "prompt": "a"}, "prompt"),
         ("chat", {"messages": [USER], "max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
@@ -270,7 +274,31 @@ def test_a_nested_body_is_taken():
 
 def test_huge_integers_are_refused_by_their_field():
     document = parse_object(b'{"prompt": [1%s]}' % (b"0" * 30))
-    assert refused("completions", **document).param == "prompt[0]"
+    error = refused("completions", **document)
+    assert error.param == "prompt[0]" and "64 bits" in str(error)
+    assert "got `float`" in str(refused("completions", prompt=[[5, 1.0]]))
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "field", "more"),
+    [
+        ("completions", "logprobs", {}),
+        ("completions", "prompt_logprobs", {}),
+        ("chat", "top_logprobs", {"logprobs": True}),
+        ("chat", "top_k_logprobs", {}),
+    ],
+)
+def test_a_small_vocabulary_has_fewer_likeliest_tokens(endpoint, field, more):
+    document = {"prompt": "a"} if endpoint == "completions" else {"messages": [USER]}
+    assert parse_call(endpoint, {**document, **more, field: 8}, 8).returns.top_k == 8
+    with pytest.raises(RequestError, match=f"^{field} = 9: .* has 8 tokens") as caught:
+        parse_call(endpoint, {**document, **more, field: 9}, 8)
+    assert caught.value.param == field
+
+
+def test_what_a_profile_brings_unasked_fits_the_vocabulary():
+    assert parse_call("completions", {"prompt": "a", "profile": "online_distill"}, 8).top_k_logprobs == 8
+    assert parse_call("completions", {"prompt": "a", "profile": "online_distill"}, 300).top_k_logprobs == 10
 
 
 json_values = st.recursive(

@@ -320,6 +320,17 @@ async def test_ids_must_be_in_the_vocabulary(rig):
     assert status == 400 and body["error"]["param"] == "logprob_token_ids[1]"
 
 
+async def test_numbers_of_likeliest_tokens_fit_the_vocabulary(tmp_path):
+    async with Rig(write_model(tmp_path, tokenizer=False, vocab_size=8), model={"weights": "random"}) as rig:
+        status, _, body = await rig.ask(COMPLETIONS, prompt=[1], logprobs=20)
+        assert status == 400 and body["error"]["param"] == "logprobs"
+        asked = run(rig.ask(COMPLETIONS, prompt=[1], profile="online_distill"))
+        submit = await rig.next(Submit)
+        assert submit.returns.top_k == 8
+        await rig.tokens(submit, [2], "length", block=block(submit, [2]))
+        assert (await asked)[0] == 200
+
+
 async def test_a_dense_model_has_no_routing(tmp_path):
     async with Rig(write_model(tmp_path, first_k_dense_replace=99)) as rig:
         status, _, body = await rig.ask(COMPLETIONS, prompt="a", return_routed_experts=True)

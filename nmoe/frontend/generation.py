@@ -66,6 +66,7 @@ class Generations:
         self._prompts = prompts
         self._vocabulary = Vocabulary(prompts.tokenizer)
         self._eos_ids = eos_ids
+        self._vocab_size = architecture.vocab_size
         self._routing = RoutingLayout.of(architecture)
         self._health = health
         self._streams = streams
@@ -91,7 +92,7 @@ class Generations:
     async def _prepare(self, endpoint: Endpoint, request: web.BaseRequest, arrived: float) -> Generation:
         """Everything up to the scheduler. Raises RequestError."""
         read = self._requests.read_packed if endpoint == "generate" else self._requests.read
-        call = await read(request, partial(openai.parse_call, endpoint))
+        call = await read(request, partial(openai.parse_call, endpoint, vocab_size=self._vocab_size))
         self._requests.check_model(call.model)
         self._check_number(max(1, len(call.prompts)), call.n)
         if call.return_routed_experts and not self._routing.layers:

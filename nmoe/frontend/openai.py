@@ -5,6 +5,7 @@ OpenAI's clients send it. What does not exist here is refused, never ignored.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any, get_args
 
@@ -22,7 +23,8 @@ from nmoe.frontend.schema import (
     Endpoint,
     Role,
 )
-from nmoe.outputs import Returns
+from nmoe.keys import inside
+from nmoe.outputs import MAX_TOP_K, Returns
 from nmoe.profiles import PROFILES, Profile
 
 _TEMPLATES_OWN_NAMES = """
@@ -30,6 +32,10 @@ _TEMPLATES_OWN_NAMES = """
     bos_token eos_token unk_token pad_token raise_exception strftime_now
 """
 _TEMPLATES_OWN = frozenset(_TEMPLATES_OWN_NAMES.split())
+_UNKNOWN = re.compile("Object contains unknown field `(.*)`", re.DOTALL)
+_PLACE = re.compile(r"\[([0-9]+)\]")
+_PLACES = re.compile(r"(\[[0-9]+\])*")
+_NUMBERS_OF_LIKELIEST = ("logprobs", "top_logprobs", "prompt_logprobs", "top_k_logprobs")
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,8 +111,11 @@ class ToDetokenize(msgspec.Struct, frozen=True):
     tokens: list[int]
 
 
-def parse_call(endpoint: Endpoint, document: dict[str, Any]) -> Call:
-    """Check a request to generate. Raises RequestError (400) for the first field that is wrong."""
+def parse_call(endpoint: Endpoint, document: dict[str, Any], vocab_size: int = MAX_TOP_K) -> Call:
+    """Check a request to generate. Raises RequestError (400) for the first field that is wrong.
+
+    `vocab_size`: of a smaller vocabulary there are fewer likeliest tokens than the fields allow.
+    """
     values = _read(document, FIELDS[endpoint])
     _require(values, REQUIRED[endpoint])
     if endpoint == "chat":
@@ -117,7 +126,7 @@ def parse_call(endpoint: Endpoint, document: dict[str, Any]) -> Call:
     _settle_stops(values)
     _settle_numbers(values)
     profile = _settle_profile(values)
-    _settle_outputs(endpoint, values, profile)
+    _settle_outputs(endpoint, values, profile, vocab_size)
     _settle_streaming(values, profile)
     _check_scoring(values)
     conversation = values.get("conversation")
@@ -197,8 +206,10 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         message, _, path = str(error).partition(" - at ")
         # A key of an object has no path of its own: "`key` in `$`".
         param = name + path.rpartition(" in ")[2].strip("`").removeprefix("$")
-        if isinstance(value, float) and value.is_integer() and message.startswith("Expected `int`"):
-            message = "Expected `int` of at most 64 bits, sign included"  # a longer one is read as a float
+        if message.startswith("Expected `int") and _was_long_integer(value, param.removeprefix(name)):
+            message = "Expected `int` of at most 64 bits, sign included"
+        elif unknown := _UNKNOWN.fullmatch(message):
+            param, message = inside(param, unknown[1]), "Unknown field"
         elif "matching regex" in message:
             message = "Its keys are token ids, written in decimal digits"
         elif param.endswith(".role") and message.startswith("Invalid enum value"):
@@ -206,6 +217,15 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         raise RequestError(f"{param}: {message[0].lower()}{message[1:]}", param=param) from None
     except RecursionError:
         raise RequestError(f"{name}: nested too deeply", param=name) from None
+
+
+def _was_long_integer(value: Any, path: str) -> bool:
+    """Whether what is at `path` in `value` is an integer of more than 64 bits, which JSON's parser reads as a float."""
+    if not _PLACES.fullmatch(path):
+        return False
+    for place in _PLACE.findall(path):
+        value = value[int(place)]
+    return isinstance(value, float) and value.is_integer() and abs(value) >= 1 << 63
 
 
 def _without_nulls(messages: Any) -> Any:
@@ -309,8 +329,11 @@ def _settle_profile(values: dict[str, Any]) -> Profile:
     return PROFILES[name]
 
 
-def _settle_outputs(endpoint: Endpoint, values: dict[str, Any], profile: Profile) -> None:
+def _settle_outputs(endpoint: Endpoint, values: dict[str, Any], profile: Profile, vocab_size: int) -> None:
     """What comes back besides the tokens: what was asked for, or what the profile brings unasked."""
+    for name in _NUMBERS_OF_LIKELIEST:
+        if (number := values.get(name, 0)) > vocab_size:
+            raise RequestError(f"{name} = {number}: the model's vocabulary has {vocab_size} tokens", param=name)
     if endpoint == "chat":
         _settle_chat_logprobs(values, profile)
     elif profile.scores:
@@ -318,7 +341,7 @@ def _settle_outputs(endpoint: Endpoint, values: dict[str, Any], profile: Profile
     if profile.scores_prompt:
         values.setdefault("prompt_logprobs", 0)
     if profile.top_k:
-        values.setdefault("top_k_logprobs", profile.top_k)
+        values.setdefault("top_k_logprobs", min(profile.top_k, vocab_size))
     ids = values.get("logprob_token_ids", [])
     if len(set(ids)) < len(ids):
         raise RequestError("logprob_token_ids: a token id appears more than once", param="logprob_token_ids")
