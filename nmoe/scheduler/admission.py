@@ -1,15 +1,15 @@
-"""Who is admitted next, and where: the queues of the lanes against the room on the ranks.
+"""Admission: which waiting request goes next and on which rank, given the room each rank has left.
 
-The order is (priority, arrival), within a lane and between them: a request that finds no room (other than for the
-step's budget, which is new every time) holds back younger ones of other lanes too, or they would take the pages it
-waits for. Two kinds of requests are apart:
+Requests are ordered by (priority, arrival), within a lane and across lanes. A request that finds no room (as opposed to
+no step budget, which is renewed every step) also holds back younger requests of other lanes; otherwise they would take
+the pages it is waiting for. There are two exceptions:
 
-- BULK, which may wait by the hundred thousand, has only the room that nobody else wants. Whoever waits for room holds
-  it back, it holds back nobody, and for a request of another lane that finds no room its requests are preempted,
-  youngest first, until there is room or none is left. So no other lane ever waits for BULK's pages or slots.
-- Requests whose logits find no cell in the arena, because frontends have not read those they got: waiting ones are
-  overtaken, and running ones are preempted for whoever finds no room. So nobody waits for a frontend but those who need
-  cells.
+- BULK, whose queue may hold hundreds of thousands, only gets room nobody else wants. Any request waiting for room holds
+  BULK back; BULK holds back nobody. When a request of another lane finds no room, BULK requests are preempted, youngest
+  first, until it fits or none is left. So no other lane ever waits for BULK's pages or slots.
+- Requests whose logits find no free cell in the arena, because frontends have not read the ones they were given. While
+  waiting they are overtaken; while running they are preempted for any request that finds no room. So only requests that
+  need cells ever wait for a frontend.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from nmoe.scheduler.waiting import Waiting
 
 
 class Admission:
-    """Decides; nobody else takes requests out of the queues but those that end."""
+    """Makes the decisions. Nothing else removes requests from the queues, except requests ending."""
 
     def __init__(self, limits: Limits, ranks: Ranks, waiting: Waiting, preemption: Preemption) -> None:
         self._limits = limits
@@ -35,9 +35,9 @@ class Admission:
         self._blocked: dict[Lane, Request | None] = dict.fromkeys(Lane)
 
     def admit(self, lane: Lane, draft: Draft, before: tuple[float, float]) -> Iterator[Request]:
-        """Admit requests of one lane as long as the next one comes before `before` in the order and finds room.
+        """Admit requests of one lane while the next one precedes `before` in the order and finds room.
 
-        The caller takes each one's chunk out of the budget before it asks for the next.
+        The caller deducts each request's chunk from the budget before asking for the next.
         """
         self._blocked[lane] = None
         while any(draft.left) and (request := self._head(lane, draft)) and request.order < before:
@@ -54,12 +54,12 @@ class Admission:
                 return
 
     def continues(self, lane: Lane, draft: Draft) -> bool:
-        """Whether, after `admit`, only the step's budget keeps somebody from being admitted."""
+        """Whether, after `admit`, only the step budget keeps another request from being admitted."""
         head = self._head(lane, draft)
         return head is not None and not self._held_back(head) and bool(self._roomy(head, draft))
 
     def _head(self, lane: Lane, draft: Draft) -> Request | None:
-        """Who is next, without those for whom there are no cells."""
+        """The next request, skipping those that need cells where none are free."""
         plain, costly = self._waiting.queues(lane)
         heads = [plain.head(draft.closed)]
         if costly:
@@ -72,7 +72,7 @@ class Admission:
         return self._ranks.cells.num_free(rank) > draft.reserved[rank]
 
     def _held_back(self, request: Request) -> bool:
-        """Whether somebody waits for room who goes before `request`."""
+        """Whether a request that precedes `request` is waiting for room."""
         return any(
             other.state is State.WAITING and (request.lane is Lane.BULK or other.order < request.order)
             for lane, other in self._blocked.items()
@@ -80,7 +80,7 @@ class Admission:
         )
 
     def _open(self, request: Request, draft: Draft) -> list[int]:
-        """The ranks that `request` may run on, room and budget aside."""
+        """The ranks `request` may run on, ignoring room and budget."""
         wanted = range(self._limits.world_size) if request.pinned is None else (request.pinned,)
         return [
             r for r in wanted if r not in draft.closed and (not request.returns.logits or self._has_cells(r, draft))
@@ -89,11 +89,11 @@ class Admission:
     def _roomy(self, request: Request, draft: Draft) -> list[int]:
         """The ranks that may have room for `request`."""
         ranks = self._ranks
-        # What did not fit does not fit until something changed there: no need to look its prefix up again.
+        # A request that did not fit still does not until something changes on that rank, so skip the prefix lookup.
         return [r for r in self._open(request, draft) if ranks.has_room(r) and request.misfits.get(r) != ranks.news[r]]
 
     def _place(self, request: Request, draft: Draft) -> tuple[int, int] | None:
-        """The rank for `request` and how many of its pages are cached there, if one has room and budget."""
+        """The rank for `request` and how many of its pages are cached there, if a rank has both room and budget."""
         roomy = self._roomy(request, draft)
         now = [rank for rank in roomy if draft.left[rank]]
         if now and (found := self._fit(request, now, draft)):
@@ -116,10 +116,10 @@ class Admission:
         return found
 
     def _make_room(self, request: Request, draft: Draft) -> tuple[int, int] | None:
-        """Have others yield to a request that has found no room, on the rank where most can be had."""
+        """Preempt others for a request that found no room, on the rank where that frees the most pages."""
         ranks = self._ranks
         if request.pinned is None and self._blocked[request.lane] is not request:
-            return None  # it waits for the budget only
+            return None  # it only waits for the budget
         best: tuple[int, list[Request]] | None = None
         need, keys = ranks.pages_needed(request), request.shared_keys(self._limits.page_size)
         for rank in self._open(request, draft):

@@ -1,6 +1,6 @@
-"""The decode rows of one lane: per rank an explicit, ordered list of slots, and all of them as arrays.
+"""The decode rows of one lane: an explicit, ordered list of slots per rank, plus arrays over all rows.
 
-The arrays are built anew only when a row begins or ends, and never changed in place, so a step in flight keeps its own.
+The arrays are rebuilt only when a row starts or ends, and never modified in place, so a step in flight keeps its own.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from nmoe.scheduler.slots import Bools, Ints, Slots, SlotTable
 
 
 class Batch:
-    """Rows keep the order in which they began; a row that ends closes the gap."""
+    """Rows keep the order in which they started; when a row ends, later rows move up."""
 
     def __init__(self, table: SlotTable) -> None:
         self._table = table
@@ -24,7 +24,7 @@ class Batch:
         self._returns: Bools | None = None
         self._logits: Bools | None = None
         self._bounds: list[int] = []
-        self.changes = [0] * table.world_size  # per rank, how often its rows changed
+        self.changes = [0] * table.world_size  # per rank, how many times its rows have changed
 
     def add(self, rank: int, slot: int) -> None:
         """Append a row."""
@@ -33,7 +33,7 @@ class Batch:
         self._stale = True
 
     def remove(self, rank: int, slot: int) -> None:
-        """Take a row out."""
+        """Remove a row."""
         self._rows[rank].remove(slot)
         self.changes[rank] += 1
         self._stale = True
@@ -57,42 +57,42 @@ class Batch:
 
     @property
     def slots(self) -> Slots:
-        """All rows' slots, rank by rank."""
+        """The slots of all rows, rank by rank."""
         self._refresh()
         return self._slots
 
     @property
     def local(self) -> Ints:
-        """The same rows' slots as their ranks number them."""
+        """The same slots, numbered within their rank."""
         self._refresh()
         return self._local
 
     @property
     def flags(self) -> Ints:
-        """The same rows' flags, as in a Step."""
+        """The flags of the same rows, as in a Step."""
         self._refresh()
         return self._flags
 
     @property
     def returns(self) -> Bools | None:
-        """Which of the same rows return a block; None if none does."""
+        """Which of the rows return a block; None if none does."""
         self._refresh()
         return self._returns
 
     @property
     def logits(self) -> Bools | None:
-        """Which of the same rows take a cell of the arena; None if none does."""
+        """Which of the rows take a cell of the arena; None if none does."""
         self._refresh()
         return self._logits
 
     @property
     def uids(self) -> npt.NDArray[np.int64]:
-        """The same rows' uids."""
+        """The uids of the same rows."""
         self._refresh()
         return self._uids
 
     def uids_of(self, slots: Slots) -> npt.NDArray[np.int64]:
-        """Who lives in `slots`."""
+        """The uids of the requests that occupy `slots`."""
         uids: npt.NDArray[np.int64] = self._table.uid[slots]
         return uids
 

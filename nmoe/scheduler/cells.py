@@ -1,17 +1,17 @@
-"""The cells of the arena (nmoe/arena.py), all of which the scheduler owns: each is free, in flight, or at a frontend.
+"""The arena's cells (nmoe/arena.py). The scheduler owns them all: each is free, in flight, or at a frontend.
 
     free ----take----> in flight ---deliver---> at a frontend, in one of its lives ---release, forget---> free
       ^                    |
-      +------deliver-------+    to nobody: the request has ended meanwhile; or the workers are gone
+      +------deliver-------+    to nobody: the request has already ended; or the workers are gone
 
-A row takes a cell for each record whose logits it returns. Conservation: free + in flight + at frontends == all cells,
-each once; none is in flight when no step is.
+A row takes one cell for each record whose logits it returns. Conservation: free + in flight + at frontends == all
+cells, each counted once; none is in flight when no step is.
 
-Of those at frontends it is known for which request they are, because one that is read slowly may not have them all: see
+For cells at frontends we track which request they belong to, because a slow reader must not hold all of them: see
 `Limits.cells_share`.
 
-What a life does not have it cannot give back. So what was released to an earlier life of the scheduler and comes to
-this one is ignored, and what a frontend held when it died is free once its death is known, and only then.
+A frontend can only give back cells it holds. So a release meant for an earlier life of the scheduler is ignored, and
+the cells a frontend held when it died become free once its death is known, and no sooner.
 """
 
 from collections import Counter
@@ -21,38 +21,38 @@ import numpy as np
 from nmoe.messages import make_uid
 from nmoe.scheduler.slots import Ints, Slots
 
-LIFE = make_uid(0, 1, 0)  # the uids of one life of a frontend are a range of this length
-_FREE, _IN_FLIGHT = -1, -2  # owners that are no life
+LIFE = make_uid(0, 1, 0)  # the uids of one life of a frontend span a range of this length
+_FREE, _IN_FLIGHT = -1, -2  # owners that are not lives
 
 
 def life_of(frontend: int, generation: int) -> int:
-    """The number of one life of a frontend; a uid's is uid // LIFE."""
+    """The number of one life of a frontend; a uid belongs to life uid // LIFE."""
     return make_uid(frontend, generation, 0) // LIFE
 
 
 class Cells:
-    """Who has which cell. Cell c belongs to rank c // cells_per_rank."""
+    """Tracks the owner of every cell. Cell c belongs to rank c // cells_per_rank."""
 
     def __init__(self, world_size: int, cells_per_rank: int) -> None:
         self._cells_per_rank = cells_per_rank
-        self._owner = np.full(world_size * cells_per_rank, _FREE, np.int64)  # a life, or one of the two above
+        self._owner = np.full(world_size * cells_per_rank, _FREE, np.int64)  # a life, or one of the two constants above
         self._uid = np.full(world_size * cells_per_rank, -1, np.int64)  # of cells at frontends
         self._held: Counter[int] = Counter()  # the same, counted by uid
         self._free = [
             list(range((rank + 1) * cells_per_rank - 1, rank * cells_per_rank - 1, -1)) for rank in range(world_size)
         ]
-        self._touched = False  # whether anything moved since the last check
+        self._touched = False  # whether any cell has moved since the last check
 
     def num_free(self, rank: int) -> int:
-        """Cells that `take` can give."""
+        """How many cells `take` can provide."""
         return len(self._free[rank])
 
     def held(self, uid: int) -> int:
-        """Cells of a request that its frontend has not given back."""
+        """How many cells of a request its frontend has not given back."""
         return self._held[uid]
 
     def take(self, rank: int, count: int) -> list[int]:
-        """`count` cells of `rank` for rows of a step. The caller has checked `num_free`."""
+        """Take `count` cells of `rank` for rows of a step. The caller has checked `num_free`."""
         free = self._free[rank]
         taken = [free.pop() for _ in range(count)]
         self._owner[taken] = _IN_FLIGHT
@@ -60,7 +60,7 @@ class Cells:
         return taken
 
     def deliver(self, cells: Ints, uids: Slots) -> None:
-        """Cells of a step that has landed go to the frontends of `uids`, int64; a uid of -1 is nobody."""
+        """Hand the cells of a landed step to the frontends of `uids`, int64; a uid of -1 means nobody."""
         nobody = uids < 0
         self._owner[cells] = uids // LIFE
         self._uid[cells] = uids
@@ -68,7 +68,7 @@ class Cells:
         self._put_back(cells[nobody])
 
     def release(self, cells: bytes, life: int) -> int:
-        """A life gives back `cells`, int32. Returns how many of them it did not have, which is ignored."""
+        """Take back `cells`, int32, from a life. Returns how many of them it did not hold; those are ignored."""
         given = np.unique(np.frombuffer(cells, np.int32))
         given = given[(given >= 0) & (given < len(self._owner))]
         mine = given[self._owner[given] == life]
@@ -76,7 +76,7 @@ class Cells:
         return len(cells) // 4 - len(mine)
 
     def forget(self, frontend: int, generation: int | None) -> None:
-        """What the lives of a frontend had is free, but for the cells of its life `generation`."""
+        """Free the cells held by the lives of a frontend, except those of its life `generation`."""
         first, last = life_of(frontend, 0), life_of(frontend + 1, 0)
         gone = (self._owner >= first) & (self._owner < last)
         if generation is not None:
@@ -84,7 +84,7 @@ class Cells:
         self._put_back(np.flatnonzero(gone).astype(np.int32))
 
     def reset(self) -> None:
-        """The workers are gone: no step will land. What frontends have is still theirs."""
+        """The workers are gone, so no step will land. Frontends keep the cells they hold."""
         self._put_back(np.flatnonzero(self._owner == _IN_FLIGHT).astype(np.int32))
 
     def _put_back(self, cells: Ints) -> None:
@@ -100,7 +100,7 @@ class Cells:
         self._touched = self._touched or len(cells) > 0
 
     def check(self) -> None:
-        """No step is in flight. Raises RuntimeError unless every cell is in exactly one place."""
+        """With no step in flight, raise RuntimeError unless every cell is in exactly one place."""
         if not self._touched:
             return
         self._touched = False

@@ -1,4 +1,4 @@
-"""A step while it is planned, and the Step messages made of it."""
+"""A step being planned, and the Step messages written from it."""
 
 from array import array
 
@@ -15,7 +15,7 @@ from nmoe.scheduler.slots import Ints, SlotTable
 
 
 class Chunk(msgspec.Struct, frozen=True):
-    """A row with ids: `count` tokens of `request` from position `first`; `last` if it ends its known tokens."""
+    """A row with ids: `count` tokens of `request` from position `first`; `last` if these complete its known tokens."""
 
     request: Request
     first: int
@@ -33,33 +33,33 @@ class Chunk(msgspec.Struct, frozen=True):
 
     @property
     def comes_back(self) -> bool:
-        """Whether its results have anything in them."""
+        """Whether it produces any results."""
         return self.flags != ROW_HAS_IDS
 
 
 class Draft:
-    """What each rank's Step will carry besides the batch's decode rows."""
+    """What each rank's Step will carry in addition to the batch's decode rows."""
 
     def __init__(self, limits: Limits) -> None:
         world_size = limits.world_size
         self._num_slots = limits.num_slots
-        self.left = [0] * world_size  # tokens that chunks may still take, per rank
+        self.left = [0] * world_size  # tokens left for chunks, per rank
         self.routed = 0  # bytes of routing of cached prefixes
-        self.closed: set[int] = set()  # ranks that take nobody else in this step
-        self.loads: list[int] | None = None  # in tokens, see nmoe/scheduler/placement.py; computed when first needed
+        self.closed: set[int] = set()  # ranks that admit nobody else in this step
+        self.loads: list[int] | None = None  # in tokens, see nmoe/scheduler/placement.py; computed on first use
         self.chunks: list[list[Chunk]] = [[] for _ in range(world_size)]
         self.pages = [array("i") for _ in range(world_size)]  # slot, page, slot, page, ...
         self.admits: list[list[Admit]] = [[] for _ in range(world_size)]
-        self.reserved = [0] * world_size  # cells that the batch's rows will take, per rank
-        self.row_cells: list[list[int]] = [[] for _ in range(world_size)]  # those they took
+        self.reserved = [0] * world_size  # cells set aside for the batch's rows, per rank
+        self.row_cells: list[list[int]] = [[] for _ in range(world_size)]  # the cells they took
         self.chunk_cells: list[list[int]] = [[] for _ in range(world_size)]
 
     def set_budget(self, tokens: int) -> None:
-        """Let every rank's chunks take `tokens`."""
+        """Give every rank's chunks a budget of `tokens`."""
         self.left = [tokens] * len(self.left)
 
     def give(self, request: Request, pages: list[int]) -> None:
-        """Note that `pages` follow the pages that the request's slot has."""
+        """Record that `pages` are appended to the pages of the request's slot."""
         slot = request.slot % self._num_slots
         rows = self.pages[request.rank]
         for page in pages:
@@ -72,7 +72,7 @@ class Draft:
 
 
 class StepWriter:
-    """Turns drafts into messages; remembers each rank's last rows, to say "the same again" in a few bytes."""
+    """Turns drafts into messages; remembers each rank's last rows so that "same again" takes only a few bytes."""
 
     def __init__(self, generation: int, table: SlotTable) -> None:
         self._generation = generation
@@ -80,7 +80,7 @@ class StepWriter:
         self._last: list[tuple[Batch, int] | None] = [None] * table.world_size
 
     def write(self, step_id: int, numerics: Numerics, batch: Batch, draft: Draft) -> list[Step]:
-        """The Steps of all ranks: `batch`'s rows, then the chunks. Positions have not been advanced yet."""
+        """The Steps of all ranks: `batch`'s rows, then the chunks. Call before positions are advanced."""
         bounds = batch.bounds
         ranks = range(len(bounds) - 1)
         tokens = [bounds[r + 1] - bounds[r] + sum(chunk.count for chunk in draft.chunks[r]) for r in ranks]

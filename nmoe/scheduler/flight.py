@@ -1,4 +1,4 @@
-"""A step that was sent, and what its results mean."""
+"""A step in flight, and how to read its results."""
 
 import msgspec
 import numpy as np
@@ -12,7 +12,7 @@ from nmoe.scheduler.slots import Bools, Ints, Slots
 
 
 class Cargo(msgspec.Struct, frozen=True):
-    """The cells that a step's rows took, and of each the slot and the uid for which."""
+    """The cells that a step's rows took, each with the slot and uid it was taken for."""
 
     cells: Ints
     slots: Slots
@@ -20,7 +20,7 @@ class Cargo(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, batch: Batch, draft: Draft) -> "Cargo | None":
-        """Those of the step that `batch`'s rows and `draft`'s chunks make."""
+        """The cells of the step made of `batch`'s rows and `draft`'s chunks; None if there are none."""
         cells = [cell for taken in (*draft.row_cells, *draft.chunk_cells) for cell in taken]
         if not cells:
             return None
@@ -32,27 +32,27 @@ class Cargo(msgspec.Struct, frozen=True):
 
 
 class Flight(msgspec.Struct):
-    """Who gets which token and which block when every rank has answered.
+    """Who gets which token and which block once every rank has answered.
 
-    `slots` and `uids` name the rows of which something comes back, rank by rank and in row order; a row whose slot has
-    another uid by now belongs to a request that has ended, and its results are dropped.
+    `slots` and `uids` name the rows that return something, rank by rank and in row order. If a row's slot has a
+    different uid by now, its request has ended and its results are dropped.
     """
 
     step_id: int
-    started_at: float  # when it was sent, or when the step before it was complete
+    started_at: float  # when it was sent, or when the previous step completed
     num_tokens: int  # all ranks
     slots: Slots
     uids: npt.NDArray[np.int64]
     bounds: list[int]  # rank r's rows are bounds[r] to bounds[r + 1]
-    samples: Bools | None  # which of the rows bring tokens; None: all
-    returns: Bools | None  # which of the rows bring a block; None: none
-    prefilled: list[Request]  # those whose last chunk is in this step
+    samples: Bools | None  # which of the rows return tokens; None: all
+    returns: Bools | None  # which of the rows return a block; None: none
+    prefilled: list[Request]  # requests whose last chunk is in this step
     cargo: Cargo | None  # None: no row takes cells
     answers: list[StepDone | None]
 
     @classmethod
     def of(cls, step_id: int, now: float, batch: Batch, draft: Draft) -> "Flight":
-        """The flight of the step that `batch`'s rows and `draft`'s chunks make."""
+        """The flight of the step made of `batch`'s rows and `draft`'s chunks."""
         slots, uids, bounds, returns = batch.slots, batch.uids, batch.bounds, batch.returns
         num_tokens = len(slots) + sum(chunk.count for chunks in draft.chunks for chunk in chunks)
         samples = None
@@ -80,7 +80,7 @@ class Flight(msgspec.Struct):
         return cls(step_id, now, num_tokens, slots, uids, bounds, samples, returns, prefilled, cargo, answers)
 
     def answer(self, done: StepDone) -> None:
-        """Keep one rank's results."""
+        """Store one rank's results. Raises RuntimeError if they do not match the step."""
         mine = slice(self.bounds[done.rank], self.bounds[done.rank + 1])
         rows = mine.stop - mine.start if self.samples is None else int(np.count_nonzero(self.samples[mine]))
         tokens = rows if done.counts is None else int(np.frombuffer(done.counts, np.int32).sum())
@@ -107,7 +107,7 @@ class Flight(msgspec.Struct):
         return None not in self.answers
 
     def results(self) -> tuple[Ints, Ints | None]:
-        """All ranks' tokens, and how many each row that samples has; None: one each."""
+        """All ranks' tokens, and the number of tokens of each sampling row; None: one each."""
         answers = [answer for answer in self.answers if answer is not None]
         tokens = np.frombuffer(b"".join(answer.tokens for answer in answers), np.int32)
         if all(answer.counts is None for answer in answers):
@@ -121,7 +121,7 @@ class Flight(msgspec.Struct):
         return tokens, np.concatenate(counts)
 
     def failed(self, num_slots: int) -> list[int]:
-        """The slots, of `num_slots` per rank, whose rows brought nothing that means anything."""
+        """The slots, with `num_slots` per rank, whose rows produced invalid results."""
         return [
             done.rank * num_slots + slot
             for done in self.answers
@@ -130,7 +130,7 @@ class Flight(msgspec.Struct):
         ]
 
     def blocks(self) -> "Blocks | None":
-        """All ranks' blocks; None if no row has one."""
+        """All ranks' blocks; None if no row returns one."""
         if self.returns is None:
             return None
         answers = [answer for answer in self.answers if answer is not None]
@@ -140,16 +140,16 @@ class Flight(msgspec.Struct):
 
 
 class Blocks(msgspec.Struct, frozen=True):
-    """The blocks of some rows, end to end; the size of each row's in bytes, 0 for a row without."""
+    """The blocks of some rows, concatenated, and each row's size in bytes, 0 for a row without one."""
 
     data: bytes
     sizes: Ints
 
     def of(self, rows: Bools) -> "Blocks":
-        """Those of some of the rows."""
+        """The blocks of a subset of the rows."""
         given = self.sizes > 0
         width = int(self.sizes.max(initial=0))
-        if width * np.count_nonzero(given) == len(self.data):  # all of one size: a gather instead of a slice per row
+        if width * np.count_nonzero(given) == len(self.data):  # equal sizes: one gather instead of a slice per row
             table = np.frombuffer(self.data, np.uint8).reshape(-1, max(1, width))
             return Blocks(table[rows[given]].tobytes(), self.sizes[rows])
         ends = np.cumsum(self.sizes, dtype=np.int64)

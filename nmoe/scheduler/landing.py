@@ -1,4 +1,4 @@
-"""The results of a step, given to the requests they belong to."""
+"""Distributes the results of a step to the requests they belong to."""
 
 import msgspec
 import numpy as np
@@ -12,9 +12,9 @@ from nmoe.scheduler.slots import Bools, Ints, Slots
 
 
 class Results(msgspec.Struct, frozen=True):
-    """What a step brought: tokens in row order (counts None: one per row), and who ended by it, as (slot, reason).
+    """What a step produced: tokens in row order (counts None: one per row), and which rows ended, as (slot, reason).
 
-    `failed`: the slots of live rows whose logits were not finite; none of what they brought is here.
+    `failed`: slots of live rows whose logits were not finite; their results are left out.
     """
 
     uids: npt.NDArray[np.int64]
@@ -45,14 +45,14 @@ def append_results(flight: Flight, ranks: Ranks) -> Results:
 
 
 def deliver_cells(flight: Flight, ranks: Ranks) -> None:
-    """The cells of live rows are their frontends' from now on; those of the others are free."""
+    """Give the cells of live rows to their frontends, and free those of the others."""
     if cargo := flight.cargo:
         live = ranks.table.uid[cargo.slots] == cargo.uids
         ranks.cells.deliver(cargo.cells, np.where(live, cargo.uids, -1))
 
 
 def _spread(counts: Ints | None, flight: Flight) -> Ints:
-    """The counts of all rows, from those of the rows that sample."""
+    """Expand the counts of the sampling rows to all rows."""
     if flight.samples is None and counts is not None:
         return counts
     spread = np.zeros(len(flight.slots), np.int32)
@@ -69,7 +69,7 @@ def _one_each(flight: Flight, ranks: Ranks, tokens: Ints, live: Bools) -> Result
 
 
 def _several(flight: Flight, ranks: Ranks, tokens: Ints, counts: Ints, live: Bools) -> Results:
-    """Round j appends the j-th token of every row that has one and has not ended before it."""
+    """Round j appends the j-th token of every row that has one and has not ended yet."""
     starts = np.cumsum(counts) - counts
     taken = np.zeros(len(tokens), np.bool_)
     kept = np.zeros(len(counts), np.int32)
@@ -88,7 +88,7 @@ def _several(flight: Flight, ranks: Ranks, tokens: Ints, counts: Ints, live: Boo
 
 
 def _catch_up(flight: Flight, ranks: Ranks, rows: npt.NDArray[np.int64], kept: Ints) -> None:
-    """A row was planned as one token; what it returned beyond moves the rows that follow it."""
+    """Each row was planned as one token; any extra tokens it returned advance the row's next position."""
     table = ranks.table
     for slot, extra in zip(flight.slots[rows].tolist(), (kept[rows] - 1).tolist(), strict=True):
         request = table.request(slot)

@@ -1,4 +1,4 @@
-"""What goes to the frontends: one Tokens message per frontend and step, terminal entries included."""
+"""Messages to the frontends: one Tokens message per frontend and step, terminal entries included."""
 
 from collections.abc import Iterator
 
@@ -12,13 +12,13 @@ from nmoe.scheduler.slots import Ints
 
 Uids = npt.NDArray[np.int64]
 
-_STRIDE = make_uid(1, 0, 0)  # the uids of one frontend are a range of this length
+_STRIDE = make_uid(1, 0, 0)  # the uids of one frontend span a range of this length
 
 
 class Outbox:
-    """What steps brought, in order, and the terminal entries since.
+    """The results of steps, in order, and the terminal entries since.
 
-    Messages are made of it when they are to be sent: the next Step goes first, and what it waits for must be short.
+    Messages are built only when they are about to be sent: the next Step goes out first and must not be delayed.
     """
 
     def __init__(self, generation: int) -> None:
@@ -27,16 +27,16 @@ class Outbox:
         self._ended: dict[int, list[Ended]] = {}  # by frontend
 
     def end(self, entry: Ended) -> None:
-        """The terminal entry of a request, whose last tokens are in the next `tokens` at the latest."""
+        """Add a request's terminal entry; its last tokens come with the next `tokens` call at the latest."""
         self._ended.setdefault(uid_frontend(entry.uid), []).append(entry)
 
     def tokens(self, uids: Uids, tokens: Ints, counts: Ints | None, blocks: Blocks | None = None) -> None:
-        """One step's tokens and blocks, in row order; counts None: one per row."""
+        """Add one step's tokens and blocks, in row order; counts None: one per row."""
         self._landed.append(_Landed(uids, tokens, counts, blocks, self._ended))
         self._ended = {}
 
     def drain(self) -> list[tuple[int, Tokens]]:
-        """All that is to be sent, as (frontend, message), oldest first."""
+        """Everything there is to send, as (frontend, message), oldest first."""
         messages = [message for landed in self._landed for message in self._messages(landed)]
         messages += self._rest(self._ended)
         self._landed, self._ended = [], {}
@@ -58,7 +58,7 @@ class Outbox:
         yield from self._rest(landed.ended)
 
     def _message(self, frontend: int, landed: "_Landed") -> tuple[int, Tokens]:
-        """All of `landed` is the frontend's, but for the terminal entries of others."""
+        """The message for `landed`, all of which is `frontend`'s except other frontends' terminal entries."""
         counts, blocks, ended = landed.counts, landed.blocks, tuple(landed.ended.pop(frontend, ()))
         packed = None if counts is None or bool((counts == 1).all()) else counts.tobytes()
         data, sizes = (blocks.data, blocks.sizes.tobytes()) if blocks and blocks.data else (b"", None)
@@ -66,12 +66,12 @@ class Outbox:
         return frontend, Tokens(self._generation, uids, tokens, packed, ended, data, sizes)
 
     def _rest(self, ended: dict[int, list[Ended]]) -> list[tuple[int, Tokens]]:
-        """The terminal entries that no tokens come with."""
+        """The terminal entries that are not accompanied by tokens."""
         return [(each, Tokens(self._generation, b"", b"", None, tuple(entries))) for each, entries in ended.items()]
 
 
 class _Landed(msgspec.Struct, frozen=True):
-    """What a step brought, and the terminal entries that go with it, by frontend."""
+    """The results of a step and the terminal entries that go with it, the latter by frontend."""
 
     uids: Uids
     tokens: Ints

@@ -6,13 +6,13 @@
       |                                                 v        |
       +-----------evict (least recently used), cut--- cached ----+
 
-A page's references are the requests that have it in their page list. A request that holds a tree page holds all pages
-on the path to it, so no node has more references than its parent. `release` lets go of the deepest page first;
-therefore the pages without references, in the order in which they lost the last one, have every node after its
+A page's reference count is the number of requests that have it in their page list. A request that holds a tree page
+holds every page on the path to it, so no node has more references than its parent. `release` drops the deepest page
+first; therefore, ordering unreferenced pages by when they lost their last reference puts every node after its
 descendants, and the oldest of them is always a leaf.
 
 Pages that a `lasting` request shared or published are evicted after all others. Such a request holds the whole path to
-its pages, so a lasting page's ancestors are lasting too, and what is evicted before them is never above them.
+its pages, so a lasting page's ancestors are lasting too, and no page is evicted before its descendants.
 
 Conservation: free + cached + held == num_pages, each page once.
 """
@@ -27,21 +27,21 @@ from nmoe.scheduler.stats import Stats
 
 
 class PagePool:
-    """Page ownership; knows nothing of requests, ranks or steps."""
+    """Page ownership; knows nothing about requests, ranks or steps."""
 
     def __init__(self, num_pages: int, stats: Stats) -> None:
         self.num_pages = num_pages
         self._stats = stats
         self.tree = PrefixTree(num_pages)
-        self._free = array("i", range(num_pages - 1, -1, -1))  # the last is taken first
+        self._free = array("i", range(num_pages - 1, -1, -1))  # the last one is taken first
         self._references = array("i", bytes(4 * num_pages))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self._cached_last: OrderedDict[int, None] = OrderedDict()  # the lasting ones, likewise
+        self._cached_last: OrderedDict[int, None] = OrderedDict()  # lasting pages, in the same order
         self._lasting = bytearray(num_pages)  # 1 for pages in the tree that are evicted last
 
     @property
     def num_free(self) -> int:
-        """Pages that hold nothing."""
+        """Pages with no contents."""
         return len(self._free)
 
     @property
@@ -51,17 +51,17 @@ class PagePool:
 
     @property
     def available(self) -> int:
-        """Pages that `take` can give."""
+        """How many pages `take` can provide."""
         return len(self._free) + self.num_cached
 
     def fits(self, keys: list[bytes], new: int) -> bool:
-        """Whether `new` pages could be taken after `keys`' pages, all in the tree, have been shared."""
+        """Whether `new` pages could still be taken after sharing the pages of `keys`, all of which are in the tree."""
         spare = self.available - new
         if spare < 0:
             return False
         if spare >= len(keys):
             return True
-        # Sharing takes the pages without references out of the reach of eviction; they are the deepest of the path.
+        # Sharing protects unreferenced pages from eviction; these are the deepest pages of the path.
         unused = 0
         for page in reversed(self.tree.pages(keys)):
             if self._references[page]:
@@ -70,7 +70,7 @@ class PagePool:
         return spare >= unused
 
     def share(self, keys: list[bytes], lasting: bool = False) -> list[int]:
-        """The pages of `keys`, with one more reference each."""
+        """The pages of `keys`, adding one reference to each."""
         pages = self.tree.pages(keys)
         for page in pages:
             if self._references[page] == 0:
@@ -80,7 +80,7 @@ class PagePool:
         return pages
 
     def take(self, count: int) -> list[int]:
-        """`count` private pages, evicting as needed. The caller has checked `available`."""
+        """Take `count` private pages, evicting as needed. The caller has checked `available`."""
         while len(self._free) < count:
             page, _ = (self._cached or self._cached_last).popitem(last=False)
             self.tree.remove(page)
@@ -93,14 +93,14 @@ class PagePool:
         return pages
 
     def publish(self, key: bytes, page: int, parent: int, lasting: bool = False) -> bool:
-        """Enter a held page into the tree, behind the page `parent`, -1 at the root. False if it has no place there
-        (see `PrefixTree.insert`); then it stays private."""
+        """Insert a held page into the tree as a child of `parent`, -1 at the root. If the tree does not accept it
+        (see `PrefixTree.insert`), returns False and the page stays private."""
         entered = self.tree.insert(key, page, parent)
         self._lasting[page] |= lasting and entered
         return entered
 
     def cut(self, keys: list[bytes]) -> None:
-        """Nobody may share what is not proven on the path of `keys`, nor what hangs on it. Who holds it keeps it."""
+        """Stop sharing the unproven pages on the path of `keys` and their descendants. Current holders keep them."""
         for page in self.tree.cut(keys):
             if self._references[page] == 0:
                 del (self._cached_last if self._lasting[page] else self._cached)[page]
@@ -108,7 +108,7 @@ class PagePool:
             self._lasting[page] = 0
 
     def release(self, pages: list[int]) -> None:
-        """Give back one reference to each of a request's pages, given in the order of its positions."""
+        """Drop one reference to each of a request's pages, given in position order."""
         for page in reversed(pages):
             left = self._references[page] - 1
             if left < 0:
@@ -121,7 +121,7 @@ class PagePool:
                     self._free.append(page)
 
     def check(self, idle: bool) -> None:
-        """Raise RuntimeError unless every page is in exactly one place; `idle` says that no request holds any."""
+        """Raise RuntimeError unless every page is in exactly one place; `idle` asserts that no request holds any."""
         references = np.frombuffer(self._references, np.int32)
         in_tree = np.frombuffer(self.tree.holds, np.int8).astype(bool)
         free = np.bincount(np.frombuffer(self._free, np.int32), minlength=self.num_pages)

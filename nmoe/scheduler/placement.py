@@ -1,9 +1,9 @@
-"""On which rank a request runs: the one with the least load plus the least of the prompt still to compute.
+"""Chooses a request's rank: the one that minimises the rank's load plus the uncached part of the prompt.
 
-Both are tokens. A rank's load is what its requests still have to compute: prompt tokens not planned yet, and tokens to
-generate, of which no more than EXPECTED_OUTPUT count per request, since max_tokens is often a cap far above what
-comes. So a rank that has a long prefix cached attracts requests until its backlog outweighs the recomputation, or
-until it is full; then the prefix is computed on another rank too, and spreads.
+Both are in tokens. A rank's load is what its requests still have to compute: prompt tokens not yet planned, plus tokens
+to generate, capped at EXPECTED_OUTPUT per request because max_tokens is often a limit far above the actual length. So a
+rank with a long cached prefix attracts requests until its backlog outweighs the cost of recomputing the prefix, or
+until it is full; then another rank computes the prefix too, and it spreads.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ def place(
 ) -> tuple[int, int] | None:
     """The rank for `request` and how many of its pages are cached there; None if it fits nowhere.
 
-    Candidates are the keys of `loads` (tokens, see above). It fits if the pages it lacks of its `num_pages` leave the
-    rank `reserves[rank]` pages, so that the requests that run there can grow and nobody is preempted at once.
+    The candidates are the keys of `loads` (in tokens, see above). A request fits if, once it has the pages it lacks of
+    its `num_pages`, the rank has `reserves[rank]` pages left, so that running requests can grow without preemption.
     """
     known_len, keys = request.known_len, request.shared_keys(page_size)
     costs = []

@@ -1,8 +1,8 @@
-"""What one lane does in a step: pages for the rows that go on, chunks for prompts, admissions as long as there is room.
+"""Plans one lane's part of a step: pages for running rows, prompt chunks, and admissions while there is room.
 
-The budget is smaller while rows of any lane but BULK decode, whosever step it is: they wait for its chunks. In every
-lane but BULK running rows come first, then the chunks. In BULK prompts come first: its rows go on when nobody else can
-be admitted, with a batch as full as it gets.
+The budget is smaller while any lane but BULK has decode rows, whichever lane's step it is, because those rows wait for
+the step's chunks. Outside BULK, running rows come first, then chunks. In BULK, prompts come first: its rows run only
+when nobody else can be admitted, so that the batch is as full as it gets.
 """
 
 import math
@@ -21,7 +21,7 @@ from nmoe.scheduler.slots import Bools, Slots
 from nmoe.scheduler.stats import Stats
 from nmoe.scheduler.waiting import Waiting
 
-# Of cached prefixes that begin in one step; as much as a step's own chunks make with 16,384 tokens of DeepSeek-V3.
+# Of cached prefixes starting in one step; about what the chunks of a 16,384-token step return for DeepSeek-V3.
 _ROUTED_BYTES = 8 << 20
 
 
@@ -44,14 +44,14 @@ class Planner:
         self._stats = stats
 
     def has_work(self, lane: Lane) -> bool:
-        """Whether the lane has anything to plan, room aside."""
+        """Whether the lane has anything to plan, ignoring room."""
         ranks = self._ranks
         return bool(
             ranks.prefills[lane] or self._waiting.count(lane) or ranks.batches[lane].slots.size or ranks.costly[lane]
         )
 
     def plan(self, lane: Lane, now: float) -> tuple[Batch, Draft]:
-        """The rows that go on and everything else that the lane does in the next step; both may be empty."""
+        """The rows that continue, and everything else the lane does in the next step; both may be empty."""
         draft = Draft(self._limits)
         batch = self._ranks.batches[lane]
         if lane is not Lane.BULK:
@@ -63,7 +63,7 @@ class Planner:
             return batch, draft
         self._prefill(lane, draft, now)
         self._ration(lane)
-        # Rows that must take pages from others wait for a step without chunks: the others may have one in this step.
+        # Rows that must preempt others for pages wait for a step without chunks: a victim may have a chunk in this one.
         if draft.has_chunks() and (self._admission.continues(lane, draft) or self._lacks_pages(batch)):
             return self._ranks.no_rows, draft
         self._extend(batch, draft)
@@ -72,8 +72,8 @@ class Planner:
         return batch, draft
 
     def _ration(self, lane: Lane) -> None:
-        """Each row with logits takes a cell of the arena: the oldest go on, those without one stand still, and those
-        that are read too slowly."""
+        """Each row with logits needs a cell of the arena. The oldest go first; those that get none, or are read too
+        slowly, stall."""
         ranks = self._ranks
         if costly := ranks.costly[lane]:
             left = [ranks.cells.num_free(rank) for rank in range(self._limits.world_size)]
@@ -85,7 +85,7 @@ class Planner:
                     ranks.stall(request)
 
     def _reserve(self, batch: Batch, draft: Draft) -> None:
-        """Keep cells for the batch's rows from the chunks."""
+        """Set aside cells for the batch's rows, so that chunks do not take them."""
         if batch.logits is not None:
             by_rank = batch.slots[batch.logits] // self._limits.num_slots
             draft.reserved = np.bincount(by_rank, minlength=self._limits.world_size).tolist()
@@ -95,14 +95,14 @@ class Planner:
             draft.row_cells = [self._ranks.cells.take(rank, count) for rank, count in enumerate(draft.reserved)]
 
     def _short(self, batch: Batch) -> Bools:
-        """Which rows need a page for their next token."""
+        """Which rows need another page for their next token."""
         table, slots = self._ranks.table, batch.slots
         last = np.minimum(table.position[slots] + self._limits.lookahead, table.end[slots] - 1)
         short: Bools = last >= table.capacity[slots]
         return short
 
     def _page_counts(self, slots: Slots) -> tuple[list[int], list[int]]:
-        """How many pages each of `slots`, which are short of some, needs, and each rank for them together."""
+        """The number of pages needed by each of `slots`, all of which are short of some, and the total per rank."""
         table, limits = self._ranks.table, self._limits
         last = np.minimum(table.position[slots] + limits.lookahead, table.end[slots] - 1)
         counts = (last + 1 - table.capacity[slots] + limits.page_size - 1) // limits.page_size
@@ -117,7 +117,7 @@ class Planner:
         return bool(len(slots)) and not self._covered(self._page_counts(slots)[1])
 
     def _extend(self, batch: Batch, draft: Draft) -> None:
-        """Make sure that every running row has the pages for its next token."""
+        """Make sure every running row has the pages for its next token."""
         short = self._short(batch)
         if not np.count_nonzero(short):
             return
@@ -130,7 +130,7 @@ class Planner:
             self._grow_by_age(needs, draft)
 
     def _grow_by_age(self, needs: list[tuple[Request, int]], draft: Draft) -> None:
-        """Oldest first: whoever is preempted is younger than who needs the page, so it was given none in this step."""
+        """Oldest first. A victim is younger than the request it yields to, so it was given no pages in this step."""
         ranks = self._ranks
         for request, count in sorted(needs, key=lambda need: need[0].order):
             while request.state is State.DECODE and ranks.pools[request.rank].available < count:
@@ -139,13 +139,13 @@ class Planner:
                 ranks.grow(request, ranks.pools[request.rank].take(count), draft)
 
     def _prefill(self, lane: Lane, draft: Draft, now: float) -> None:
-        """Fill the budget with chunks; a waiting request goes before those begun that come after it in the order."""
+        """Fill the budget with chunks. A waiting request precedes any started request that follows it in the order."""
         batches = self._ranks.batches
         decoding = any(batches[other].slots.size for other in Lane if other is not Lane.BULK)
         draft.set_budget(self._limits.chunk(decoding))
         for request in sorted(self._ranks.prefills[lane], key=lambda request: request.order):
             self._admit(lane, draft, request.order, now)
-            if request.state is State.PREFILL:  # else it has yielded to one of those
+            if request.state is State.PREFILL:  # otherwise it was preempted for one of them
                 self._chunk(request, draft)
         self._admit(lane, draft, (math.inf, 0), now)
 
@@ -159,8 +159,8 @@ class Planner:
             self._route_cached(request, draft)
 
     def _route_cached(self, request: Request, draft: Draft) -> None:
-        """The routing of a cached prefix comes back at once, however long it is: the siblings of one long prompt would
-        fill hundreds of megabytes together, which all ranks would wait for. So they come in one step after another."""
+        """A cached prefix returns its routing at once, however long it is. Together the siblings of one long prompt
+        would return hundreds of megabytes and hold up all ranks, so spread them over several steps."""
         if request.returns.routing:
             cached = int(self._ranks.table.position[request.slot]) - request.returned
             draft.routed += max(0, cached) * self._limits.routing_bytes
@@ -168,7 +168,7 @@ class Planner:
                 draft.set_budget(0)
 
     def _chunk(self, request: Request, draft: Draft, least: int = 0) -> None:
-        """`least`: of a request that begins in this step, which must have a row there. It found a cell for one."""
+        """`least`: 1 for a request admitted in this step, which must get a row; admission found a cell for it."""
         first = int(self._ranks.table.position[request.slot])
         most = min(draft.left[request.rank], self._limits.chunk_of(request.returns))
         count = min(most, request.known_len - first)
@@ -181,14 +181,14 @@ class Planner:
             draft.chunks[request.rank].append(Chunk.of(request, first, count))
 
     def _affordable(self, request: Request, first: int, count: int, draft: Draft) -> int:
-        """How many of the `count` tokens from `first` there are cells for; each needs one at most."""
+        """How many of the `count` tokens from `first` have cells available; each needs at most one."""
         cells = self._ranks.cells
         left = min(
             cells.num_free(request.rank) - draft.reserved[request.rank],
             max(0, self._limits.cells_share - cells.held(request.uid)),
         )
         while request.cells_for(first, count) > left:
-            count -= max(1, request.cells_for(first, count) - left - 1)  # the last may be for the sample
+            count -= max(1, request.cells_for(first, count) - left - 1)  # the last cell may be for the sample
         return count
 
     def _count_admitted(self, request: Request) -> None:

@@ -1,8 +1,8 @@
-"""The frontends' link: what cannot be sent to one that has stopped reading, and what it is told when it reads again.
+"""The link to the frontends: what happens when one stops reading, and what it is sent when it reads again.
 
-A link holds so much (`ipc.HIGH_WATER_MARK`) that a full one means a frontend that lives but has not read for a long
-time. What does not go in is lost, but for the ends of requests: they are owed, and go first when there is room again.
-A request of which something was lost must not go on behind a gap, so all that frontend's requests end with an error:
+The link's queue is long (`ipc.HIGH_WATER_MARK`), so a full one means a frontend that is alive but has not read for a
+long time. Messages that do not fit are lost, except terminal entries: they are owed, and go first once there is room.
+A request must not continue after losing part of its output, so all of that frontend's requests end with an error:
 
     sent ---link full---> cut (nothing is sent) ---`settle`: its requests have ended---> owed ---all paid---> sent
 
@@ -28,7 +28,7 @@ UNREAD = RequestError(
 
 
 class Post:
-    """Sends to frontends. `on_gone` is called with one that is not connected."""
+    """Sends to frontends. Calls `on_gone` with any frontend that is not connected."""
 
     def __init__(self, link: "zmq.Socket[bytes]", cells: Cells, on_gone: Callable[[int], None]) -> None:
         self._link, self._cells, self._on_gone = link, cells, on_gone
@@ -38,7 +38,7 @@ class Post:
         self.cut: set[int] = set()  # frontends whose requests must end
 
     def send(self, frontend: int, message: SchedulerToFrontend) -> None:
-        """Send a message, or keep what must be told of it."""
+        """Send a message, or keep the part of it that must not be lost."""
         if frontend not in self.cut and self._pay(frontend) and self._try(frontend, message):
             return
         self._num_unread += 1
@@ -52,7 +52,7 @@ class Post:
         self._owed.setdefault(frontend, []).append(message)
 
     def settle(self) -> None:
-        """The requests of all that are cut have ended, and `send` has been told."""
+        """Call once the requests of every cut frontend have ended and been passed to `send`."""
         self.cut.clear()
         self.pay()
 
@@ -62,17 +62,17 @@ class Post:
             self._pay(frontend)
 
     def forget(self, frontend: int) -> None:
-        """The frontend is gone, or begins anew."""
+        """The frontend is gone, or is starting over."""
         self._owed.pop(frontend, None)
         self.cut.discard(frontend)
 
     def take_unread(self) -> int:
-        """How many messages found no room since the last call."""
+        """The number of messages that found no room since the last call."""
         count, self._num_unread = self._num_unread, 0
         return count
 
     def _pay(self, frontend: int) -> bool:
-        """Whether nothing is owed any more."""
+        """Send what is owed to a frontend. Returns whether nothing is left."""
         while owed := self._owed.get(frontend):
             if not self._try(frontend, owed[0]):
                 return False
@@ -81,7 +81,7 @@ class Post:
         return True
 
     def _try(self, frontend: int, message: SchedulerToFrontend) -> bool:
-        """False if the link is full."""
+        """Returns False if the link is full."""
         outcome = ipc.route(self._link, frontend, self._encode(message))
         if outcome == "gone":
             self.forget(frontend)
@@ -89,7 +89,7 @@ class Post:
         return outcome != "full"
 
     def _release_cells(self, message: Tokens) -> None:
-        """Nobody will read the logits of these rows."""
+        """Free the cells of these rows: nobody will read their logits."""
         blocks, start = memoryview(message.blocks), 0
         sizes = memoryview(message.block_sizes or b"").cast("i").tolist()
         for uid, size in zip(memoryview(message.uids).cast("q").tolist(), sizes, strict=False):

@@ -1,7 +1,7 @@
-"""Requests that lost their pages, until they wait again.
+"""Preempted requests, from losing their pages until they are queued again.
 
-A preempted request requeues at its old place when its rows in flight have returned: their tokens and blocks are
-delivered like all others. Then it knows what has come back, and asks for none of it again.
+A preempted request returns to its old place in the queue once its rows in flight have returned; their tokens and blocks
+are delivered as usual. By then it knows what it has already returned, and does not request any of it again.
 """
 
 from nmoe.scheduler.ranks import Ranks
@@ -11,7 +11,7 @@ from nmoe.scheduler.waiting import Waiting
 
 
 class Preemption:
-    """Knows which steps are in flight only by their numbers: those sent and not landed."""
+    """Tracks the steps in flight only by number: those sent but not landed."""
 
     def __init__(self, ranks: Ranks, waiting: Waiting, stats: Stats) -> None:
         self._ranks = ranks
@@ -21,7 +21,7 @@ class Preemption:
         self._draining: list[tuple[int, Request]] = []  # (last step with a row of it, request)
 
     def preempt(self, request: Request) -> None:
-        """Take a request's pages. Its rows in the step that is being planned must not have been planned yet."""
+        """Take away a request's pages. None of its rows may have been planned yet in the step being planned."""
         table = self._ranks.table
         if request.state is State.PREFILL:
             request.returned = max(request.returned, int(table.position[request.slot]))
@@ -36,11 +36,11 @@ class Preemption:
             self._requeue(request)
 
     def sent(self, step_id: int) -> None:
-        """A step is in flight."""
+        """A step has been sent."""
         self._sent = step_id
 
     def landed(self, step_id: int) -> None:
-        """A step's results have been delivered, and those of all before it."""
+        """The results of a step, and of all steps before it, have been delivered."""
         self._landed = step_id
         drained = [request for step, request in self._draining if step <= step_id]
         if drained:

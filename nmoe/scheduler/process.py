@@ -1,13 +1,13 @@
 """The scheduler process: sockets, clock and metrics around the policy.
 
-One thread and one loop: take what has arrived, plan while fewer than `steps_in_flight` steps are out, send the steps
-first and the tokens after them, sleep in poll when nothing has come. All waiting is in that one poll.
+One thread, one loop: take what has arrived, plan while fewer than `steps_in_flight` steps are out, send steps first and
+tokens after them, and sleep in poll when there is nothing to do. That poll is the only place it waits.
 
     not serving --every worker has said Ready--> serving --a worker is gone--> not serving
 
-While not serving there is no policy, and requests are rejected with 503. A worker's death takes all workers along (the
-launcher restarts them as a group), so their messages count again from their next life on. A frontend's death, or the
-first message of its next life, ends the requests of its earlier life.
+While not serving there is no policy, and requests are rejected with 503. A worker's death takes all workers down (the
+launcher restarts them as a group), so messages from workers are ignored until their next life. A frontend's death, or
+the first message of its next life, ends the requests of its previous life.
 """
 
 import gc
@@ -43,17 +43,17 @@ from nmoe.scheduler.scheduler import Scheduler
 
 _log = logging.getLogger("nmoe.scheduler")
 _HEARTBEAT_S = 1.0
-_REPORT_S = 0.05  # between two looks at what the policy has counted, while it has work
-_BURST = 64  # requests taken at once, so that a flood of them does not keep results waiting
-_NOWAIT = int(zmq.NOBLOCK)  # as a plain number: zmq's enumerations take longer than receiving
+_REPORT_S = 0.05  # between reports of the policy's counters while it has work
+_BURST = 64  # requests taken at once, so that a flood of them does not delay results
+_NOWAIT = int(zmq.NOBLOCK)  # a plain int, because converting zmq's enum takes longer than the receive itself
 
 
 def main(boot: ipc.Boot) -> None:
     """Schedule until the launcher hangs up. Raises CheckpointError when the model's config.json cannot be read."""
     with zmq.Context() as context:
         process = Process(boot, context)
-        # The hot path makes no reference cycles, but enough objects to set the collector off, and one pass of it takes
-        # longer than planning a step. So it runs only when the engine is idle.
+        # The hot path creates no reference cycles, but it allocates enough objects to trigger the collector, and one
+        # pass takes longer than planning a step. So it runs only when the engine is idle.
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -66,7 +66,7 @@ def main(boot: ipc.Boot) -> None:
 
 
 class Process:
-    """The loop, and who is at the other ends."""
+    """The loop, and its peers: launcher, workers and frontends."""
 
     def __init__(self, boot: ipc.Boot, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
         config = boot.config
@@ -80,11 +80,11 @@ class Process:
         self._report = Report(boot.board.rows[row_index("scheduler", 0, config.parallel.world_size)])
         self._beat_at = 0.0
         self._report_at = 0.0
-        self._frontends: dict[int, int] = {}  # number -> newest generation seen
-        self._greeted: set[int] = set()  # frontends that want to know when the engine serves
+        self._frontends: dict[int, int] = {}  # index -> newest generation seen
+        self._greeted: set[int] = set()  # frontends to tell when the engine serves
         self._ready: dict[int, int] = {}  # rank -> its num_pages
         self._workers = 0  # newest generation seen
-        self._dead_workers = 0  # newest generation known to be dead
+        self._dead_workers = 0  # newest generation known to have died
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode_frontend = msgspec.msgpack.Decoder(FrontendToScheduler).decode
         self._decode_worker = msgspec.msgpack.Decoder(WorkerToScheduler).decode
@@ -97,7 +97,7 @@ class Process:
             self._poller.register(source, zmq.POLLIN)
 
     def run(self) -> None:
-        """The loop; returns when the launcher hangs up."""
+        """Run until the launcher hangs up."""
         while (ready := self._rest()) is not None:
             if self._worker_link in ready:
                 self._take_results()
@@ -108,14 +108,14 @@ class Process:
             self._beat()
 
     def close(self) -> None:
-        """Put the last numbers on the board; drop the links and what is still queued on them."""
+        """Write the final numbers to the board; drop the links and whatever is still queued on them."""
         if self._policy:
             self._report.update(self._policy)
         self._frontend_link.close()
         self._worker_link.close()
 
     def _heed_launcher(self) -> bool:
-        """False when the launcher has hung up."""
+        """Handle one message from the launcher. Returns False if it has hung up."""
         try:
             message = self._boot.control.receive()
         except EOFError:
@@ -130,7 +130,7 @@ class Process:
         return True
 
     def _beat(self) -> None:
-        """Say that the process lives, if it is time."""
+        """Publish the heartbeat, if it is due."""
         now = time.monotonic()
         if now >= self._beat_at:
             self._report.beat(now)
@@ -143,10 +143,10 @@ class Process:
                 self._policy.check_idle()
 
     def _rest(self) -> list[Any] | None:
-        """Sleep until something comes or the heart must beat: the links that have something. None when the launcher has
-        hung up.
+        """Sleep until something arrives or the heartbeat is due. Returns the links with messages, or None if the
+        launcher has hung up.
 
-        Returns at once when something is left to be taken.
+        Returns at once if messages are still pending.
         """
         now = time.monotonic()
         if self._policy and (self._policy.idle or now >= self._report_at):
@@ -168,7 +168,7 @@ class Process:
                 self._policy.complete(message, time.monotonic())
 
     def _welcome(self, ready: Ready) -> None:
-        """A worker has loaded. With the last of them the engine serves."""
+        """A worker has loaded. Start serving when the last one has."""
         if ready.generation > self._workers:
             self._lose_workers("the workers were restarted")
             self._workers = ready.generation
@@ -182,7 +182,7 @@ class Process:
                 self._post.send(frontend, Serving(self._boot.generation, limits.max_seq_len, self._workers))
 
     def _lose_workers(self, why: str) -> None:
-        """All workers are gone, with the cache and every step in flight: nothing to do until their next life."""
+        """All workers are gone, along with the cache and every step in flight: stop serving until their next life."""
         self._dead_workers = self._workers
         self._ready.clear()
         if policy := self._policy:
@@ -227,13 +227,13 @@ class Process:
                 self._greeted.add(frontend)
                 self._post.forget(frontend)
                 if policy:
-                    policy.forget(frontend, None)  # what it asked for before, it has given up
+                    policy.forget(frontend, None)  # it has given up on its earlier requests
                     serving = Serving(self._boot.generation, policy.limits.max_seq_len, self._workers)
                     self._post.send(frontend, serving)
             case Submit():
                 rejected = self._submit(message)
                 if rejected and rejected.status == 429:
-                    self._plan()  # those that came just before it may have been waiting for no more than that
+                    self._plan()  # planning may admit queued requests and so make room
                     rejected = self._submit(message)
                 if rejected:
                     self._post.send(frontend, rejected)
@@ -253,7 +253,7 @@ class Process:
         return self._policy.submit(submit, time.monotonic())
 
     def _lose_frontend(self, frontend: int) -> None:
-        """Nobody is there to read what its requests bring."""
+        """Nobody is left to read the output of its requests."""
         self._greeted.discard(frontend)
         self._post.forget(frontend)
         if self._policy:
@@ -274,7 +274,7 @@ class Process:
             self._report.add_unread(unread)
 
     def _end_unread(self, policy: Scheduler) -> None:
-        """Frontends that live have stopped reading, and something was lost: none of their requests may go on."""
+        """Live frontends have stopped reading and output was lost: end all their requests."""
         for frontend in sorted(self._post.cut):
             count = policy.fail(frontend, UNREAD)
             _log.error("frontend %d stopped reading a while ago: its %d requests end with an error", frontend, count)
@@ -284,8 +284,8 @@ class Process:
 
 
 def _receive(link: "zmq.Socket[bytes]") -> tuple[bytes, bytes] | None:
-    """The next message, behind its sender's identity, if one is there."""
+    """The sender's identity and the next message, or None if there is none."""
     try:
         return link.recv(_NOWAIT), link.recv(_NOWAIT)
-    except zmq.Again:  # of the first: the parts of a message arrive together
+    except zmq.Again:  # by the first recv: the parts of a message arrive together
         return None

@@ -1,4 +1,4 @@
-"""Who lives on which rank: slots, pages, batches. The moves of a request, without the decisions."""
+"""Slots, pages and batches of every rank, and the state changes of requests; the decisions are made elsewhere."""
 
 from nmoe.messages import Admit
 from nmoe.profiles import Lane
@@ -16,9 +16,9 @@ from nmoe.scheduler.stats import Stats
 class Ranks:
     """The state of all ranks.
 
-    `running` counts a rank's requests that have rows still to be launched, never more than max_batch_size. `news` grows
-    whenever a rank may have become roomier for someone: pages or batch room freed, pages entered into the tree, a
-    request stalled.
+    `running` counts a rank's requests with rows left to launch; it never exceeds max_batch_size. `news` grows whenever
+    a rank may have gained room for some request: pages or batch room freed, pages inserted into the tree, a request
+    stalled.
     """
 
     def __init__(self, limits: Limits, stats: Stats, cells: Cells) -> None:
@@ -26,27 +26,27 @@ class Ranks:
         self.table = SlotTable(limits.world_size, limits.num_slots)
         self.pools = [PagePool(limits.num_pages, stats) for _ in range(limits.world_size)]
         self.batches = {lane: Batch(self.table) for lane in Lane}
-        self.no_rows = Batch(self.table)  # in place of a batch that waits
+        self.no_rows = Batch(self.table)  # stands in for a batch that waits
         self.prefills: dict[Lane, list[Request]] = {lane: [] for lane in Lane}
-        self.costly: dict[Lane, list[Request]] = {lane: [] for lane in Lane}  # decoding, each row for a cell
+        self.costly: dict[Lane, list[Request]] = {lane: [] for lane in Lane}  # decoding; each row takes a cell
         self.cells = cells
         self.running = [0] * limits.world_size
         self.news = [0] * limits.world_size
         self._residents = [0] * limits.world_size  # requests that hold pages
 
     def has_room(self, rank: int) -> bool:
-        """Whether one more request may run on `rank`, pages aside."""
+        """Whether one more request may run on `rank`, ignoring pages."""
         return self.running[rank] < self._limits.max_batch_size and self.table.num_free(rank) > 0
 
     def pages_needed(self, request: Request) -> int:
-        """The pages with which a request begins: for its known tokens, and what its first row may write beyond."""
+        """The pages a request starts with: for its known tokens, plus what its first row may write beyond them."""
         return self._limits.pages(min(request.known_len + self._limits.lookahead, request.last_computed))
 
     def admit(self, request: Request, rank: int, cached: int, draft: Draft) -> None:
         """Place a waiting request on `rank`, where the pages of its first `cached` keys are in the tree."""
         pool = self.pools[rank]
         covered = cached * self._limits.page_size
-        # A sample needs a forward, so a prompt that is cached to its end recomputes its last token.
+        # Sampling needs a forward pass, so a fully cached prompt recomputes its last token.
         self.table.occupy(request, rank, min(covered, request.known_len - 1))
         request.pages = pool.share(request.keys[:cached], request.lasting)
         request.pages += pool.take(self.pages_needed(request) - cached)
@@ -56,7 +56,7 @@ class Ranks:
         self.prefills[request.lane].append(request)
         self.running[rank] += 1
         self._residents[rank] += 1
-        # What is returned of a prompt's token hangs on the next one, which may be in the next chunk.
+        # What a prompt token returns depends on the next token, which may be in the next chunk.
         past = request.known if request.sampling.needs_past or request.returns.prompt else b""
         slot, wanted = request.slot % self._limits.num_slots, request.returns
         draft.admits[rank].append(
@@ -65,7 +65,7 @@ class Ranks:
         draft.give(request, request.pages)
 
     def grow_all(self, needs: list[tuple[Request, int]], demand: list[int], draft: Draft) -> None:
-        """Give running requests, sorted by rank, so many more pages each; `demand` is the sum of each rank."""
+        """Give running requests, sorted by rank, the given numbers of pages; `demand` is the total per rank."""
         pages = [page for pool, count in zip(self.pools, demand, strict=True) for page in pool.take(count)]
         at = 0
         for request, count in needs:
@@ -73,7 +73,7 @@ class Ranks:
             at += count
 
     def grow(self, request: Request, pages: list[int], draft: Draft) -> None:
-        """Give a running request `pages` more; so many of its tokens are known by now that some may enter the tree."""
+        """Give a running request `pages`. By now enough of its tokens may be known to publish some of its pages."""
         if request.caches_outputs and self._limits.enable_prefix_cache:
             self.publish_output(request, request.limit)
         request.pages += pages
@@ -81,10 +81,10 @@ class Ranks:
         draft.give(request, pages)
 
     def publish(self, request: Request, computed: int) -> None:
-        """Enter the request's full pages among its first `computed` tokens into the tree, as far as it has keys.
+        """Insert the request's full pages among its first `computed` tokens into the tree, as far as it has keys.
 
-        It stops for good at a page that another request computed at the same time, and behind one that was cut off:
-        what follows would hang on a node that this request does not hold.
+        Stops for good at a page that another request computed at the same time, or whose parent was cut: further pages
+        would descend from a node that this request does not hold.
         """
         full = min(len(request.keys), computed // self._limits.page_size)
         while request.publishes and request.published < full:
@@ -96,7 +96,7 @@ class Ranks:
             self.news[request.rank] += 1
 
     def publish_output(self, request: Request, most: int) -> None:
-        """Enter the full pages whose ids are known, output included but no more than `most` tokens, into the tree."""
+        """Insert the full pages whose ids are known into the tree, including output, up to `most` tokens."""
         self.table.flush(request)
         ids = request.prompt + request.output
         computed = min(len(ids) // 4, int(self.table.position[request.slot]), most)
@@ -104,15 +104,15 @@ class Ranks:
         self.publish(request, computed)
 
     def prove(self, request: Request) -> None:
-        """The first logits behind all its known tokens are finite."""
+        """The first logits after all its known tokens are finite."""
         self.pools[request.rank].tree.prove(request.pages[: request.published])
 
     def distrust(self, request: Request) -> None:
-        """Logits of the request are not finite: nobody else may get what they may come from."""
+        """The request's logits are not finite: stop sharing the pages they may come from."""
         self.pools[request.rank].cut(request.keys)
 
     def start_decode(self, request: Request) -> None:
-        """The request's known tokens are planned: from now on the batch carries it, if it has more to generate."""
+        """All known tokens of the request are planned: move it to the batch, if it has more to generate."""
         self.prefills[request.lane].remove(request)
         if self.table.position[request.slot] < self.table.end[request.slot]:
             request.state = State.DECODE
@@ -123,7 +123,7 @@ class Ranks:
             self._leave(request)
 
     def finish_decode(self, request: Request) -> None:
-        """All rows of a decoding request are planned; it only waits for results."""
+        """All rows of a decoding request are planned; only its results are outstanding."""
         if request.returns.logits:
             self.costly[request.lane].remove(request)
         if not request.stalled:
@@ -131,18 +131,18 @@ class Ranks:
         self._leave(request)
 
     def stall(self, request: Request) -> None:
-        """Leave a decoding request out of the steps to come."""
+        """Leave a decoding request out of coming steps."""
         if not request.stalled:
             self.mark_stalled(request, True)
             self.batches[request.lane].remove(request.rank, request.slot)
 
     def mark_stalled(self, request: Request, stalled: bool) -> None:
-        """Note whether a request stands still."""
+        """Record whether a request is stalled."""
         self.news[request.rank] += stalled and not request.stalled
         request.stalled = stalled
 
     def resume(self, request: Request) -> None:
-        """A decoding request goes on."""
+        """Put a stalled decoding request back into its batch."""
         if request.stalled:
             request.stalled = False
             self.batches[request.lane].add(request.rank, request.slot)
@@ -153,7 +153,7 @@ class Ranks:
         self.news[request.rank] += 1
 
     def stop(self, request: Request) -> None:
-        """Plan no more rows of a request, whatever its state."""
+        """Plan no more rows for a request, whatever its state."""
         if request.state is State.PREFILL:
             self.prefills[request.lane].remove(request)
             self._leave(request)
@@ -172,7 +172,7 @@ class Ranks:
                 pool.check(idle=True)
 
     def yielding(self, rank: int, lane: Lane) -> list[Request]:
-        """Who on `rank` is preempted if a request of `lane` finds no room: the stalled, and BULK for other lanes."""
+        """Whom to preempt on `rank` if a request of `lane` finds no room: stalled ones and, for other lanes, BULK."""
         mine = [request for requests in self.prefills.values() for request in requests if request.rank == rank]
         found = [request for request in mine if request.stalled]
         found += [
@@ -184,8 +184,8 @@ class Ranks:
         return found
 
     def next_victim(self, rank: int) -> Request:
-        """Whom to preempt on `rank`, of those with rows still to be launched: the last in the order, but first BULK and
-        the stalled."""
+        """Which request on `rank` to preempt, among those with rows left to launch: the last in the order, but BULK and
+        stalled requests first."""
         found = self.yielding(rank, Lane.PRODUCTION)
         if not found:
             found = [self.table.request(slot) for batch in self.batches.values() for slot in batch.rows(rank)]

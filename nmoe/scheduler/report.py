@@ -1,17 +1,17 @@
-"""The scheduler's row on the metrics board. The names are those of nmoe/metrics.py."""
+"""The scheduler's row on the metrics board. See nmoe/metrics.py for the names."""
 
 from nmoe.metrics import Row
 from nmoe.scheduler.scheduler import Scheduler
 
-_STEP_S = 30.0  # a step may take this long: kernels are compiled on first use
-_TOKEN_S = 0.005  # and this much more for each of its tokens
+_STEP_S = 30.0  # allowed per step: kernels are compiled on first use
+_TOKEN_S = 0.005  # allowed in addition per token of the step
 
 
 class Report:
-    """Copies what the policy has counted.
+    """Copies the policy's counters to the board.
 
-    Counters go on from where an earlier life left them. What it said of its requests and of its step in flight is void:
-    a deadline that nobody meets any more would have the workers killed.
+    Counters continue from where the previous life left them. Its gauges and step deadline are reset: a deadline that
+    nobody will meet would get the workers killed.
     """
 
     def __init__(self, row: Row) -> None:
@@ -26,11 +26,11 @@ class Report:
             row.set(name, 0.0)
 
     def beat(self, now: float) -> None:
-        """Say that the process lives."""
+        """Publish the heartbeat."""
         self._row.set("nmoe:heartbeat_seconds", now)
 
     def set_deadline(self, policy: Scheduler | None) -> None:
-        """Say until when the oldest step in flight must be complete."""
+        """Publish when the oldest step in flight must complete."""
         flight = policy.oldest if policy else None
         deadline = flight.started_at + _STEP_S + _TOKEN_S * flight.num_tokens if flight else 0.0
         if deadline != self._deadline:
@@ -38,11 +38,11 @@ class Report:
             self._row.set("nmoe:step_deadline_seconds", deadline)
 
     def add_unread(self, count: int) -> None:
-        """So many messages found a frontend's link full."""
+        """Count messages that found a frontend's link full."""
         self._row.add("nmoe:unread_messages", count)
 
     def update(self, policy: Scheduler) -> None:
-        """Everything else."""
+        """Publish everything else."""
         row, stats = self._row, policy.take_stats()
         row.set("nmoe:num_requests_running", policy.num_running)
         row.set("nmoe:num_requests_waiting", policy.num_waiting)

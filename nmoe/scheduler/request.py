@@ -14,30 +14,30 @@ _MASK64 = (1 << 64) - 1
 
 
 class State(enum.Enum):
-    """Where a request stands.
+    """The lifecycle of a request.
 
     SIBLING -> WAITING -> PREFILL -> DECODE -> LAUNCHED -> ENDED
                   ^          |          |
                   +----- DRAINING <-----+        and from every state to ENDED
     """
 
-    SIBLING = enum.auto()  # waits until its first sibling's prompt is computed
-    WAITING = enum.auto()  # in the queue
-    PREFILL = enum.auto()  # placed on a rank; some of its known tokens are still to be planned
-    DECODE = enum.auto()  # in its rank's batch, unless stalled; each step may plan one row
-    LAUNCHED = enum.auto()  # all rows planned; the last results are on their way
-    DRAINING = enum.auto()  # preempted; requeues when its rows in flight have returned
+    SIBLING = enum.auto()  # waiting for its first sibling to compute the prompt
+    WAITING = enum.auto()  # queued
+    PREFILL = enum.auto()  # placed on a rank; some known tokens are not planned yet
+    DECODE = enum.auto()  # in its rank's batch unless stalled; each step may plan one row
+    LAUNCHED = enum.auto()  # all rows planned; waiting for the last results
+    DRAINING = enum.auto()  # preempted; requeued when its rows in flight have returned
     ENDED = enum.auto()
 
 
 class Request(msgspec.Struct, eq=False):
-    """The part of a request's state that changes only when it begins, ends, or crosses a page.
+    """The state of a request that changes only when it starts, ends or crosses a page boundary.
 
-    What changes with every token is in the arrays of `nmoe/scheduler/slots.py`.
+    State that changes with every token is in the arrays of `nmoe/scheduler/slots.py`.
     """
 
     uid: int
-    order: tuple[int, int]  # (priority, arrival): the smaller goes first, the larger is preempted first
+    order: tuple[int, int]  # (priority, arrival): smaller goes first, larger is preempted first
     prompt: bytes  # int32
     max_tokens: int
     sampling: Sampling
@@ -47,22 +47,22 @@ class Request(msgspec.Struct, eq=False):
     lasting: bool  # its pages in the prefix cache are evicted last
     returns: Returns
     arrived_at: float
-    known: bytes  # int32, the prompt, and after a preemption the output too: what is computed with ids
-    keys: list[bytes] = []  # names of its full pages in the prefix tree, see nmoe/scheduler/prefix.py
-    siblings: "list[Request]" = []  # those that wait for this one's prompt
+    known: bytes  # int32; the prompt, and after a preemption also the output: tokens computed from ids
+    keys: list[bytes] = []  # keys of its full pages in the prefix tree, see nmoe/scheduler/prefix.py
+    siblings: "list[Request]" = []  # those waiting for this one's prompt
     pinned: int | None = None  # the rank it must be placed on
     state: State = State.WAITING
-    returned: int = 0  # positions whose block came back before the last preemption
+    returned: int = 0  # positions whose blocks were returned before the last preemption
     output: bytes = b""  # int32; the newest tokens are still in the slot's tail
-    misfits: dict[int, int] = {}  # rank -> the rank's news when it did not fit there
+    misfits: dict[int, int] = {}  # rank -> the rank's `news` when it did not fit there
 
     # While placed.
     rank: int = -1
     slot: int = -1  # global: rank * num_slots + slot
     pages: list[int] = []
-    published: int = 0  # its leading pages that are in the tree
-    stalled: bool = False  # it has no row, since the arena has no cell for its logits
-    publishes: bool = False  # false once another request's page took the place of one of its own
+    published: int = 0  # number of leading pages that are in the tree
+    stalled: bool = False  # has no row because the arena has no cell for its logits
+    publishes: bool = False  # false once another request's page has taken the place of one of its own
 
     cached_tokens: int = 0
     scheduled_at: float = 0.0
@@ -70,7 +70,7 @@ class Request(msgspec.Struct, eq=False):
 
     @property
     def numerics(self) -> Numerics:
-        """The class of its steps."""
+        """The numerics class of its steps."""
         return self.lane.numerics
 
     @property
@@ -80,30 +80,30 @@ class Request(msgspec.Struct, eq=False):
 
     @property
     def known_len(self) -> int:
-        """Tokens to compute with ids."""
+        """Number of tokens computed from ids."""
         return len(self.known) // 4
 
     @property
     def limit(self) -> int:
-        """Tokens of prompt and output when it ends by length."""
+        """Prompt and output tokens if it ends by length."""
         return self.prompt_len + self.max_tokens
 
     @property
     def last_computed(self) -> int:
-        """Positions that are computed when it ends by length: the last sampled token is not, the whole prompt is."""
+        """Positions computed if it ends by length: the whole prompt, and all output but the last token."""
         return max(self.limit - 1, self.prompt_len)
 
     def shared_keys(self, page_size: int) -> list[bytes]:
-        """The pages that it may take from the prefix cache.
+        """The keys of the pages it may take from the prefix cache.
 
-        Records of the prompt come of computing it, so what has not returned is computed whatever the cache holds.
+        Prompt records exist only for tokens that are computed, so unreturned positions are recomputed even if cached.
         """
         if not self.returns.prompt or self.returned >= self.prompt_len - 1:
             return self.keys
         return self.keys[: self.returned // page_size]
 
     def cells_for(self, first: int, count: int) -> int:
-        """How many cells of the arena a row takes that computes `count` known tokens from position `first`."""
+        """How many arena cells a row takes that computes `count` known tokens from position `first`."""
         if not self.returns.logits:
             return 0
         end = first + count
@@ -111,7 +111,7 @@ class Request(msgspec.Struct, eq=False):
         return max(0, told) + (end == self.known_len and self.max_tokens > 0)
 
     def returns_in(self, end: int, samples: bool) -> bool:
-        """Whether a row with ids that ends before position `end` has something to return."""
+        """Whether a row with ids that ends before position `end` returns anything."""
         wanted = self.returns
         return bool(wanted) and (samples or ((wanted.prompt or wanted.routing) and end > self.returned))
 
@@ -132,10 +132,10 @@ def sibling_seed(seed: int, index: int) -> int:
 def siblings(submit: Submit, arrival: int, now: float) -> list[Request]:
     """The `n` requests of a Submit, in order; their arrivals are consecutive.
 
-    What the prompt returns comes back once: with the first.
+    What the prompt returns is returned once, by the first.
     """
     profile = PROFILES[submit.profile]
-    # In the lane that keeps the order of arrivals, priorities count for nothing.
+    # This lane keeps arrival order, so priorities are ignored.
     priority = 0 if profile.lane is Lane.EVALUATION else submit.priority
     later = msgspec.structs.replace(submit.returns, prompt=False)
     return [

@@ -1,20 +1,20 @@
 """The policy: which tokens of which requests each rank computes in the next step.
 
-No socket, no clock, no torch; the time is passed in. There is no prefill or decode phase: a request has tokens to
-compute and tokens computed. A step is planned in four moves:
+No sockets, no clock, no torch; the time is passed in. There is no prefill or decode phase: a request has tokens to
+compute and tokens already computed. A step is planned in four moves:
 
-    extend   every running row goes on by one token; rows at the end of their pages get one, maybe the youngest's
-    prefill  chunks in (priority, arrival) order: of requests that have begun, and of those admitted within the budget
+    extend   every running row advances by one token; rows with full pages get another, by preemption if need be
+    prefill  chunks in (priority, arrival) order, for started requests and those admitted within the budget
     write    one Step message per rank
-    advance  rows planned to their end leave the batch, computed prompts join it and the prefix tree
+    advance  fully planned rows leave the batch; computed prompts join the batch and the prefix tree
 
-What holds at all times:
-- A page gets a new owner only in a step later than its last writer's. Pages are freed by results, aborts and
-  preemptions, all of which come after the last step that writes them was sent; a preempted row is not in the step
+Invariants:
+- A page gets a new owner only in a later step than its last writer's. Pages are freed by results, aborts and
+  preemptions, all of which happen after the last step that writes them was sent; a preempted row is not in the step
   being planned.
-- Steps run on the device in order, so a page that a step writes may be read by the next one: prompt pages enter the
-  tree when the step that computes them has been planned.
-- Every accepted uid gets one terminal entry: `_end` is the only way out of `_requests`.
+- Steps run on the device in order, so a step may read the pages that the previous step writes: prompt pages enter the
+  tree as soon as the step that computes them has been planned.
+- Every accepted uid gets exactly one terminal entry: `_end` is the only way out of `_requests`.
 """
 
 from collections import deque
@@ -50,8 +50,8 @@ _NOT_FINITE = RequestError(
 class Scheduler:
     """All requests of all frontends, and what every rank does next.
 
-    `submit`, `finish`, `abort`, `complete` are the events; `plan` and `drain` return what to send. The same calls in
-    the same order give the same messages. `cells` outlives it, since frontends do: what they give back goes there.
+    The events are `submit`, `finish`, `abort` and `complete`; `plan` and `drain` return what to send. It is
+    deterministic: the same calls in the same order produce the same messages. `cells` outlives it, as frontends do.
     """
 
     def __init__(self, limits: Limits, cells: Cells, generation: int = 1) -> None:
@@ -78,7 +78,7 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------------------- events
 
     def submit(self, submit: Submit, now: float) -> Rejected | None:
-        """Accept a request and its siblings, or say why not."""
+        """Accept a request and its siblings, or return why not."""
         limits = self.limits
         rejected = limits.refusal(submit, self._requests, self._num_waiting_beside(submit), self._generation)
         if rejected is not None:
@@ -97,15 +97,15 @@ class Scheduler:
         return None
 
     def _num_waiting_beside(self, submit: Submit) -> int:
-        """The length of the queue that `submit` would join: each lane has its own, so that none fills another's."""
+        """The length of the queue that `submit` would join. Each lane has its own, so no lane fills another's."""
         profile = PROFILES.get(submit.profile)
         return self._waiting.count(profile.lane) + self._waiting_siblings[profile.lane] if profile else 0
 
     def _lead(self, requests: list[Request]) -> None:
-        """Queue the first; the others wait until it has computed the prompt that they share."""
+        """Queue the first request; the others wait until it has computed their common prompt."""
         first, *others = requests
         for other in others:
-            if other.state is not State.SIBLING:  # they are when the one that they waited for has ended
+            if other.state is not State.SIBLING:  # they already are if the request they waited for has ended
                 self._waiting_siblings[other.lane] += 1
                 other.state = State.SIBLING
                 other.keys = list(first.keys)
@@ -113,33 +113,33 @@ class Scheduler:
         self._waiting.push(first)
 
     def finish(self, finish: Finish) -> None:
-        """The frontend has all it wants of a request. Ignored when the request has ended meanwhile."""
+        """The frontend has all it wants of a request. Ignored if the request has already ended."""
         if request := self._requests.get(finish.uid):
             self._end(request, "stop", keep=finish.count)
 
     def abort(self, abort: Abort) -> None:
-        """Nobody waits for a request any more. Ignored when it has ended meanwhile."""
+        """Nobody is waiting for a request any more. Ignored if it has already ended."""
         if request := self._requests.get(abort.uid):
             self._end(request, "abort")
 
     def forget(self, frontend: int, generation: int | None) -> None:
-        """End, without a word, the requests of a frontend that is gone, but for those of its life `generation`."""
+        """Silently end the requests of a frontend that is gone, except those of its life `generation`."""
         living = None if generation is None else life_of(frontend, generation)
         for request in list(self._requests.values()):
             if uid_frontend(request.uid) == frontend and request.uid // LIFE != living:
                 self._end(request, "abort", tell=False)
 
     def fail(self, frontend: int, error: RequestError) -> int:
-        """End the requests of a frontend with an error; how many there were."""
+        """End the requests of a frontend with an error. Returns how many there were."""
         failed = [request for request in self._requests.values() if uid_frontend(request.uid) == frontend]
         for request in failed:
             self._end(request, "error", error=error)
         return len(failed)
 
     def reset(self, detail: str) -> None:
-        """The workers have lost everything: end every request with an error, and begin anew with empty caches.
+        """The workers have lost everything: end every request with an error and start over with empty caches.
 
-        What frontends have of the arena is still theirs.
+        Frontends keep the arena cells they hold.
         """
         for request in list(self._requests.values()):
             self._end(request, "error", error=RequestError(detail, status=503, code="engine_restarted"))
@@ -147,7 +147,7 @@ class Scheduler:
         self._clear()
 
     def drain(self) -> list[tuple[int, Tokens]]:
-        """What is to be sent to the frontends, as (frontend, message), in order."""
+        """The messages to send to frontends, as (frontend, message), in order."""
         return self._outbox.drain()
 
     # --------------------------------------------------------------------------------------------------------- plan
@@ -155,13 +155,13 @@ class Scheduler:
     def plan(self, now: float) -> list[Step] | None:
         """The next step, one message per rank in rank order; None if enough are in flight or no rank has work.
 
-        It is one lane's (nmoe/scheduler/turns.py).
+        A step belongs to one lane (nmoe/scheduler/turns.py).
         """
         if len(self._flights) >= self.limits.steps_in_flight:
             return None
         news = -1
-        # Whoever came to a standstill, or was preempted for somebody who then did not fit, made room for others, who
-        # may have had their chance before.
+        # A request that stalled, or was preempted for one that then did not fit, left room for others, possibly in
+        # lanes that have already been tried.
         while news != sum(self._ranks.news):
             news = sum(self._ranks.news)
             for lane in self._turns.order():
@@ -196,7 +196,7 @@ class Scheduler:
                 self._release_siblings(request)
 
     def _release_siblings(self, request: Request) -> None:
-        """The prompt is computed on the request's rank: those that waited for it may follow."""
+        """The prompt has been computed on the request's rank: queue the siblings that waited for it."""
         for sibling in request.siblings:
             if sibling.state is State.SIBLING:
                 sibling.pinned = request.rank
@@ -207,7 +207,7 @@ class Scheduler:
     # ----------------------------------------------------------------------------------------------------- complete
 
     def complete(self, done: StepDone, now: float) -> None:
-        """Take one rank's results. A step counts as complete when all ranks have answered, in the order of steps."""
+        """Take one rank's results. A step completes when all ranks have answered; steps complete in order."""
         flight = next((flight for flight in self._flights if flight.step_id == done.step_id), None)
         if flight is None:
             raise RuntimeError(f"rank {done.rank} answered step {done.step_id}, which is not in flight")
@@ -217,7 +217,7 @@ class Scheduler:
 
     def _land(self, flight: Flight, now: float) -> None:
         results = append_results(flight, self._ranks)
-        for slot in results.failed:  # first: what their rows brought goes to nobody
+        for slot in results.failed:  # first, so that the results of their rows go to nobody
             request = self._ranks.table.request(slot)
             self._ranks.distrust(request)
             self._end(request, "error", error=_NOT_FINITE)
@@ -234,7 +234,7 @@ class Scheduler:
             self._cells.check()
 
     def _begin_output(self, request: Request, now: float) -> None:
-        """Its known tokens have been computed."""
+        """All known tokens of the request have been computed."""
         if not request.max_tokens:
             self._end(request, "length")
             return
@@ -252,10 +252,10 @@ class Scheduler:
         error: RequestError | None = None,
         tell: bool = True,
     ) -> None:
-        """The only end of a request: everything it has is free, its terminal entry is on its way.
+        """The only way a request ends: free everything it holds and queue its terminal entry.
 
-        `keep` is how many of its output tokens are wanted; `error` is what to tell for the reason of that name; `tell`
-        is false if there is nobody to be told.
+        `keep` is how many of its output tokens are wanted; `error` accompanies the reason "error"; `tell` is False if
+        there is nobody to tell.
         """
         ranks = self._ranks
         if request.state is State.WAITING:
@@ -288,7 +288,7 @@ class Scheduler:
             self._flights[0].started_at = now
 
     def take_stats(self) -> Stats:
-        """What was counted since the last call."""
+        """The counts since the last call."""
         taken, empty = msgspec.structs.replace(self.stats), Stats()
         for name in Stats.__struct_fields__:
             setattr(self.stats, name, getattr(empty, name))
@@ -296,12 +296,12 @@ class Scheduler:
 
     @property
     def oldest(self) -> Flight | None:
-        """The first of the steps in flight."""
+        """The oldest step in flight."""
         return self._flights[0] if self._flights else None
 
     @property
     def num_open(self) -> int:
-        """Requests that were accepted and have not ended."""
+        """Requests that have been accepted and have not ended."""
         return len(self._requests)
 
     @property
@@ -310,7 +310,7 @@ class Scheduler:
         return not self._requests and not self._flights
 
     def check_idle(self) -> None:
-        """Raises RuntimeError when slots are held though no request is open. Pages are checked as they are released."""
+        """Raise RuntimeError if slots are held although no request is open. Pages are checked when released."""
         table = self._ranks.table
         held = [self.limits.num_slots - table.num_free(rank) for rank in range(self.limits.world_size)]
         if any(held):
@@ -318,16 +318,16 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that are in no batch: queued, or waiting for a sibling's prompt."""
+        """Requests in no batch: queued, or waiting for a sibling's prompt."""
         return len(self._waiting) + sum(self._waiting_siblings.values())
 
     @property
     def num_running(self) -> int:
-        """Requests with rows still to be launched, all ranks."""
+        """Requests with rows left to launch, on all ranks."""
         return sum(self._ranks.running)
 
     @property
     def usage(self) -> float:
-        """The share of all pages that requests hold, 0 to 1."""
+        """The fraction of all pages held by requests, 0 to 1."""
         pools = self._ranks.pools
         return 1 - sum(pool.available for pool in pools) / (len(pools) * self.limits.num_pages)

@@ -1,12 +1,12 @@
-"""What changes with every token, as one array element per slot of every rank.
+"""Per-token state, as arrays with one element per slot of every rank.
 
-A slot is named by its global number, rank * num_slots + slot. A free slot has uid -1. Positions count tokens of the
-whole sequence, prompt and output:
+A slot is identified by its global number, rank * num_slots + slot. A free slot has uid -1. Positions count tokens of
+the whole sequence, prompt and output:
 
     0 ........ known_len ........ position ........ known ........ limit
-    |-- computed with ids --|-- rows planned --|
+    |-- computed from ids --|-- rows planned --|
     a decode row at position p takes token p and returns token p + 1, so rows are planned while position < limit - 1;
-    with max_tokens = 0 all of the prompt is computed and nothing returned, so they are while position < limit
+    with max_tokens = 0 the whole prompt is computed and nothing is returned, so they are planned while position < limit
 """
 
 import numpy as np
@@ -30,16 +30,16 @@ class SlotTable:
         self.world_size = world_size
         self.num_slots = num_slots
         self.uid = np.full(size, -1, np.int64)
-        self.position = np.zeros(size, np.int32)  # where the next row begins
-        self.prefilled = np.zeros(size, np.int32)  # rows below this position have their ids sent
-        self.end = np.zeros(size, np.int32)  # no row begins here or later
-        self.capacity = np.zeros(size, np.int32)  # tokens that its pages hold
+        self.position = np.zeros(size, np.int32)  # where the next row starts
+        self.prefilled = np.zeros(size, np.int32)  # ids of rows below this position have been sent
+        self.end = np.zeros(size, np.int32)  # no row starts here or later
+        self.capacity = np.zeros(size, np.int32)  # tokens that fit its pages
         self.flags = np.zeros(size, np.int32)  # of its decode rows, as in a Step
         self.logits = np.zeros(size, np.bool_)  # whether each of its rows takes a cell of the arena
-        self.known = np.zeros(size, np.int32)  # tokens whose ids are here
-        self.eos = np.full((2, size), -1, np.int32)  # padded with -1; as high as the longest list seen
+        self.known = np.zeros(size, np.int32)  # tokens whose ids have been received
+        self.eos = np.full((2, size), -1, np.int32)  # padded with -1; as many rows as the longest list seen
         self.tail = np.zeros((size, TAIL), np.int32)
-        self.tail_begin = np.zeros(size, np.int32)  # those before it have moved
+        self.tail_begin = np.zeros(size, np.int32)  # the index of its first token; earlier ones have moved
         self.tail_len = np.zeros(size, np.int32)
         self.requests: list[Request | None] = [None] * size
         self._free = [
@@ -51,7 +51,7 @@ class SlotTable:
         return len(self._free[rank])
 
     def occupy(self, request: Request, rank: int, position: int) -> None:
-        """Give `request`, whose known tokens are set, a slot on `rank`; its first row begins at `position`."""
+        """Give `request`, whose known tokens are set, a slot on `rank`; its first row starts at `position`."""
         slot = self._free[rank].pop()
         request.rank, request.slot = rank, slot
         self.requests[slot] = request
@@ -61,7 +61,7 @@ class SlotTable:
         self.end[slot] = request.last_computed
         self.logits[slot] = request.returns.logits
         self.flags[slot] = ROW_SAMPLES | ROW_RETURNS if request.returns else ROW_SAMPLES
-        # By position, so that rows that began together do not fill their tails together.
+        # Offset by position, so that rows that start together do not fill their tails together.
         self.tail_begin[slot] = self.tail_len[slot] = request.known_len % TAIL
         if (more := len(request.eos_ids) - len(self.eos)) > 0:
             self.eos = np.pad(self.eos, ((0, more), (0, 0)), constant_values=-1)
@@ -69,7 +69,7 @@ class SlotTable:
         self.eos[: len(request.eos_ids), slot] = request.eos_ids
 
     def vacate(self, request: Request) -> None:
-        """Free the request's slot; results of rows still in flight find another uid there, or none."""
+        """Free the request's slot. Results of rows still in flight will find a different uid there, or none."""
         self.flush(request)
         self.uid[request.slot] = -1
         self.position[request.slot] = self.prefilled[request.slot] = self.end[request.slot] = 0
@@ -84,7 +84,7 @@ class SlotTable:
         self.tail_begin[request.slot] = length
 
     def _flush_full(self, slots: Slots) -> None:
-        """The same for full tails, which begin anew: many at a time, since prompts may have equal lengths."""
+        """Flush full tails and start them over, many at a time, since prompts may have equal lengths."""
         width = 4 * TAIL
         tokens, begins = self.tail[slots].tobytes(), self.tail_begin[slots].tolist()
         self.tail_begin[slots] = self.tail_len[slots] = 0
@@ -92,14 +92,14 @@ class SlotTable:
             self.request(slot).output += tokens[at * width + 4 * begin : (at + 1) * width]
 
     def request(self, slot: int) -> Request:
-        """Who lives in an occupied slot."""
+        """The request in an occupied slot. Raises RuntimeError if the slot is free."""
         request = self.requests[slot]
         if request is None:
             raise RuntimeError(f"slot {slot} is free but was planned")
         return request
 
     def append(self, slots: Slots, tokens: Ints) -> tuple[Bools, Bools]:
-        """One new token for each of `slots` (all different, all occupied); which ended by EOS, and which by length."""
+        """Append a token to each of `slots` (distinct, all occupied). Returns which ended by EOS, and by length."""
         lengths = self.tail_len[slots]
         self.tail[slots, lengths] = tokens
         lengths += 1
@@ -107,12 +107,12 @@ class SlotTable:
         known = self.known[slots] + 1
         self.known[slots] = known
         full = lengths == TAIL
-        if np.count_nonzero(full):  # a method of arrays, any() for one, takes four times as long on few rows
+        if np.count_nonzero(full):  # an array method such as any() takes four times as long on few rows
             self._flush_full(slots[full])
         return np.logical_or.reduce(self.eos.take(slots, axis=1) == tokens), known > self.end[slots]
 
     def outstanding(self, most: int) -> list[int]:
-        """Per rank: tokens to compute with ids, plus those to generate, of which at most `most` count per request."""
+        """Per rank: tokens to compute from ids, plus tokens to generate, capped at `most` per request."""
         begun = np.maximum(self.position, self.prefilled)
         tokens = begun - self.position + np.minimum(self.end - begun, most)
         load: list[int] = tokens.reshape(self.world_size, self.num_slots).sum(axis=1).tolist()

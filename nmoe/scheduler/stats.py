@@ -1,4 +1,4 @@
-"""What the policy counts. `nmoe/scheduler/report.py` puts it on the metrics board."""
+"""The policy's counters. `nmoe/scheduler/report.py` publishes them on the metrics board."""
 
 import msgspec
 
@@ -10,7 +10,7 @@ def _none_ended() -> dict[Reason, int]:
 
 
 class Stats(msgspec.Struct):
-    """Counts and samples since the last look."""
+    """Counts and samples since they were last taken."""
 
     prefix_queries: int = 0  # prompt tokens
     prefix_hits: int = 0  # prompt tokens
@@ -22,4 +22,4 @@ class Stats(msgspec.Struct):
     step_times: list[float] = []  # seconds from when a step could start to the last rank's result
     step_tokens: list[int] = []  # all ranks
     queue_times: list[float] = []  # seconds from arrival to the first planned chunk
-    prefill_times: list[float] = []  # seconds from there to the first token
+    prefill_times: list[float] = []  # seconds from the first planned chunk to the first token

@@ -1,7 +1,7 @@
-"""Whose step is next.
+"""Decides which lane gets the next step.
 
-While PRODUCTION has work, every second step is its own; the other lanes share the rest, one after the other. So a lane
-with work waits for no more than 2 * (len(Lane) - 1) - 1 steps of others.
+While PRODUCTION has work, it gets every second step; the other lanes share the rest round-robin. So a lane with work
+waits for at most 2 * (len(Lane) - 1) - 1 steps of other lanes.
 """
 
 from nmoe.profiles import Lane
@@ -10,20 +10,20 @@ _OTHERS = [lane for lane in Lane if lane is not Lane.PRODUCTION]
 
 
 class Turns:
-    """Remembers who had the last steps."""
+    """Remembers which lanes had the last steps."""
 
     def __init__(self) -> None:
         self._last: Lane | None = None
         self._last_other = _OTHERS[-1]
 
     def order(self) -> list[Lane]:
-        """All lanes; the first of them that has work takes the step."""
+        """All lanes in order of preference; the first that has work gets the step."""
         at = _OTHERS.index(self._last_other) + 1
         others = _OTHERS[at:] + _OTHERS[:at]
         return [*others, Lane.PRODUCTION] if self._last is Lane.PRODUCTION else [Lane.PRODUCTION, *others]
 
     def took(self, lane: Lane) -> None:
-        """The step is `lane`'s."""
+        """`lane` has taken the step."""
         self._last = lane
         if lane is not Lane.PRODUCTION:
             self._last_other = lane

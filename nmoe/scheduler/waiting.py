@@ -1,10 +1,9 @@
-"""The requests that wait for a rank, in (priority, arrival) order: a queue for each lane, and in it one apart for those
-whose logits need cells of the arena, which others may overtake.
+"""Requests waiting for a rank, in (priority, arrival) order. Each lane has two queues: a separate one holds the
+requests whose logits need arena cells, which others may overtake.
 
-A queue is for all ranks: a request is bound to a rank only when it is admitted. Siblings are the exception: they are
-pinned to the rank that has their prompt. A pinned request that finds no room there must not stop the other ranks, so
-it closes its rank to everything behind it and only there is it waited for; without a pin, the head blocks all those
-behind it.
+A queue serves all ranks: a request is bound to a rank only when it is admitted. Siblings are the exception: they are
+pinned to the rank that has their prompt. A pinned request that finds no room there must not block other ranks, so it
+closes only its own rank to everything after it. An unpinned request at the head blocks everything after it.
 """
 
 import bisect
@@ -14,7 +13,7 @@ from nmoe.scheduler.request import ORDER, Request, State
 
 
 class WaitingQueue:
-    """Sorted lists: one for any rank, one per rank for those pinned to it."""
+    """Sorted lists: one for requests that may run anywhere, and one per rank for those pinned to it."""
 
     def __init__(self, world_size: int) -> None:
         self._anywhere: list[Request] = []
@@ -27,23 +26,23 @@ class WaitingQueue:
         return self._anywhere if request.pinned is None else self._pinned[request.pinned]
 
     def push(self, request: Request) -> None:
-        """Queue `request` at its place in the order."""
+        """Insert `request` at its place in the order."""
         request.misfits = {}
         bisect.insort(self._queue(request), request, key=ORDER)
 
     def remove(self, request: Request) -> None:
-        """Take `request` out, wherever it stands."""
+        """Remove `request`, wherever it is in the queue."""
         queue = self._queue(request)
         del queue[bisect.bisect_left(queue, request.order, key=ORDER)]
 
     def head(self, closed: set[int]) -> Request | None:
-        """Who is next, not counting those pinned to a rank in `closed`."""
+        """The next request, ignoring those pinned to a rank in `closed`."""
         heads = [queue[0] for rank, queue in enumerate(self._pinned) if queue and rank not in closed]
         return min(heads + self._anywhere[:1], key=ORDER, default=None)
 
 
 class Waiting:
-    """All queues."""
+    """The queues of all lanes."""
 
     def __init__(self, world_size: int) -> None:
         self._queues = {(lane, logits): WaitingQueue(world_size) for lane in Lane for logits in (False, True)}
@@ -52,7 +51,7 @@ class Waiting:
         return sum(map(len, self._queues.values()))
 
     def count(self, lane: Lane) -> int:
-        """How many wait in one lane."""
+        """How many requests are waiting in a lane."""
         return len(self._queues[lane, False]) + len(self._queues[lane, True])
 
     def push(self, request: Request) -> None:
@@ -61,10 +60,10 @@ class Waiting:
         self._queues[request.lane, request.returns.logits].push(request)
 
     def remove(self, request: Request) -> None:
-        """Take a waiting request out."""
+        """Remove a waiting request."""
         self._queues[request.lane, request.returns.logits].remove(request)
 
     def queues(self, lane: Lane) -> tuple[WaitingQueue, WaitingQueue | None]:
-        """The lane's queue of those that need no cells, and of those that do, if there are any."""
+        """The lane's queue of requests that need no cells, and the one of those that do, or None if that is empty."""
         costly = self._queues[lane, True]
         return self._queues[lane, False], costly if len(costly) else None
