@@ -11,7 +11,7 @@ from nmoe.errors import NmoeError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 failed with a message, 2 wrong usage; a batch has more."""
+    """Run one command. Returns the exit code: 0 success, 1 failed with a message, 2 usage error; a batch has more."""
     parser = argparse.ArgumentParser(prog="nmoe", description=sys.modules["nmoe"].__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _open_standard_streams() -> None:
-    """One that came closed (`nmoe serve >&-`) leaves its number to the next socket, and prints would go there."""
+    """Replace streams closed at start (`nmoe serve >&-`); else a socket takes the descriptor, and prints go there."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for the life of the process)

@@ -1,4 +1,4 @@
-"""What a model is: its sizes and switches, and the tensors that follow. Read by nmoe/config_json.py."""
+"""A model's architecture: its sizes, its options and the resulting tensors. Read by nmoe/config_json.py."""
 
 import math
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ class Yarn(msgspec.Struct, frozen=True):
     truncate: bool = True
 
     def cos_sin_scale(self) -> float:
-        """What the cosine and sine tables are multiplied by."""
+        """The factor applied to the cosine and sine tables."""
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
@@ -31,7 +31,7 @@ class Yarn(msgspec.Struct, frozen=True):
         return yarn_mscale(self.factor, 1.0)
 
     def softmax_scale(self) -> float:
-        """What the attention's 1 / sqrt(qk_head_dim) is multiplied by."""
+        """The factor applied to the attention's 1 / sqrt(qk_head_dim)."""
         mscale = yarn_mscale(self.factor, self.mscale_all_dim) if self.mscale_all_dim else 1.0
         return mscale * mscale
 
@@ -42,7 +42,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 
 class Rope(msgspec.Struct, frozen=True):
-    """Rotary embedding. `interleave`: on disk, the pairs that rotate together are neighbours (else: the two halves)."""
+    """Rotary embedding. `interleave`: on disk, pairs that rotate together are adjacent; otherwise, one per half."""
 
     theta: float = 10000.0
     interleave: bool = True
@@ -78,7 +78,7 @@ class Architecture(msgspec.Struct, frozen=True):
     max_position_embeddings: int
     dtype: Dtype
     quant_block: tuple[int, int] | None  # rows and columns of an FP8 weight that share a scale; None: no FP8
-    num_mtp_layers: int  # that a checkpoint may have behind the last layer
+    num_mtp_layers: int  # MTP layers that a checkpoint may have after the last layer
     eos_token_ids: tuple[int, ...]
 
     @property
@@ -96,7 +96,7 @@ class Architecture(msgspec.Struct, frozen=True):
         return layer < self.first_k_dense
 
     def softmax_scale(self) -> float:
-        """What attention scores are multiplied by, YaRN's temperature included."""
+        """The factor applied to attention scores, YaRN's temperature included."""
         yarn = self.rope.yarn
         return float(self.qk_head_dim**-0.5) * (yarn.softmax_scale() if yarn else 1.0)
 
@@ -111,16 +111,16 @@ class Architecture(msgspec.Struct, frozen=True):
 
     @property
     def expert_id_bytes(self) -> int:
-        """Of a routed expert's id where routing is kept."""
+        """Size of a routed expert's id where routing is stored."""
         return 1 if self.num_experts <= 256 else 2
 
     def cache_bytes_per_token(self, dtype: str) -> int:
-        """What a token takes in the cache: its row in every layer, and which experts it chose."""
+        """Cache bytes of one token: its row in every layer, and the experts it chose."""
         routing = self.num_expert_layers * self.num_experts_per_tok * self.expert_id_bytes
         return self.kv_bytes_per_token(dtype) + routing
 
     def num_params(self, world_size: int = 1) -> int:
-        """Parameters that one of `world_size` ranks holds: its share of the routed experts and all of the rest."""
+        """Parameters held by one of `world_size` ranks: its share of the routed experts, and everything else."""
         return sum(
             math.prod(shape) // (world_size if ".experts." in name else 1) for name, shape in expected_tensors(self)
         )
@@ -131,7 +131,7 @@ class Architecture(msgspec.Struct, frozen=True):
 
 
 def expected_tensors(architecture: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every weight of a checkpoint, in the order of the layers; MTP layers and FP8 scales apart."""
+    """Name and shape of every weight in a checkpoint, in layer order, except MTP layers and FP8 scales."""
     a = architecture
     yield "model.embed_tokens.weight", (a.vocab_size, a.hidden_size)
     for layer in range(a.num_layers):

@@ -1,9 +1,9 @@
-"""Shared memory for logits: they are too large for messages, so they are written here and passed on by reference.
+"""Shared memory for logits, which are too large for messages: they are written here and passed by reference.
 
-The arena is one row of float32 logits per cell. Every rank has the same number of cells; cell c belongs to rank
-c // cells_per_rank. The scheduler owns all cells: it gives them out with a Step (credits: a row whose logits find no
-cell waits for a later step), the rank writes them before its StepDone, the frontend copies what it got out of them and
-gives them back with `Release`. So no cell has two users at a time, and a frontend's death gives back what it held.
+The arena has one row of float32 logits per cell. Every rank has the same number of cells; cell c belongs to rank
+c // cells_per_rank. The scheduler owns all cells. It hands them out with a Step (as credits: a row whose logits find no
+cell waits for a later step); the rank writes them before its StepDone; the frontend copies the logits out and returns
+the cells with `Release`. So no cell ever has two users, and when a frontend dies its cells are recovered.
 """
 
 import mmap
@@ -13,12 +13,12 @@ import msgspec
 from nmoe.architecture import Architecture
 from nmoe.ipc import sparse_memory
 
-_RANK_BYTES = 256 << 20  # of address space; only what is used becomes memory
+_RANK_BYTES = 256 << 20  # of address space; only pages that are touched use memory
 _FEWEST, _MOST = 16, 4096  # cells per rank
 
 
 class ArenaLayout(msgspec.Struct, frozen=True):
-    """The arena of a server."""
+    """The layout of a server's arena."""
 
     world_size: int
     cells_per_rank: int
@@ -32,11 +32,11 @@ class ArenaLayout(msgspec.Struct, frozen=True):
 
     @property
     def cell_bytes(self) -> int:
-        """Of one cell."""
+        """Bytes of one cell."""
         return 4 * self.vocab_size
 
     def cell(self, index: int) -> slice:
-        """Where cell `index` lies in the arena's bytes."""
+        """The byte range of cell `index` in the arena."""
         return slice(index * self.cell_bytes, (index + 1) * self.cell_bytes)
 
     def make(self) -> mmap.mmap:

@@ -1,8 +1,8 @@
 """The launcher's children: forked, watched through pidfds, reaped, stopped.
 
-A child is forked without exec: it inherits the configuration, the listening socket and the shared memory as they are,
-and starts in milliseconds. That asks the launcher to stay single-threaded and to import neither torch nor numpy; each
-child imports what it needs.
+A child is forked without exec: it inherits the configuration, the listening socket and the shared memory, and starts in
+milliseconds. In return, the launcher must stay single-threaded and must not import torch or numpy; each child imports
+what it needs.
 """
 
 import importlib
@@ -22,7 +22,7 @@ from nmoe.ipc import STOPPING, Boot, Control, ControlMessage, Failed, Role, sett
 
 _log = logging.getLogger("nmoe.launch")
 _ENTRY = {"frontend": "nmoe.frontend.server", "scheduler": "nmoe.scheduler.process", "worker": "nmoe.worker.process"}
-_MOST_TOLD = 4000  # characters of why a child cannot go on: one message of its control link
+_MOST_TOLD = 4000  # characters of a child's failure message, which must fit one control message
 
 
 class Child(msgspec.Struct):
@@ -35,25 +35,25 @@ class Child(msgspec.Struct):
     pid: int
     pidfd: int
     control: Control
-    hung_up: bool = False  # it has closed its end of the link: it is about to die, which may take a while
+    hung_up: bool = False  # it has closed its end of the link and is about to die, which may take a while
 
 
 class Said(msgspec.Struct, frozen=True):
-    """A child sent a control message."""
+    """A child has sent a control message."""
 
     child: Child
     message: ControlMessage
 
 
 class Died(msgspec.Struct, frozen=True):
-    """A child ended; `how` says how, in words."""
+    """A child has ended; `how` describes how."""
 
     child: Child
     how: str
 
 
 class Signalled(msgspec.Struct, frozen=True):
-    """The launcher got one of STOPPING."""
+    """The launcher has received one of the STOPPING signals."""
 
     signum: int
 
@@ -62,7 +62,7 @@ Event = Said | Died | Signalled
 
 
 class Children:
-    """All live children and the signals of their parent, as one stream of events."""
+    """All live children, and the signals sent to the launcher, as one stream of events."""
 
     def __init__(self) -> None:
         self._alive: list[Child] = []
@@ -72,7 +72,7 @@ class Children:
         self._wakeup = wakeup
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         for signum in STOPPING:
-            # SIGHUP stays ignored under nohup. SIGINT does not: shells ignore it in all that they start with `&`.
+            # SIGHUP stays ignored under nohup. SIGINT does not, because shells ignore it for all jobs started with `&`.
             if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
                 signal.signal(signum, lambda *_: None)  # the wakeup pipe delivers it
 
@@ -93,7 +93,7 @@ class Children:
         return child
 
     def _become(self, boot: Boot, control: Control) -> NoReturn:
-        """The child's whole life."""
+        """Run the child's whole life."""
         code = 1
         try:
             signal.set_wakeup_fd(-1)
@@ -112,17 +112,17 @@ class Children:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(code)  # not sys.exit: the parent's frames below must not run here
+            os._exit(code)  # not sys.exit: the parent's stack frames must not be unwound here
 
     def events(self, timeout: float | None) -> list[Event]:
-        """Everything that happened; waits up to `timeout` seconds (None: for ever) when nothing has.
+        """All pending events; if there are none, waits up to `timeout` seconds (None: forever).
 
         A child's last messages come before its death.
         """
         poller = select.poll()
         poller.register(self._signals, select.POLLIN)
         for child in self._alive:
-            if not child.hung_up:  # else there would always be something
+            if not child.hung_up:  # a closed link always polls as ready
                 poller.register(child.control.fileno(), select.POLLIN)
             poller.register(child.pidfd, select.POLLIN)
         ready = {fd for fd, _ in poller.poll(None if timeout is None else max(0, timeout * 1000))}
@@ -154,9 +154,9 @@ class Children:
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
     def stop(self, grace: float) -> None:
-        """End every child: close its link, wait `grace` seconds for it to leave, then kill it.
+        """End every child: close its link, wait `grace` seconds for it to exit, then kill it.
 
-        Returns when all are reaped.
+        Returns once all are reaped.
         """
         for child in self._alive:
             child.control.shut()

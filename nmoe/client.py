@@ -1,4 +1,4 @@
-"""A client of `POST /v1/generate`, synchronous and asynchronous; tensors are numpy arrays.
+"""A client for `POST /v1/generate`, synchronous and asynchronous; tensors are numpy arrays.
 
     from nmoe.client import Client
 
@@ -6,9 +6,9 @@
         answer = client.generate("The answer is", max_tokens=0, prompt_logprobs=0, logits=True)
         answer.choices[0].prompt_logits  # float32 [prompt tokens - 1, vocabulary]
 
-`generate` returns the whole answer; `parts` gives it piece by piece, for logits that do not fit into memory. Both take
-the fields of the request as keywords (docs/generate.md). A refusal or an error raises RequestError, a connection that
-ends too early ConnectionError.
+`generate` returns the whole answer; `parts` yields it piece by piece, for logits that do not fit in memory. Both take
+the request's fields as keyword arguments (docs/generate.md). A rejection or an error raises RequestError; a connection
+that ends early raises ConnectionError.
 """
 
 import http.client
@@ -35,7 +35,7 @@ from nmoe.native import (
 )
 
 PATH = "/v1/generate"
-_LIMIT = 1 << 20  # bytes of an answer that wait for whoever reads its parts
+_LIMIT = 1 << 20  # bytes of an answer buffered until its parts are read
 _NO_HEADERS: Mapping[str, str] = {}
 T = TypeVar("T")
 Array = np.ndarray[Any, Any]
@@ -43,7 +43,7 @@ Part = Answer[Array] | Logits[Array]
 
 
 def as_array(tensor: Tensor) -> Array:
-    """The elements where they are; the array cannot be written to."""
+    """A read-only view of the elements, without copying."""
     return np.frombuffer(tensor.data, np.dtype(tensor.dtype).newbyteorder("<")).reshape(tensor.shape)
 
 
@@ -53,7 +53,7 @@ def _array_hook(kind: type, value: Any) -> Any:
     raise NotImplementedError(kind)
 
 
-# Part of arrays, and the same of bytes, for whoever passes them on.
+# Decode a part into arrays, or into bytes for callers that pass it on.
 decode_arrays: Callable[[bytes], Part | Failure] = msgspec.msgpack.Decoder(
     Answer[np.ndarray] | Logits[np.ndarray] | Failure, dec_hook=_array_hook
 ).decode
@@ -63,8 +63,8 @@ decode_tensors: Callable[[bytes], Answer[Tensor] | Logits[Tensor] | Failure] = m
 
 
 def request_body(fields: Mapping[str, Any]) -> bytes:
-    """The msgpack of a request. Token ids of a prompt (a list of numbers, an array) travel as int32 bytes; what is no
-    prompt goes as it is, and the server says what is wrong with it."""
+    """The msgpack encoding of a request. A prompt's token ids (a list of numbers or an array) travel as int32 bytes.
+    Anything that is not a prompt is passed through, and the server reports what is wrong with it."""
     return msgspec.msgpack.encode({**fields, "prompt": _packed_prompt(fields["prompt"])})
 
 
@@ -86,7 +86,7 @@ def _is_id(item: Any) -> bool:
 
 
 def error_of(status: int, error: Mapping[str, Any]) -> RequestError:
-    """What a server said, as it raised it."""
+    """The RequestError that the server raised."""
     return RequestError(str(error.get("message")), status=status, param=error.get("param"), code=error.get("code"))
 
 
@@ -102,13 +102,13 @@ def _raise(failure: Failure) -> NoReturn:
 
 
 class _Whole:
-    """An answer, put together from its parts."""
+    """An answer assembled from its parts."""
 
     def __init__(self) -> None:
         self._rows: dict[tuple[int, str], list[Array]] = {}
 
     def add(self, part: Part) -> Answer[Array] | None:
-        """The answer, once its last part is here."""
+        """Add a part. Returns the answer once its last part has arrived."""
         if isinstance(part, Logits):
             self._rows.setdefault((part.index, part.name), []).append(part.rows)
             return None
@@ -129,7 +129,7 @@ _CUT_OFF = "the connection ended before the answer did"
 
 
 class Client:
-    """One connection, for one request at a time. `timeout` in seconds is for each read, None: no limit."""
+    """One connection, for one request at a time. `timeout` is in seconds and applies to each read; None: no limit."""
 
     def __init__(self, url: str, *, api_key: str = "", timeout: float | None = None) -> None:
         parts = urllib.parse.urlsplit(url)
@@ -147,7 +147,7 @@ class Client:
         raise ConnectionError(_CUT_OFF)
 
     def parts(self, prompt: Any, **fields: Any) -> Iterator[Part]:
-        """Logits as they come, then the answer without them. A caller that stops early closes the connection."""
+        """Yield logits as they arrive, then the answer without them. Stopping early closes the connection."""
         complete = False
         try:
             payloads = self._payloads(request_body({"prompt": prompt, **fields}))
@@ -191,8 +191,8 @@ class Client:
 
 
 class AsyncClient:
-    """Any number of requests at a time. `unix_socket` is the path of a socket that takes the place of the URL's host;
-    `timeout` in seconds is for each read, None: no limit."""
+    """Any number of concurrent requests. `unix_socket` is the path of a socket to use instead of the URL's host;
+    `timeout` is in seconds and applies to each read; None: no limit."""
 
     def __init__(
         self,
@@ -217,17 +217,17 @@ class AsyncClient:
         raise ConnectionError(_CUT_OFF)
 
     async def parts(self, prompt: Any, **fields: Any) -> AsyncIterator[Part]:
-        """Logits as they come, then the answer without them."""
+        """Yield logits as they arrive, then the answer without them."""
         async for part in self._parts(request_body({"prompt": prompt, **fields}), decode_arrays):
             yield part
 
     async def raw_parts(self, body: bytes, request_id: str) -> AsyncIterator[Answer[Tensor] | Logits[Tensor]]:
-        """The same for an encoded request, with tensors as they travel."""
+        """`parts` for an already encoded request, leaving tensors in wire format."""
         async for part in self._parts(body, decode_tensors, {"X-Request-Id": request_id}):
             yield part
 
     async def post_json(self, path: str, body: bytes, request_id: str) -> tuple[int, bytes]:
-        """Status and body of another endpoint's answer."""
+        """POST to another endpoint. Returns the status and body of the answer."""
         headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
         try:
             async with self._session.post(self._url + path, data=body, headers=headers) as response:
@@ -236,7 +236,7 @@ class AsyncClient:
             raise ConnectionError(f"{_CUT_OFF}: {error!r}") from error
 
     async def is_healthy(self) -> bool:
-        """Whether the server serves."""
+        """Whether the server is serving."""
         try:
             async with self._session.get(self._url + "/health") as response:
                 return response.status == 200
@@ -282,7 +282,7 @@ class AsyncClient:
 
 
 async def _payloads(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """The msgpack objects of an answer. Raises EOFError when it ends within one."""
+    """The msgpack objects of an answer. Raises EOFError if it ends in the middle of one."""
     if response.status != 200:
         raise _refusal(response.status, await response.read())
     if response.content_type != FRAMES_CONTENT_TYPE:

@@ -1,8 +1,8 @@
-"""The preflight checks: what is wrong with this machine, checkpoint and configuration, before a process is started.
+"""Preflight checks: what is wrong with this machine, checkpoint and configuration, before any process is started.
 
-Nothing here changes anything or needs torch. A check returns one row, or None where it does not apply (a server on
-the CPU needs no driver). The model row speaks for the whole checkpoint; what depends on its sizes is left out while it
-fails.
+Nothing here changes anything or needs torch. A check returns one row, or None where it does not apply (a CPU server
+needs no driver). The model row covers the whole checkpoint; while it fails, checks that depend on the model's sizes
+are left out.
 """
 
 import dataclasses
@@ -32,13 +32,13 @@ from nmoe.slab import SlabLayout
 
 _log = logging.getLogger("nmoe.doctor")
 GIB = 1 << 30
-WANTED_TOKENS = 4096  # of cache for each running request; with less, long requests preempt each other
-SHARED_BYTES_PER_RANK = 32 << 20  # of /dev/shm, for the peers' rendezvous
+WANTED_TOKENS = 4096  # of cache per running request; with less, long requests preempt each other
+SHARED_BYTES_PER_RANK = 32 << 20  # of /dev/shm, for rendezvous between peers
 _COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 class Row(msgspec.Struct, frozen=True):
-    """The outcome of one check; `remedy` is there on every row that is not ok."""
+    """The outcome of one check; every row that is not ok has a `remedy`."""
 
     name: str
     status: Literal["ok", "warn", "fail"]
@@ -48,12 +48,12 @@ class Row(msgspec.Struct, frozen=True):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Facts:
-    """What several checks look at, read once. `gpus` is None on the CPU."""
+    """Facts shared by several checks, read once. `gpus` is None on the CPU."""
 
     config: Config
     checkpoint: Checkpoint | CheckpointError
     gpus: gpus.Survey | None
-    ram_free: int  # bytes that new processes can have
+    ram_free: int  # bytes available to new processes
 
 
 Check = Callable[[Facts], Row | None]
@@ -66,7 +66,7 @@ def checks(config: Config) -> list[Row]:
 
 
 def run(config: Config, as_json: bool = False) -> int:
-    """Print the checks to standard output; returns the exit code, 1 when one fails."""
+    """Print the checks to standard output. Returns the exit code: 1 if any fails."""
     rows = checks(config)
     if as_json:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(rows), indent=2).decode() + "\n")
@@ -76,7 +76,7 @@ def run(config: Config, as_json: bool = False) -> int:
 
 
 def require(config: Config) -> None:
-    """Log the warnings and raise LaunchError, with every failing row and its remedy, when a check fails."""
+    """Log warnings; if any check fails, raise LaunchError with every failing row and its remedy."""
     rows = checks(config)
     for row in rows:
         if row.status == "warn":
@@ -87,10 +87,10 @@ def require(config: Config) -> None:
 
 
 def report(rows: list[Row], console: Console) -> None:
-    """The rows as a table, each remedy below what it remedies."""
+    """Print the rows as a table, each remedy below its row."""
     table = Table("check", "", "found", box=None, pad_edge=False)
     for row in rows:
-        # As Text, because "[model] path" is not markup.
+        # As Text, because "[model] path" is not console markup.
         table.add_row(row.name, Text(row.status, _COLORS[row.status]), Text(row.detail))
         if row.remedy:
             table.add_row("", "", Text.assemble(("remedy: ", "bold"), row.remedy))
@@ -115,7 +115,7 @@ def _gib(size: float) -> str:
 
 
 def _split(error: CheckpointError) -> tuple[str, str]:
-    """The errors of a checkpoint end in "; what to do"."""
+    """Split a checkpoint error, which ends in "; what to do", into detail and remedy."""
     detail, _, remedy = str(error).rpartition("; ")
     return (detail, remedy) if detail else (remedy, "check the files under [model] path")
 
@@ -135,13 +135,13 @@ def _model(facts: Facts) -> Row:
 def _tokenizer(facts: Facts) -> Row | None:
     model, folder = facts.config.model, pathlib.Path(facts.config.model.path)
     if not folder.is_dir():
-        return None  # absent, which is the model row's to say, or a benchmark's config.json: prompts come as token ids
+        return None  # missing (the model row reports that), or a benchmark's config.json: prompts are token ids
     if model.weights == "random" and not (folder / "tokenizer.json").exists():
-        return None  # as for a config.json
+        return None  # same as for a config.json
     try:
         file = tokenizer_file(model.path)
         if not isinstance(facts.checkpoint, CheckpointError):
-            # By its name, as a child's module is: neither the root nor the command line has the frontend's libraries.
+            # Imported by name, like a child's module: the root and the command line do not load frontend libraries.
             prompt = importlib.import_module("nmoe.frontend.prompt")
             prompt.load_prompts(facts.config, (), facts.checkpoint.architecture.vocab_size)
         return Row("tokenizer", "ok", file.name)
@@ -150,7 +150,7 @@ def _tokenizer(facts: Facts) -> Row | None:
 
 
 def _weight_bytes(facts: Facts, checkpoint: Checkpoint) -> int:
-    """Of one rank. FP8 weights stay FP8 on a GPU and are expanded on the CPU."""
+    """Weight bytes of one rank. FP8 weights stay FP8 on a GPU and are expanded on the CPU."""
     architecture, world_size = checkpoint.architecture, facts.config.parallel.world_size
     if architecture.quant_block and facts.config.parallel.device == "cuda":
         return architecture.num_params(world_size)
@@ -158,7 +158,7 @@ def _weight_bytes(facts: Facts, checkpoint: Checkpoint) -> int:
 
 
 def _memory_per_rank(facts: Facts) -> tuple[str, int] | None:
-    """What one rank's weights and cache may take in bytes, and of what; None while the GPUs are unknown."""
+    """What kind of memory one rank's weights and cache use, and how many bytes; None if the GPUs are unknown."""
     world_size, unused = facts.config.parallel.world_size, 1 - facts.config.engine.gpu_memory_utilization
     if facts.gpus is None:
         return "free memory", facts.ram_free // world_size
@@ -172,7 +172,7 @@ def _memory_per_rank(facts: Facts) -> tuple[str, int] | None:
 
 
 def _num_pages(facts: Facts, checkpoint: Checkpoint, memory: int) -> int:
-    """[engine] num_pages, or what a rank will choose: what a full batch can use, as far as memory allows."""
+    """[engine] num_pages, or what a rank will choose: enough for a full batch, as far as memory allows."""
     engine = facts.config.engine
     if engine.num_pages:
         return engine.num_pages
@@ -274,7 +274,7 @@ def _peers(facts: Facts) -> Row | None:
 
 
 def _allocator(facts: Facts) -> Row | None:
-    """PYTORCH_ALLOC_CONF, the newer name, would win over what the launcher sets."""
+    """PYTORCH_ALLOC_CONF, the newer name, would override what the launcher sets."""
     if facts.gpus is None:
         return None
     name, winning = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
@@ -323,7 +323,7 @@ def _shared_memory(facts: Facts) -> Row:
 
 
 def _open_files(facts: Facts) -> Row:
-    """A connection of a frontend is a file; waiting and running requests each have one."""
+    """Each frontend connection is an open file; every waiting or running request has one."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     limit = sys.maxsize if limit == resource.RLIM_INFINITY else limit
     config = facts.config

@@ -1,6 +1,6 @@
-"""The one place where environment variables are read and set. They switch no behaviour of nmoe itself.
+"""The only place where environment variables are read and set. None of them changes the behaviour of nmoe itself.
 
-The launcher calls `set_for_children` once, before it forks; libraries in the children read what is set there.
+The launcher calls `set_for_children` once, before it forks; libraries in the children read the variables.
 """
 
 import os
@@ -10,13 +10,13 @@ from nmoe.config import Config
 
 
 def get(name: str) -> str | None:
-    """The value of an environment variable, None when unset."""
+    """The value of an environment variable, or None if unset."""
     return os.environ.get(name)
 
 
 def for_children(config: Config) -> dict[str, str]:
-    """What the children's libraries need to find in their environment under this configuration."""
-    values = {"TOKENIZERS_PARALLELISM": "false"}  # a frontend has threads of its own for tokenizing
+    """The environment variables that the children's libraries need under this configuration."""
+    values = {"TOKENIZERS_PARALLELISM": "false"}  # frontends tokenize in threads of their own
     if config.parallel.device == "cpu":
         values["OMP_WAIT_POLICY"] = "passive"  # torch's threads sleep between operators instead of spinning
     else:
@@ -25,15 +25,15 @@ def for_children(config: Config) -> dict[str, str]:
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
             "TRITON_CACHE_DIR": str(cache / "triton"),
             "TORCH_EXTENSIONS_DIR": str(cache / "extensions"),
-            "TORCH_BLAS_PREFER_CUBLASLT": "1",  # which exact products need; said here, torch does not warn
-            "NCCL_SOCKET_IFNAME": "lo",  # one node: rendezvous never leaves it
+            "TORCH_BLAS_PREFER_CUBLASLT": "1",  # needed by exact products; setting it here avoids a warning from torch
+            "NCCL_SOCKET_IFNAME": "lo",  # single node: rendezvous stays local
             "GLOO_SOCKET_IFNAME": "lo",
-            "NCCL_NVLS_ENABLE": "0",  # NVLink multicast stays off
+            "NCCL_NVLS_ENABLE": "0",  # no NVLink multicast
             "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
         }
     return values
 
 
 def set_for_children(config: Config) -> None:
-    """Put `for_children` into this process's environment, for the processes it will fork."""
+    """Put `for_children` into this process's environment, to be inherited by the processes it forks."""
     os.environ.update(for_children(config))

@@ -1,10 +1,10 @@
-"""What the CUDA engine's kernels can run: the doctor tells it before a GPU is touched, a worker insists on it.
+"""What the CUDA engine's kernels support. The doctor reports it before a GPU is touched; a worker enforces it.
 
-Blackwell (sm_100) lacks the matrix instructions in which `mla_warps_gluon.py`, `mla_values_gluon.py`, `fp8_gluon.py`,
-`experts_gluon.py` and `experts_fp8_gluon.py` of `worker/kernels/` are written; it needs forms of them in its own
-(tcgen05, accumulators in tensor memory), to be chosen by capability in `absorbed_decode`, `values_of_latents`,
-`exact_prefill`, `grouped_mlp`, and in fp8_triton.py's `linear` and `linear_exact`. The scales of the library's product
-there, by 1 x 128 and 128 x 128, are Hopper's too. The other sources compile for it.
+Blackwell (sm_100) lacks the matrix instructions used by `mla_warps_gluon.py`, `mla_values_gluon.py`, `fp8_gluon.py`,
+`experts_gluon.py` and `experts_fp8_gluon.py` in `worker/kernels/`. It needs versions of them built on its own
+instructions (tcgen05, accumulators in tensor memory), selected by capability in `absorbed_decode`, `values_of_latents`,
+`exact_prefill`, `grouped_mlp`, and in fp8_triton.py's `linear` and `linear_exact`. cuBLAS's product there, with scales
+per 1 x 128 and 128 x 128, is also specific to Hopper. The other sources compile for Blackwell.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ FP8_BLOCK = 128  # rows and columns that share a scale
 
 
 def refusals(architecture: Architecture, dtype: str, page_size: int, capability: tuple[int, int]) -> list[str]:
-    """Every reason why this model, computed in `dtype`, cannot be served on a GPU of this compute capability."""
+    """Every reason why this model, computed in `dtype`, cannot run on a GPU of this compute capability."""
     reasons = []
     if capability != _HOPPER:
         reasons.append(f"compute capability {capability[0]}.{capability[1]}: needs 9.0 (H100, H200)")
@@ -39,7 +39,7 @@ def _sizes(a: Architecture) -> Iterator[str]:
     for name, value, multiple in (
         ("hidden_size", a.hidden_size, 128),
         ("moe_intermediate_size", a.moe_intermediate_size, 64),
-        ("intermediate_size", a.intermediate_size, 8),  # rows of whole 16 bytes, which exact products load by
+        ("intermediate_size", a.intermediate_size, 8),  # exact products load rows in units of 16 bytes
         ("q_lora_rank", a.q_lora_rank or 0, 8),
     ):
         if value % multiple:

@@ -1,4 +1,4 @@
-"""The GPUs of this machine as the driver describes them, through NVML: without torch and without a CUDA context."""
+"""The GPUs of this machine as reported by the driver through NVML: without torch and without a CUDA context."""
 
 import importlib.metadata
 import pathlib
@@ -7,7 +7,7 @@ import re
 import msgspec
 import pynvml
 
-_P2P_ABILITIES = (0, 1)  # nvml.h's NVML_P2P_CAPS_INDEX_READ and _WRITE; pynvml has the former as a tuple
+_P2P_ABILITIES = (0, 1)  # nvml.h's NVML_P2P_CAPS_INDEX_READ and _WRITE; pynvml defines the former as a tuple
 
 
 class Gpu(msgspec.Struct, frozen=True):
@@ -20,17 +20,17 @@ class Gpu(msgspec.Struct, frozen=True):
 
 
 class Survey(msgspec.Struct, frozen=True):
-    """What NVML says, or `problem` when it says nothing."""
+    """What NVML reports, or the `problem` if it cannot."""
 
     problem: str = ""
     driver: str = ""
-    cuda: tuple[int, int] = (0, 0)  # the newest CUDA version that the driver supports
+    cuda: tuple[int, int] = (0, 0)  # the newest CUDA version the driver supports
     gpus: tuple[Gpu, ...] = ()
-    unlinked: tuple[tuple[int, int], ...] = ()  # pairs that cannot write each other's memory
+    unlinked: tuple[tuple[int, int], ...] = ()  # pairs without access to each other's memory
 
 
 def survey(visible: str | None, world_size: int) -> Survey:
-    """Look at the GPUs that `visible` (CUDA_VISIBLE_DEVICES) names, peer access among the first `world_size`."""
+    """Query the GPUs named by `visible` (CUDA_VISIBLE_DEVICES), and peer access among the first `world_size`."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
@@ -78,7 +78,7 @@ def _unlinked(handles: list[object]) -> tuple[tuple[int, int], ...]:
 
 
 def torch_cuda() -> str | None:
-    """The CUDA version that the installed torch was built for, None for a build without CUDA. Does not import torch."""
+    """The CUDA version the installed torch was built for; None for a build without CUDA. Does not import torch."""
     source = pathlib.Path(str(importlib.metadata.distribution("torch").locate_file("torch/version.py")))
     found = re.search(r"^cuda\b.*= '([\d.]+)'", source.read_text(encoding="utf-8"), re.MULTILINE)
     return found[1] if found else None

@@ -3,7 +3,7 @@
     doctor -> bind HTTP port -> fork scheduler, workers, frontends -> every child Up -> ready line
            -> supervise until SIGTERM, SIGINT or SIGHUP -> drain -> stop
 
-A process that fails before the ready line ends the start with its message; what happens to deaths after it is told in
+A process that fails before the ready line aborts the start with its message; for deaths after it, see
 `nmoe/supervision.py`.
 """
 
@@ -34,13 +34,13 @@ from nmoe.slab import ControlLayout, SlabLayout, make_slabs
 from nmoe.supervision import Supervisor
 
 _log = logging.getLogger("nmoe.launch")
-_BACKLOG = 4096  # connections that may wait while a frontend is busy
-_SOCKET_PATH = 107  # bytes of a Unix socket's path (sun_path)
-_GRACE_S = 5.0  # how long a child may take to leave when told to
+_BACKLOG = 4096  # pending connections while a frontend is busy
+_SOCKET_PATH = 107  # bytes in the path of a Unix socket (sun_path)
+_GRACE_S = 5.0  # how long a child may take to exit when told to
 
 
 def serve(config: Config) -> None:
-    """Serve until SIGTERM, SIGINT or SIGHUP. Raises NmoeError when the server cannot start or a process of it dies."""
+    """Serve until SIGTERM, SIGINT or SIGHUP. Raises NmoeError if the server cannot start or keeps losing a process."""
     doctor.require(config)
     envs.set_for_children(config)
     host, port = config.server.host, config.server.port
@@ -50,8 +50,8 @@ def serve(config: Config) -> None:
 
 
 def serve_privately(config: Config, announce: Callable[[pathlib.Path], None]) -> None:
-    """The same on a Unix socket in the run directory, which nobody but this user can reach; `announce` gets its path
-    once it serves. [server] host, port and api_keys have no effect."""
+    """Like `serve`, on a Unix socket in the run directory, which only this user can reach. `announce` is called with
+    its path once it serves. [server] host, port and api_keys have no effect."""
     server = msgspec.structs.replace(config.server, port=0, api_keys=())
     config = msgspec.structs.replace(config, server=server)
     doctor.require(config)
@@ -74,7 +74,7 @@ def _serve_on(config: Config, http_socket: socket.socket, folder: pathlib.Path, 
 
 
 def _announce(line: str) -> None:
-    """Print a line for whoever waits for it; that nobody does must not end the server."""
+    """Print a line for anyone waiting for it; failing to print must not end the server."""
     try:
         sys.stdout.write(line)
         sys.stdout.flush()
@@ -102,8 +102,8 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def slabs_for(config: Config) -> mmap.mmap | None:
-    """The memory that several workers share: on the CPU they exchange tokens through it, on GPUs they only hear of
-    trouble there."""
+    """The memory shared by several workers: on the CPU they exchange tokens through it; on GPUs they only use it to
+    learn of failures."""
     if config.parallel.world_size == 1:
         return None
     if config.parallel.device == "cuda":
@@ -126,7 +126,7 @@ class _Server:
         self._lives: Counter[tuple[ipc.Role, int]] = Counter()
 
     def run(self, announce: Callable[[], None]) -> None:
-        """The whole life of the server; returns when it was told to stop and has drained."""
+        """The server's whole life; returns once it has been told to stop and has drained."""
         self._fork("scheduler", 0)
         for rank in range(self._config.parallel.world_size):
             self._fork("worker", rank)
@@ -140,7 +140,7 @@ class _Server:
         self._drain(supervisor)
 
     def _fork(self, role: ipc.Role, index: int) -> None:
-        """Begin a process's next life."""
+        """Start a process's next life."""
         self._lives[role, index] += 1
         ours, theirs = ipc.Control.pair()
         boot = ipc.Boot(
@@ -155,13 +155,13 @@ class _Server:
             slabs=self._slabs if role == "worker" else None,
             arena=None if role == "scheduler" else self._arena,
         )
-        # Its silence counts from now on, not from its predecessor's last word.
+        # Count its silence from now, not from its predecessor's last heartbeat.
         row = self._board.rows[row_index(role, index, self._config.parallel.world_size)]
         row.set("nmoe:heartbeat_seconds", time.monotonic())
         self.children.spawn(boot, ours)
 
     def _wait_until_up(self) -> bool:
-        """True when every child does its work, False when a signal came first. A failure or a death is raised."""
+        """True once every child is up, False if a signal comes first. Raises LaunchError on a failure or death."""
         missing = {child.title for child in self.children}
         with _LoadingBars() as bars:
             while missing:
@@ -180,7 +180,7 @@ class _Server:
         return True
 
     def _drain(self, supervisor: Supervisor) -> None:
-        """Refuse new requests and let the running ones finish; a second signal or the timeout ends the wait."""
+        """Reject new requests and let running ones finish; a second signal or the timeout ends the wait."""
         timeout = self._config.server.drain_timeout_s
         _log.info("draining: running requests have %.0f s to finish; a second signal ends at once", timeout)
         draining = [child for child in self.children if child.role == "frontend"]
@@ -197,15 +197,15 @@ class _Server:
                     case Died(child, _) if child in draining:
                         draining.remove(child)
                     case _:
-                        supervisor.handle(event)  # a death still has to be told to the others
+                        supervisor.handle(event)  # other processes must still be told of a death
 
 
 class _LoadingBars:
-    """One progress bar per worker that loads, on standard error where that is a terminal: anywhere else nothing but the
-    full bars would arrive, and what cannot be written (full disk, pipe without a reader) must not end the start."""
+    """One progress bar per loading worker, on standard error if it is a terminal. Otherwise only the full bars would
+    show, and a write that fails (disk full, pipe without a reader) must not abort the start."""
 
     def __init__(self) -> None:
-        # No refresh thread: the launcher forks and must stay single-threaded.
+        # No refresh thread: the launcher forks, so it must stay single-threaded.
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         console = Console(stderr=True)
         self._progress = Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal)
@@ -219,7 +219,7 @@ class _LoadingBars:
         self._progress.stop()
 
     def show(self, child: Child, progress: ipc.Progress) -> None:
-        """Move the bar of `child`."""
+        """Update the bar of `child`."""
         key = f"{child.title}: {progress.what}"
         if key not in self._tasks:
             self._tasks[key] = self._progress.add_task(key, total=progress.total)

@@ -1,7 +1,7 @@
 """The server's metrics: one board of numbers in anonymous shared memory, one row per process.
 
-The launcher makes the board before it forks, so every process has it. A process writes its own row only, and any of
-them reads all rows: no message, no lock, and a process that is restarted goes on from where its row stood. A frontend
+The launcher creates the board before it forks, so every process has it. A process writes only its own row, and any
+process can read all rows: no messages, no locks, and a restarted process continues from its row's values. A frontend
 renders the whole board for /metrics, in Prometheus' text format. Names follow vLLM's, with the prefix `nmoe:`.
 """
 
@@ -18,7 +18,7 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 class Spec(msgspec.Struct, frozen=True):
-    """One metric. `labels` are the values of the label `label`, each with a series of its own."""
+    """One metric. `labels` are the values of the label `label`, each with its own series."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -26,12 +26,12 @@ class Spec(msgspec.Struct, frozen=True):
     label: str = ""
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
-    exposed: bool = True  # false: between our processes only
-    by_rank: bool = False  # a histogram that workers alone observe: one series for each, with the label `rank`
+    exposed: bool = True  # False: for internal use between processes
+    by_rank: bool = False  # a histogram observed only by workers: one series per worker, labelled `rank`
 
     @property
     def width(self) -> int:
-        """Cells per series: a histogram has its buckets, +Inf, and the sum."""
+        """Cells per series. A histogram has its buckets, +Inf and the sum."""
         return len(self.buckets) + 2 if self.kind == "histogram" else 1
 
 
@@ -89,13 +89,13 @@ for _spec in SPECS:
 
 
 class Row:
-    """One process's cells. Only that process writes them."""
+    """One process's cells. Only that process writes to them."""
 
     def __init__(self, cells: "memoryview[float]") -> None:
         self._cells = cells
 
     def add(self, name: str, value: float = 1.0, label: str = "") -> None:
-        """Count `value` more."""
+        """Increment a counter."""
         self._cells[_cell(name, label)] += value
 
     def set(self, name: str, value: float) -> None:
@@ -103,7 +103,7 @@ class Row:
         self._cells[_OFFSETS[name]] = value
 
     def observe(self, name: str, value: float, times: int = 1) -> None:
-        """Put `value` into a histogram, `times` times."""
+        """Record `value` in a histogram `times` times."""
         buckets = _BY_NAME[name].buckets
         first = _OFFSETS[name]
         self._cells[first + bisect.bisect_left(buckets, value)] += times
@@ -131,7 +131,7 @@ class Board:
         return sum(row.get(name, label) for row in self.rows)
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics, summed over the processes, for prometheus_client's exposition (a custom collector)."""
+        """All metrics, summed over processes: a custom collector for prometheus_client's exposition."""
         for spec in SPECS:
             if spec.exposed:
                 yield self._family(spec)
@@ -168,5 +168,5 @@ def _histogram(spec: Spec, rows: Sequence[Row]) -> tuple[list[tuple[str, float]]
 
 
 def row_index(role: str, index: int, world_size: int) -> int:
-    """Which row is whose: the scheduler's first, then the workers' by rank, then the frontends'."""
+    """The index of a process's row: the scheduler first, then workers by rank, then frontends."""
     return {"scheduler": 0, "worker": 1 + index, "frontend": 1 + world_size + index}[role]

@@ -1,9 +1,9 @@
-"""What `POST /v1/generate` answers: msgpack, with tensors as raw little-endian bytes (docs/generate.md).
+"""The answers of `POST /v1/generate`: msgpack, with tensors as raw little-endian bytes (docs/generate.md).
 
-An answer without logits is one `Answer`. One with logits is a sequence of frames, sent while they are computed: any
-number of `Logits`, then the `Answer`, or a `Failure` in its place. A frame is a msgpack `bin 32` whose bytes are one
-msgpack object, so every msgpack library reads the sequence as it comes, and so does whoever takes five bytes and then
-as many as they say.
+An answer without logits is one `Answer`. One with logits is a sequence of frames, sent as they are computed: any number
+of `Logits`, followed by the `Answer`, or by a `Failure` in its place. A frame is a msgpack `bin 32` containing one
+msgpack object, so any msgpack library can read the sequence incrementally. So can a client that reads five bytes and
+then as many as those specify.
 """
 
 import struct
@@ -13,7 +13,7 @@ import msgspec
 
 CONTENT_TYPE = "application/msgpack"
 FRAMES_CONTENT_TYPE = "application/x-msgpack-frames"
-FRAME_HEAD = struct.Struct(">BI")  # msgpack's bin 32: its marker, and the number of bytes that follow
+FRAME_HEAD = struct.Struct(">BI")  # msgpack's bin 32: marker and number of bytes that follow
 _BIN_32 = 0xC6
 
 ItemType = Literal["int32", "float32", "uint8", "uint16"]
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Tensor(msgspec.Struct, frozen=True):
-    """An array: `data` is its elements, little-endian, the last dimension first."""
+    """An array: `data` is its elements, little-endian, in row-major order."""
 
     dtype: ItemType
     shape: tuple[int, ...]
@@ -31,21 +31,21 @@ class Tensor(msgspec.Struct, frozen=True):
 
 
 class Choice(msgspec.Struct, Generic[T], frozen=True, omit_defaults=True, kw_only=True):
-    """One output of `n` tokens for a prompt of `p`; what was not asked for is absent.
+    """One output of `n` tokens for a prompt of `p`; fields that were not requested are absent.
 
-    What is about the prompt has a row for each of its tokens but the first, which nothing comes before, and is in the
-    first choice of each prompt only. K is the greatest of the request's `logprobs`,
-    `prompt_logprobs` and `top_k_logprobs`, S the number of its `logprob_token_ids`.
+    Prompt fields have a row for every prompt token except the first, which has no predecessor, and are present only in
+    the first choice of each prompt. K is the greatest of the request's `logprobs`, `prompt_logprobs` and
+    `top_k_logprobs`, S the number of its `logprob_token_ids`.
     """
 
     index: int
     text: str
     finish_reason: str
-    seed: int | None = None  # as in `Answer`, where there are several prompts
+    seed: int | None = None  # as in `Answer`, if there are several prompts
     token_ids: T  # int32 [n]
     prompt_token_ids: T | None = None  # int32 [p]
-    logprobs: T | None = None  # float32 [n], by the model's own distribution
-    drawn_logprobs: T | None = None  # float32 [n], by the distribution that the token was drawn from
+    logprobs: T | None = None  # float32 [n], under the model's own distribution
+    drawn_logprobs: T | None = None  # float32 [n], under the distribution that the token was drawn from
     ranks: T | None = None  # int32 [n]: 1 is the likeliest token
     top_k_ids: T | None = None  # int32 [n, K]
     top_k_logprobs: T | None = None  # float32 [n, K]
@@ -61,7 +61,7 @@ class Choice(msgspec.Struct, Generic[T], frozen=True, omit_defaults=True, kw_onl
 
 
 class Answer(msgspec.Struct, Generic[T], frozen=True, omit_defaults=True, tag="answer"):
-    """The whole of an answer but its logits, and its end. `created` is in seconds since the epoch."""
+    """The whole answer except its logits; also marks its end. `created` is in seconds since the epoch."""
 
     id: str
     model: str

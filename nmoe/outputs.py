@@ -1,24 +1,24 @@
-"""What a request can want to know besides its tokens, and the bytes in which it travels from worker to frontend.
+"""What a request can return besides its tokens, and the bytes that carry it from worker to frontend.
 
 The scheduler passes these bytes on without reading them. One `Block` is what one row of one step returned:
 
     int32  number of cells, number of records, number of routed positions
-    int32  [cells]    where in the arena the logits of each record are (nmoe/arena.py); as many as records, or none
-           [records]  of `Returns.record_bytes` each, in the order of the positions
-           [routed]   of `RoutingLayout.position_bytes` each, in the order of the positions
+    int32  [cells]    the arena cell of each record's logits (nmoe/arena.py); as many as records, or none
+           [records]  of `Returns.record_bytes` each, in order of position
+           [routed]   of `RoutingLayout.position_bytes` each, in order of position
 
-A record tells of one token: how likely the model thought it, and what else it thought likely there.
+A record describes one token: how likely the model considered it, and which tokens it considered likely there.
 
     float32       its log-probability under the model's own distribution (log-softmax of the logits, nothing applied)
-    float32       the same under the distribution it was drawn from: after bias, penalties, temperature, min_p, top_k,
-                  top_p; 0 for a greedy token, NaN for a token of the prompt, which was not drawn
-    int32         its rank: how many tokens have greater logits, plus one
-    int32   [K]   the likeliest tokens, likeliest first, of equals the lower id first
+    float32       its log-probability under the distribution it was drawn from: after bias, penalties, temperature,
+                  min_p, top_k and top_p; 0 for a greedy token, NaN for a prompt token, which was not drawn
+    int32         its rank: one plus the number of tokens with greater logits
+    int32   [K]   the likeliest tokens, likeliest first; ties go to the lower id
     float32 [K]   their log-probabilities under the model's own distribution
-    float32 [S]   log-probabilities of the tokens that the request named
+    float32 [S]   log-probabilities of the tokens named by the request
 
-Routing is the ids of the experts that the router chose: for each position, uint8 [layers with experts, experts per
-token] (uint16 above 256 experts), the likeliest first.
+Routing is the ids of the experts chosen by the router: for each position, uint8 [layers with experts, experts per
+token] (uint16 above 256 experts), best first.
 """
 
 import struct
@@ -29,28 +29,28 @@ import msgspec
 from nmoe.architecture import Architecture
 
 MAX_TOP_K = 128
-MAX_SCORED = 128  # tokens named by one request
+MAX_SCORED = 128  # tokens that one request may name
 
 _HEADER = struct.Struct("<3i")
 HEADER_BYTES = _HEADER.size
 
 
 class Returns(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What comes back of each position of a request; nothing by default."""
+    """What each position of a request returns; nothing by default."""
 
     records: bool = False  # of every sampled token
     prompt: bool = False  # and of every prompt token but the first
     top_k: int = 0  # K, at most MAX_TOP_K
     scored_ids: tuple[int, ...] = ()  # S tokens, at most MAX_SCORED
-    logits: bool = False  # all logits behind each record, float32 [V], through the arena
-    routing: bool = False  # of every computed position, the cached prefix included
+    logits: bool = False  # all logits that each record is computed from, float32 [V], through the arena
+    routing: bool = False  # of every computed position, including the cached prefix
 
     def __bool__(self) -> bool:
         return self.records or self.routing
 
     @property
     def record_bytes(self) -> int:
-        """Of one record."""
+        """Bytes of one record."""
         return 12 + 8 * self.top_k + 4 * len(self.scored_ids)
 
 
@@ -63,17 +63,17 @@ class RoutingLayout(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, architecture: Architecture) -> "RoutingLayout":
-        """For a model."""
+        """The layout for a model."""
         return cls(architecture.num_expert_layers, architecture.num_experts_per_tok, architecture.expert_id_bytes)
 
     @property
     def position_bytes(self) -> int:
-        """Of one position."""
+        """Bytes of one position."""
         return self.layers * self.top_k * self.item_bytes
 
 
 class Block(msgspec.Struct, frozen=True):
-    """One row's outputs, still as bytes."""
+    """One row's outputs, not yet decoded."""
 
     cells: memoryview  # int32
     records: memoryview  # bytes
@@ -81,18 +81,18 @@ class Block(msgspec.Struct, frozen=True):
 
 
 def pack(cells: bytes, records: bytes, num_records: int, routing: bytes, num_routed: int) -> bytes:
-    """The bytes of a block."""
+    """Encode a block."""
     return b"".join((_HEADER.pack(len(cells) // 4, num_records, num_routed), cells, records, routing))
 
 
 def cells_of(data: memoryview) -> memoryview:
-    """The cells of a block, int32, whatever else is in it: they must be released even if nobody reads the rest."""
+    """The cells of a block, int32, regardless of what else is in it: they must be released even if it goes unread."""
     count = _HEADER.unpack_from(data)[0]
     return data[_HEADER.size : _HEADER.size + 4 * count].cast("i")
 
 
 def unpack(data: memoryview, returns: Returns) -> Block:
-    """The parts of a block that was made for `returns`. Raises ValueError when its length is another."""
+    """The parts of a block that was made for `returns`. Raises ValueError if its length does not match."""
     num_cells, num_records, _ = _HEADER.unpack_from(data)
     records = _HEADER.size + 4 * num_cells
     routing = records + num_records * returns.record_bytes
@@ -102,7 +102,7 @@ def unpack(data: memoryview, returns: Returns) -> Block:
 
 
 class Record(msgspec.Struct, frozen=True):
-    """One record, read."""
+    """One decoded record."""
 
     logprob: float
     drawn_logprob: float
@@ -113,7 +113,7 @@ class Record(msgspec.Struct, frozen=True):
 
 
 def read_records(records: memoryview, returns: Returns) -> list[Record]:
-    """The records of a block."""
+    """Decode the records of a block."""
     k, size = returns.top_k, returns.record_bytes
     ids, logprobs, scored = 12, 12 + 4 * k, 12 + 8 * k
     read = []

@@ -7,32 +7,32 @@ import msgspec
 
 
 class Numerics(enum.IntEnum):
-    """A step is of one class on all ranks. EXACT is batch-invariant: a request's bits do not depend on its company."""
+    """All ranks run a step in one class. EXACT is batch-invariant: a request's bits do not depend on its batch."""
 
     FAST = 0
     EXACT = 1
 
 
 class Lane(enum.IntEnum):
-    """Which requests share steps. Lanes take turns; while PRODUCTION has work, every second step is its own."""
+    """Requests of one lane share steps. Lanes take turns; while PRODUCTION has work, it gets every second step."""
 
     PRODUCTION = 0
     EXACT = 1
-    EVALUATION = 2  # in arrival order, whatever the priorities
-    BULK = 3  # full batches, in the room that the others leave
+    EVALUATION = 2  # in arrival order, regardless of priority
+    BULK = 3  # full batches, in the room left by other lanes
 
     @property
     def numerics(self) -> Numerics:
-        """The class of the lane's steps."""
+        """The numerics class of the lane's steps."""
         return Numerics.EXACT if self in (Lane.EXACT, Lane.EVALUATION) else Numerics.FAST
 
 
 class Profile(msgspec.Struct, frozen=True):
-    """How a request is computed, what comes back unless the request says otherwise, and what it leaves in the cache.
+    """How a request is computed, what it returns unless it says otherwise, and what it leaves in the cache.
 
-    `caches`: which pages enter the prefix cache, the prompt's only or the output's too. `lasting`: they are evicted
-    after all others. `scores`: log-probabilities of the sampled tokens come back unasked, with the `top_k` likeliest
-    tokens at each position, and with `scores_prompt` of the prompt's tokens too.
+    `caches`: which pages enter the prefix cache, only the prompt's or also the output's. `lasting`: they are evicted
+    after all others. `scores`: return log-probabilities of the sampled tokens by default, along with the `top_k`
+    likeliest tokens at each position; with `scores_prompt`, those of the prompt's tokens too.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Profile(msgspec.Struct, frozen=True):
 
     @property
     def numerics(self) -> Numerics:
-        """The class of its steps."""
+        """The numerics class of its steps."""
         return self.lane.numerics
 
 

@@ -1,8 +1,8 @@
-"""The folder of a server's sockets: private, held while any of its processes lives, and removed after the last.
+"""The directory of a server's sockets: private, held while any of its processes lives, removed after the last one.
 
-The launcher removes its folder when it ends. One that was killed cannot, so the next server does it: whoever holds a
-folder has it locked (flock(2)), the children hold it with the launcher because they inherit its descriptor, and a lock
-that can be had belongs to nobody.
+The launcher removes its directory when it ends. If it was killed, the next server does. A server holds its directory by
+locking it (flock(2)); the children share the lock because they inherit the descriptor. So if the lock is free, nobody
+uses the directory.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ from collections.abc import Iterator
 
 _log = logging.getLogger("nmoe.launch")
 PREFIX = "nmoe-run-"
-_YOUNG_S = 60.0  # a folder may be this old before it is locked
+_YOUNG_S = 60.0  # grace period: a new directory may not be locked yet
 
 
 @contextlib.contextmanager
 def run_dir() -> Iterator[pathlib.Path]:
-    """A new folder in TMPDIR, mode 0700, for as long as the context lasts. Removes those that nobody holds first."""
+    """A new directory in TMPDIR, mode 0700, for the lifetime of the context. First removes those that nobody holds."""
     parent = pathlib.Path(tempfile.gettempdir())
     _sweep(parent)
     with tempfile.TemporaryDirectory(prefix=PREFIX, dir=parent) as folder:
@@ -35,16 +35,16 @@ def run_dir() -> Iterator[pathlib.Path]:
 
 
 def _sweep(parent: pathlib.Path) -> None:
-    """Remove the folders of this user's servers that were killed."""
+    """Remove directories left behind by this user's killed servers."""
     for folder in parent.glob(PREFIX + "*"):
-        with contextlib.suppress(OSError):  # it is gone meanwhile, or not ours to look at
+        with contextlib.suppress(OSError):  # already gone, or not ours
             if _is_stale(folder):
                 shutil.rmtree(folder)
                 _log.info("removed %s, which a killed server left behind", folder)
 
 
 def _is_stale(folder: pathlib.Path) -> bool:
-    """Whether nobody holds `folder`. Raises OSError when it cannot be opened, and BlockingIOError when it is held."""
+    """Whether nobody holds `folder`. Raises OSError if it cannot be opened, BlockingIOError if it is held."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         status = os.fstat(descriptor)

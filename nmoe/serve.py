@@ -10,14 +10,14 @@ from nmoe.errors import NmoeError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `nmoe serve`."""
+    """Add the options of `nmoe serve`."""
     parser.add_argument("--config", metavar="X.toml", help="the configuration; without it the embedded demo is served")
     parser.add_argument("--doctor", action="store_true", help="only run the preflight checks, like `nmoe doctor`")
     parser.add_argument("--json", action="store_true", help="with --doctor: print the checks as JSON")
 
 
 def configuration(path: str | None) -> Config:
-    """The configuration at `path`, or the embedded demo's."""
+    """The configuration at `path`, or the embedded demo's if None."""
     if path is not None:
         return load_config(path)
     with importlib.resources.as_file(importlib.resources.files("nmoe") / "demo" / "demo.toml") as demo:
@@ -25,7 +25,7 @@ def configuration(path: str | None) -> Config:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve, or examine with --doctor. Returns the exit code. Raises NmoeError."""
+    """Serve, or run the checks with --doctor. Returns the exit code. Raises NmoeError."""
     if arguments.json and not arguments.doctor:
         raise NmoeError("--json is for the checks; add --doctor, or leave it out to serve")
     config = configuration(arguments.config)

@@ -1,12 +1,12 @@
-"""The memory through which ranks exchange tokens (RDEP): where everything lies in it. Drawn in docs/rdep.md.
+"""The layout of the memory through which ranks exchange tokens (RDEP). See docs/rdep.md for drawings.
 
-One slab per rank: on the CPU all of a server's in one piece of shared memory that the launcher makes before it forks,
-on GPUs each in its GPU's memory, mapped by the others. A slab belongs to its rank; the others write into the parts that
-are theirs alone, so no byte has two writers at a time. On the CPU pages are touched when they are used, so a slab costs
-what the traffic needs and not what the limits allow.
+Each rank has one slab. On the CPU, all slabs are in one shared memory mapping that the launcher creates before forking;
+on GPUs, each is in its own GPU's memory, mapped by the others. A slab belongs to its rank, and every other rank writes
+only to its own part of it, so no byte ever has two writers. On the CPU pages are touched on first use, so a slab costs
+what the traffic needs rather than what the limits allow.
 
-Beside slabs in GPU memory there is a page of `ControlLayout`: what kernels and hosts of all ranks tell each other when
-something goes wrong. It is ordinary shared memory, which a host reads without asking its GPU.
+Slabs in GPU memory are accompanied by a page of `ControlLayout`, through which kernels and hosts of all ranks report
+failures to each other. It is ordinary shared memory, which a host can read without involving its GPU.
 """
 
 import mmap
@@ -18,14 +18,14 @@ from nmoe.config import Config
 from nmoe.ipc import sparse_memory
 from nmoe.messages import CHANNEL_DECODE, CHANNEL_PREFILL
 
-LINE = 64  # bytes: one cache line, so that ranks that wait on neighbouring flags do not disturb each other
+LINE = 64  # bytes; one cache line each, so that ranks waiting on adjacent flags do not cause false sharing
 NUM_CHANNELS = 2
 NUM_PHASES = 2
-DISPATCH = 0  # phase: rows of tokens are there for the owner's experts
-RETURN = 1  # phase: the owner's sums are there, and it will not read the rows again
-COUNT_BITS = 36  # of an epoch, the count of exchanges; the life has the others
-POISON_BITS = 8  # of a poison word, one per rank; the life has the others
-_SCALED = 128  # columns that share a scale
+DISPATCH = 0  # phase: token rows have arrived for the owner's experts
+RETURN = 1  # phase: the owner's sums have arrived, and it will not read the rows again
+COUNT_BITS = 36  # low bits of an epoch that count exchanges; the rest is the life
+POISON_BITS = 8  # bits of a poison word, one per rank; the rest is the life
+_SCALED = 128  # columns per scale
 
 
 class Channel(msgspec.Struct, frozen=True):
@@ -35,22 +35,22 @@ class Channel(msgspec.Struct, frozen=True):
     """
 
     max_tokens: int  # slots per rank
-    counts: int  # int32 [N, max_tokens]: how many experts of this rank the source's token wants; 0: nothing was pushed
-    routes: int  # [N, max_tokens] of (int32 [K] local expert ids, float32 [K] weights), the wanted experts first
+    counts: int  # int32 [N, max_tokens]: how many of this rank's experts the source's token needs; 0: not sent
+    routes: int  # [N, max_tokens] of (int32 [K] local expert ids, float32 [K] weights), needed experts first
     hidden: int  # model dtype or float8_e4m3fn [N, max_tokens, D]
-    returned: int  # model dtype [N, max_tokens, D]: for this rank's own tokens, the sums from each owner
+    returned: int  # model dtype [N, max_tokens, D]: each owner's sums for this rank's own tokens
     scales: int = 0  # float32 [N, max_tokens, D / 128]: of quantised rows
 
 
 class SlabLayout(msgspec.Struct, frozen=True):
-    """All slabs of a server. Offsets of the methods are in bytes from the start of the memory."""
+    """The layout of a server's slabs. The methods return byte offsets from the start of the memory."""
 
     world_size: int
     num_experts: int  # of one rank
     top_k: int
     row_bytes: int  # of one hidden row in the model's dtype
     channels: tuple[Channel, ...]
-    slab_bytes: int  # from one rank's slab to the next one's
+    slab_bytes: int  # distance between consecutive ranks' slabs
     quantised: bool = False  # rows are pushed in FP8, with a scale per 128 columns; sums never are
 
     @classmethod
@@ -63,7 +63,7 @@ class SlabLayout(msgspec.Struct, frozen=True):
         }
         top_k, hidden = architecture.num_experts_per_tok, architecture.hidden_size
         row_bytes = hidden * DTYPE_BYTES[dtype]
-        # What the experts would quantise first can as well travel quantised.
+        # If the experts would quantise their input anyway, send it quantised.
         quantised = architecture.quant_block is not None and config.parallel.device == "cuda"
         pushed_bytes, scales_bytes = (hidden, hidden // _SCALED * 4) if quantised else (row_bytes, 0)
         end = _aligned((NUM_CHANNELS * NUM_PHASES * world_size + 2) * LINE)
@@ -80,46 +80,46 @@ class SlabLayout(msgspec.Struct, frozen=True):
 
     @property
     def total_bytes(self) -> int:
-        """Of all ranks' slabs."""
+        """Bytes of all ranks' slabs."""
         return self.world_size * self.slab_bytes
 
     def flag(self, rank: int, channel: int, phase: int, peer: int) -> int:
-        """The line that `peer` writes in `rank`'s slab: int64 epoch, int64 tokens (dispatch only)."""
+        """The line in `rank`'s slab written by `peer`: int64 epoch, int64 tokens (dispatch only)."""
         line = (channel * NUM_PHASES + phase) * self.world_size + peer
         return rank * self.slab_bytes + line * LINE
 
     def awaited(self, rank: int) -> int:
-        """The line in which `rank` says what it waits for: int64 channel, phase, epoch, and whether it sleeps."""
+        """The line where `rank` publishes what it waits for: int64 channel, phase, epoch, and whether it is asleep."""
         return self.flag(rank, NUM_CHANNELS, 0, 0)
 
     def poison(self, rank: int) -> int:
-        """The line with `rank`'s poison words: int64, one for each rank that may write it."""
+        """The line of `rank`'s poison words: one int64 per rank that may write it."""
         return self.awaited(rank) + LINE
 
 
 class ControlLayout(msgspec.Struct, frozen=True):
-    """The words through which GPU workers hear of trouble; offsets in bytes, int64 words, three lines per rank."""
+    """The words that report failures among GPU workers: byte offsets, int64 words, three lines per rank."""
 
     world_size: int
 
     def life(self, rank: int) -> int:
-        """The newest life that `rank` has begun."""
+        """The newest life of `rank`."""
         return 3 * rank * LINE
 
     def compiling(self, rank: int) -> int:
-        """Whether `rank` compiles a kernel, during which it does nothing else."""
+        """Whether `rank` is compiling a kernel, during which it does nothing else."""
         return self.life(rank) + 8
 
     def awaited(self, rank: int) -> int:
-        """What `rank` waits for, once that takes long: epoch << 2 | channel << 1 | phase."""
+        """What `rank` is waiting for, if the wait is long: epoch << 2 | channel << 1 | phase."""
         return self.life(rank) + LINE
 
     def poison(self, rank: int) -> int:
-        """The line with `rank`'s poison words: one for each rank that may write it."""
+        """The line of `rank`'s poison words: one per rank that may write it."""
         return self.awaited(rank) + LINE
 
     def make(self) -> mmap.mmap:
-        """Anonymous memory, zeroed, inherited by fork; serves any number of generations of workers."""
+        """Anonymous memory, zeroed, inherited by fork; can serve any number of generations of workers."""
         return mmap.mmap(-1, _aligned(self.life(self.world_size)))
 
 
@@ -130,6 +130,6 @@ def _aligned(size: int) -> int:
 def make_slabs(layout: SlabLayout) -> mmap.mmap:
     """Anonymous memory for all ranks, zeroed, inherited by fork.
 
-    It may serve any number of generations of workers: what an earlier one left has lower epochs.
+    It can serve any number of generations of workers: the leftovers of earlier ones have lower epochs.
     """
     return sparse_memory(layout.total_bytes)

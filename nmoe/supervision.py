@@ -1,15 +1,15 @@
-"""What the launcher does about deaths: who restarts with whom, after which pause, and when to give up.
+"""How the launcher handles deaths: what restarts together, after what delay, and when to give up.
 
-Processes restart in groups. All workers are one group, since peer addresses and epochs do not survive a death; the
-scheduler and each frontend are groups of their own. A death is told to everybody else at once (`ipc.Gone`):
+Processes restart in groups. All workers form one group, because peer addresses and epochs do not survive a death; the
+scheduler and each frontend are groups of their own. Everybody else is told of a death at once (`ipc.Gone`):
 
     frontend i   its connections close by themselves; the scheduler ends its requests
-    scheduler    frontends end their streams with an error; workers keep their weights and connect anew
+    scheduler    frontends end their streams with an error; workers keep their weights and reconnect
     any worker   the other workers are killed; the scheduler ends every request with an error and waits for new Readys
 
-A group that dies again before it is up, or at once after, is restarted with growing pauses, and after `MAX_TRIES` the
-server gives up.
-A process that stops saying that it lives, or lets a step's deadline pass, is killed, which makes it a death.
+A group that dies again before it is up, or right after, is restarted with growing delays; after `MAX_TRIES` restarts in
+a row the server gives up.
+A process whose heartbeat stops, or a worker that misses a step's deadline, is killed, which makes it a death.
 """
 
 import logging
@@ -26,31 +26,31 @@ from nmoe.metrics import Board, row_index
 
 _log = logging.getLogger("nmoe.launch")
 MAX_TRIES = 5
-_AT_ONCE_S = 0.5  # a group that has been up for longer has recovered from what killed it before
+_AT_ONCE_S = 0.5  # a group that stays up longer has recovered from whatever killed it
 _FIRST_PAUSE_S = 0.2
 _MAX_SILENCE_S = 5.0  # heartbeats come every second
-_MAX_LOADING_SILENCE_S = 60.0  # the first comes after the imports, perhaps from a cold disk
-_LOOK_S = 0.5  # how often heartbeats and deadlines are looked at
+_MAX_LOADING_SILENCE_S = 60.0  # the first heartbeat follows the imports, perhaps from a cold disk
+_LOOK_S = 0.5  # how often heartbeats and deadlines are checked
 
 Fork = Callable[[Role, int], None]
 
 
 def group_of(role: Role, index: int) -> str:
-    """The name of the group that a process dies and restarts with."""
+    """The name of the group that a process belongs to."""
     return f"frontend {index}" if role == "frontend" else "the workers" if role == "worker" else "the scheduler"
 
 
 class _Group:
-    """Processes that restart together."""
+    """A group of processes that restart together."""
 
     def __init__(self, members: list[tuple[Role, int]]) -> None:
         self.members = members
-        self.up_at = time.monotonic()  # when all its members were up; infinity before that
-        self.failures = 0  # deaths in a row
-        self.restart_at: float | None = None  # None while it runs
+        self.up_at = time.monotonic()  # when all its members came up; infinity before that
+        self.failures = 0  # consecutive deaths
+        self.restart_at: float | None = None  # None while it is running
 
     def died(self, why: str, now: float) -> float:
-        """Count a death; returns the pause before the restart. Raises LaunchError when it is one too many."""
+        """Count a death. Returns the delay before the restart. Raises LaunchError after too many."""
         self.failures = self.failures + 1 if now - self.up_at < _AT_ONCE_S else 1
         if self.failures > MAX_TRIES:
             raise LaunchError(f"{why}; gave up after {MAX_TRIES} restarts in a row")
@@ -60,7 +60,7 @@ class _Group:
 
 
 class Supervisor:
-    """Watches the children of a server that is up, and restarts what dies. `fork` starts one process anew."""
+    """Watches the children of a server that is up, and restarts those that die. `fork` starts one process."""
 
     def __init__(self, children: Children, board: Board, world_size: int, fork: Fork) -> None:
         self._children = children
@@ -72,22 +72,22 @@ class Supervisor:
             group = self._groups.setdefault(group_of(child.role, child.index), _Group([]))
             group.members.append((child.role, child.index))
         self._loading: set[str] = set()  # titles of restarted processes that are not up yet
-        self._failures: dict[int, str] = {}  # pid -> what it said before it died
-        self._killed: set[int] = set()  # pids that are on their way out
+        self._failures: dict[int, str] = {}  # pid -> its failure message
+        self._killed: set[int] = set()  # pids that have been killed but not reaped
 
     def run(self) -> None:
-        """Supervise until a signal comes. Raises LaunchError when a group keeps dying."""
+        """Supervise until a signal arrives. Raises LaunchError if a group keeps dying."""
         while True:
             events = self._children.events(self._timeout())
             for event in events:
-                self.handle(event)  # also what came together with a signal: a death must be told
+                self.handle(event)  # including those that arrive with a signal: a death must be announced
             if any(isinstance(event, Signalled) for event in events):
                 return
             self._restart_due()
             self._kill_silent()
 
     def handle(self, event: Event) -> None:
-        """Take note of what a child said, or of its death."""
+        """Handle a child's message or death."""
         match event:
             case Said(child, Up()):
                 self._note_up(child)
@@ -107,11 +107,11 @@ class Supervisor:
         return child.title in self._loading
 
     def _alive(self) -> set[str]:
-        """The groups of which a process is left."""
+        """The groups that still have a live process."""
         return {group_of(child.role, child.index) for child in self._children}
 
     def _timeout(self) -> float:
-        """How long nothing is to be done unless something happens, as the death of a group's last process does."""
+        """How long to wait for an event, such as the death of a group's last process, before something is due."""
         alive, now = self._alive(), time.monotonic()
         dead = [group.restart_at for name, group in self._groups.items() if name not in alive]
         return max(0.0, min([_LOOK_S, *(at - now for at in dead if at is not None)]))
@@ -122,7 +122,7 @@ class Supervisor:
         self._killed.discard(child.pid)
         message = self._failures.pop(child.pid, "")
         if group.restart_at is not None:
-            return  # went down with the rest of its group
+            return  # killed with the rest of its group
         why = f"{child.title} {how}" + (f": {message}" if message else "")
         pause = group.died(why, time.monotonic())
         _log.error("%s; restarting %s%s", why, name, f" in {pause:.1f} s" if pause else "")
@@ -142,12 +142,12 @@ class Supervisor:
                 self._loading |= {child.title for child in self._children if group_of(child.role, child.index) == name}
 
     def _kill_silent(self) -> None:
-        """A process that hangs is as good as dead, and its death is something that everybody knows how to handle."""
+        """Kill hung processes: a death is something that everybody already handles."""
         now = time.monotonic()
         due = self._board.rows[row_index("scheduler", 0, self._world_size)].get("nmoe:step_deadline_seconds")
         for child in self._children:
             if child.pid in self._killed:
-                continue  # dying takes a while with much memory
+                continue  # a process with much memory takes a while to die
             row = self._board.rows[row_index(child.role, child.index, self._world_size)]
             silence = now - row.get("nmoe:heartbeat_seconds")
             overdue = child.role == "worker" and 0 < due < now and not self._is_loading(child)

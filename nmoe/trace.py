@@ -1,8 +1,8 @@
 """[trace] record: one JSON line per finished request, for benchmarks/replay.py.
 
-Several frontends append to one file: it is opened with O_APPEND and each line is one write, so lines never mix. Writing
-happens in a thread of its own, because a disk may block; what would wait beyond a bound is not recorded, and the log
-says so.
+Several frontends append to one file: it is opened with O_APPEND and each line is a single write, so lines never mix.
+Writing happens in a separate thread, because a disk may block; records beyond a bound on the backlog are dropped, and
+the log says so.
 """
 
 import errno
@@ -20,26 +20,26 @@ from nmoe.messages import Reason, Sampling
 
 _log = logging.getLogger("nmoe.trace")
 _ALWAYS = ("temperature", "top_k", "top_p", "seed")
-_MOST_WAITING = 10_000  # records, each of which keeps its request's tokens
-_INTERNAL = ("barred_ids", "bias_ids", "biases")  # not by these names in the API
+_MOST_WAITING = 10_000  # records, each of which holds its request's tokens
+_INTERNAL = ("barred_ids", "bias_ids", "biases")  # named differently in the API
 
 
 class Record(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a line holds. `arrived` is seconds since the epoch; the other times are seconds since `arrived`."""
+    """The contents of a line. `arrived` is seconds since the epoch; the other times are seconds since `arrived`."""
 
     arrived: float
     prompt_token_ids: list[int]
-    sampling: dict[str, Any]  # temperature, top_k, top_p, seed, max_tokens, and what else is not the default
+    sampling: dict[str, Any]  # temperature, top_k, top_p, seed, max_tokens, and anything that is not the default
     output_tokens: int
     finish_reason: Reason
-    ttft: float | None  # None: its time was up before a token came
+    ttft: float | None  # None: timed out before the first token
     e2e: float
     user: str = ""
     metadata: dict[str, str] = {}
 
 
 def sampling_fields(sampling: Sampling, max_tokens: int) -> dict[str, Any]:
-    """How the request asked for its tokens, under the names of the API's fields."""
+    """The request's sampling options, under the names of the API's fields."""
     plain = Sampling()
     fields = {
         name: value
@@ -52,7 +52,7 @@ def sampling_fields(sampling: Sampling, max_tokens: int) -> dict[str, Any]:
 
 
 class Recorder:
-    """Appends records to a file. Raises NmoeError when it cannot be opened."""
+    """Appends records to a file. Raises NmoeError if it cannot be opened."""
 
     def __init__(self, path: str) -> None:
         try:
@@ -61,13 +61,13 @@ class Recorder:
             raise NmoeError(f"[trace] record = {path!r}: cannot be opened: {error.strerror}") from error
         self._path = path
         self._records: queue.Queue[Callable[[], Record] | None] = queue.Queue()
-        self._dropped = 0  # since one was last queued
-        self._torn = False  # what was written last has no end
+        self._dropped = 0  # since the last one was queued
+        self._torn = False  # the last write was incomplete
         self._thread = threading.Thread(target=self._write, name="trace", daemon=True)
         self._thread.start()
 
     def add(self, make: Callable[[], Record]) -> None:
-        """Queue a record, which is made in the recorder's thread: one with many biases takes a while. Never blocks."""
+        """Queue a record, to be built in the recorder's thread: one with many biases takes a while. Never blocks."""
         if self._records.qsize() >= _MOST_WAITING:
             self._dropped += 1
             return
@@ -95,7 +95,7 @@ class Recorder:
                 _log.exception("%s: a request could not be recorded", self._path)
 
     def _append(self, line: bytes) -> None:
-        """One write, if the disk has room; a line that was cut off is ended by the next one."""
+        """One write, if the disk has room; the next one ends a line that was cut off."""
         if self._torn:
             line = b"\n" + line
         written = os.write(self._fd, line)
