@@ -1,15 +1,15 @@
-"""What requests ask to be done to their logits before a token is chosen: bias, minimum length, penalties.
+"""Adjustments of a request's logits before a token is chosen: bias, minimum length, penalties.
 
 Shape suffixes: S rows that sample, P those of them with penalties, V the vocabulary, N places in the table of past
 tokens.
 
 The order is vLLM's: `logit_bias` and the bar on stop ids before `min_tokens`, then `repetition_penalty` (Keskar et al.,
-"CTRL", 2019: positive logits are divided by it, others multiplied), `frequency_penalty` and `presence_penalty`
-(OpenAI's API reference). Repetition looks at prompt and output, the others at the output alone.
+"CTRL", 2019: divides positive logits, multiplies the others), `frequency_penalty` and `presence_penalty` (OpenAI's API
+reference). The repetition penalty considers prompt and output, the others only the output.
 
-Invariants: only slots with penalties have a place, and there are as many places as such slots at most. A token is
-counted on the device as it is sampled, in device order, so the next step's penalties know it before the host does; a
-return after a preemption counts the whole output anew. No row's logits depend on another row's.
+Invariants: only slots with penalties have a place, and there are at most as many places as slots. A token is counted
+on the device as it is sampled, in device order, so the next step's penalties include it before the host sees it; a
+request that returns after a preemption recounts its whole output. No row's logits depend on another row's.
 """
 
 import dataclasses
@@ -24,18 +24,18 @@ from nmoe.messages import Admit, Sampling
 from nmoe.worker.stages import put
 
 Array = npt.NDArray[Any]
-_FEWEST = 8  # places that are made at once
+_FEWEST = 8  # places allocated at first
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Adjustment:
-    """What changes in the logits of a step's S sampling rows; made once per set of rows. Tensors are on the device."""
+    """How the logits of a step's S sampling rows change; built once per set of rows. Tensors are on the device."""
 
-    biased: tuple[torch.Tensor, torch.Tensor] | None  # rows and ids, int64, each pair once
-    bias: torch.Tensor  # float32, as long
+    biased: tuple[torch.Tensor, torch.Tensor] | None  # rows and ids, int64, without duplicates
+    bias: torch.Tensor  # float32, one per pair
     barred: tuple[torch.Tensor, torch.Tensor] | None  # rows and ids, int64
-    barred_rows: Array  # the rows again, on the host
-    barred_until: Array  # int64: the first position at which each pair is free
+    barred_rows: Array  # the same rows, on the host
+    barred_until: Array  # int64: the first position at which each id is allowed
     penalised_P: torch.Tensor | None  # int64: rows
     places_P: torch.Tensor  # int64
     repetition_P1: torch.Tensor  # float32
@@ -45,7 +45,7 @@ class Adjustment:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Wish:
-    """What one slot asks for besides penalties."""
+    """What one slot requests in addition to penalties."""
 
     bias_ids: Array  # int32
     biases: Array  # float32
@@ -63,7 +63,7 @@ _NOTHING = _Wish.of(Sampling(), 0)
 
 
 class Adjustments:
-    """The state of all slots. `active[slot]` says whether a slot's logits change at all."""
+    """The state of all slots. `active[slot]` says whether a slot's logits are adjusted at all."""
 
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
@@ -82,12 +82,12 @@ class Adjustments:
         self._forget()
 
     def _forget(self) -> None:
-        # Twice the times that a token was generated, plus one if the prompt has it.
+        # Twice the number of times the token was generated, plus one if it occurs in the prompt.
         self._past_NV = torch.zeros(0, self._vocab_size, dtype=torch.int32, device=self._device)
         self._free: list[int] = []
 
     def admit(self, admits: Sequence[Admit]) -> None:
-        """Start new requests in their slots, with the tokens that are known of them."""
+        """Start new requests in their slots, given their known tokens."""
         for admit in admits:
             slot, sampling = admit.slot, admit.sampling
             if self._penalised[slot]:
@@ -110,11 +110,11 @@ class Adjustments:
 
     def _remember(self, place: int, past: Array, prompt_len: int) -> None:
         counts_V = 2 * np.bincount(past[prompt_len:], minlength=self._vocab_size).astype(np.int32)
-        counts_V[past[:prompt_len]] += 1  # once, however often the prompt has it
+        counts_V[past[:prompt_len]] += 1  # once, however often it occurs in the prompt
         self._past_NV[place] = put(counts_V, self._device)
 
     def plan(self, slots_S: Array) -> Adjustment | None:
-        """For rows of these slots, in this order; None when none of them asks for anything."""
+        """The adjustment for rows of these slots, in this order; None if none of them has any."""
         active = np.flatnonzero(self.active[slots_S])
         if not len(active):
             return None
@@ -144,7 +144,7 @@ class Adjustments:
         return put(array.astype(dtype), self._device)
 
     def apply(self, plan: Adjustment, logits_SV: torch.Tensor, positions_S: Array) -> None:
-        """Change the float32 logits in place; `positions_S` (on the host) are those of the tokens to be sampled."""
+        """Adjust the float32 logits in place; `positions_S` (on the host) are those of the tokens to be sampled."""
         if plan.biased is not None:
             logits_SV.index_put_(plan.biased, plan.bias, accumulate=True)
         if plan.barred is not None:
@@ -157,7 +157,7 @@ class Adjustments:
             logits_SV[plan.penalised_P] = _penalise(logits_SV[plan.penalised_P], past_PV, plan)
 
     def count(self, plan: Adjustment, tokens_S: torch.Tensor) -> None:
-        """The sampled tokens are part of the output from now on."""
+        """Count the sampled tokens as part of the output."""
         if plan.penalised_P is not None:
             places = plan.places_P, tokens_S[plan.penalised_P].long()
             self._past_NV[places] += 2

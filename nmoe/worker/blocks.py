@@ -1,4 +1,4 @@
-"""The blocks of one step (nmoe/outputs.py), from tensors that are on their way from the device.
+"""The blocks of one step (nmoe/outputs.py), built from tensors that are being copied from the device.
 
 Shape suffixes: N rows that return something, M records of sampled tokens, P records of prompt tokens, C cells, W words
 of a record, J routed positions, B bytes of a position's routing, V vocabulary.
@@ -27,30 +27,30 @@ class Arena:
         self._logits_CV = torch.frombuffer(memory, dtype=torch.float32).view(-1, layout.vocab_size)
 
     def write(self, cells_C: Array, logits_CV: torch.Tensor) -> None:
-        """Fill these cells."""
+        """Write logits to these cells."""
         self._logits_CV.index_copy_(0, torch.from_numpy(cells_C.astype(np.int64)), logits_CV)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shapes:
-    """What each row's block holds: host arrays [N]."""
+    """The contents of each row's block: host arrays [N]."""
 
     told: Array  # int64: records of prompt tokens
-    has_sampled: Array  # bool: and one of the sampled token, after them
+    has_sampled: Array  # bool: whether the sampled token's record follows them
     cells: Array  # int64: as many as records, or none
     routed: Array  # int64: routed positions
     top_k: Array  # int64
     scored: Array  # int64: ids
     cells_C: Array  # int32: of all rows
-    slots: Array  # int64: whose they are
+    slots: Array  # int64: the rows' slots
 
     def table(self) -> Array:
-        """What tells a block's shape, [N, 6]."""
+        """The columns that determine a block's shape, [N, 6]."""
         return np.stack((self.told, self.has_sampled, self.cells, self.routed, self.top_k, self.scored), 1)
 
 
 class Blocks:
-    """The outputs of a step that was launched. Bring everything, record the event that follows, then `finish`."""
+    """The outputs of a launched step. Add everything, record the event that follows, then `finish`."""
 
     def __init__(self, shapes: Shapes, arena: Arena | None) -> None:
         self._shapes, self._arena = shapes, arena
@@ -61,7 +61,7 @@ class Blocks:
         self._told_cells_C, self._sampled_cells_C = _split_cells(shapes)
 
     def failed(self) -> Array:
-        """The slots of rows with a prompt token that has no log-probability; once everything is on the host."""
+        """The slots of rows with a prompt token without a log-probability; valid once everything is on the host."""
         if not self._prompts_PW:
             return self._shapes.slots[:0]
         (wrong,) = np.isnan(_joined(self._prompts_PW)[:, 0].view(np.float32)).nonzero()
@@ -69,33 +69,33 @@ class Blocks:
         return self._shapes.slots[np.unique(rows_P[wrong])]
 
     def add_sampled(self, words_MW: torch.Tensor) -> None:
-        """The records of the sampled tokens."""
+        """Add the records of the sampled tokens."""
         self._sampled_MW.append(_bring(words_MW))
 
     def add_sampled_logits(self, logits_CV: torch.Tensor) -> None:
-        """The logits behind those of them that have cells."""
+        """Add the logits of those of them that have cells."""
         self._logits_CV.append((self._sampled_cells_C, _bring(logits_CV.float())))
 
     def add_prompts(self, words_PW: torch.Tensor) -> None:
-        """More records of prompt tokens, in the order of the rows and their positions."""
+        """Add records of prompt tokens, ordered by row and position."""
         self._prompts_PW.append(_bring(words_PW))
 
     def add_prompt_logits(self, logits_CV: torch.Tensor) -> None:
-        """The logits behind those of them that have cells."""
+        """Add the logits of those of them that have cells."""
         cells_C, self._told_cells_C = np.split(self._told_cells_C, [len(logits_CV)])
         self._logits_CV.append((cells_C, _bring(logits_CV)))
 
     def add_routing(self, routing_JB: torch.Tensor) -> None:
-        """The routing of all positions."""
+        """Add the routing of all positions."""
         self._routing_JB.append(_bring(routing_JB))
 
     def finish(self) -> tuple[bytes, bytes]:
-        """`StepDone.blocks` and `block_sizes`, once everything is on the host; the logits are in their cells."""
+        """`StepDone.blocks` and `block_sizes`, once everything is on the host; writes the logits to their cells."""
         for cells_C, logits_CV in self._logits_CV:
             assert self._arena is not None
             self._arena.write(cells_C, logits_CV)
         shapes_N6 = self._shapes.table()
-        if (shapes_N6 == shapes_N6[0]).all():  # the usual step
+        if (shapes_N6 == shapes_N6[0]).all():  # the common case
             blocks = self._alike(np.arange(len(shapes_N6)))
             return blocks.tobytes(), np.full(len(blocks), blocks.shape[1], np.int32).tobytes()
         kinds: dict[tuple[int, ...], list[int]] = {}
@@ -109,14 +109,14 @@ class Blocks:
         begins = _before(sizes)
         joined = np.empty(int(sizes.sum()), np.uint8)
         for rows, blocks in zip(groups, alike, strict=True):
-            if len(rows) == 1:  # it may be long
+            if len(rows) == 1:  # may be long
                 joined[begins[rows[0]] :][: blocks.size] = blocks[0]
             else:
                 joined[begins[rows, None] + np.arange(blocks.shape[1])] = blocks
         return joined.tobytes(), sizes.tobytes()
 
     def _alike(self, rows: Array) -> Array:
-        """The blocks of these rows, which have the same shape: uint8, one to a line."""
+        """The blocks of these rows, which all have the same shape: uint8, one per line."""
         shapes, first = self._shapes, int(rows[0])
         told, routed = int(shapes.told[first]), int(shapes.routed[first])
         cells, records = int(shapes.cells[first]), told + bool(shapes.has_sampled[first])
@@ -143,13 +143,13 @@ def _joined(parts: list[torch.Tensor]) -> Array:
 
 
 def _before(counts: Array) -> Array:
-    """How many there are before each row's."""
+    """How many items precede each row's."""
     before: Array = counts.cumsum(dtype=np.int64) - counts
     return before
 
 
 def _lines(items: Array, begins: Array, count: int) -> Array:
-    """The bytes of `count` items from each of `begins` on, one line each: uint8 [len(begins), ...]."""
+    """The bytes of `count` items starting at each of `begins`, one line each: uint8 [len(begins), ...]."""
     if len(begins) == 1:
         chosen = items[begins[0] : begins[0] + count]
     elif len(items) == len(begins) * count:
@@ -160,7 +160,7 @@ def _lines(items: Array, begins: Array, count: int) -> Array:
 
 
 def _split_cells(shapes: Shapes) -> tuple[Array, Array]:
-    """The cells of prompts' records and of the sampled tokens': a row's are in the order of its positions."""
+    """Split the cells into those of prompt records and those of sampled tokens; a row's cells are in position order."""
     is_last = np.zeros(len(shapes.cells_C), np.bool_)
     with_cells = (shapes.cells > 0) & shapes.has_sampled
     is_last[shapes.cells.cumsum()[with_cells] - 1] = True
@@ -168,7 +168,7 @@ def _split_cells(shapes: Shapes) -> tuple[Array, Array]:
 
 
 def _cut(words_NW: Array, shapes: Shapes, row: int) -> Array:
-    """What `row` wants of records that are wide enough for all: words of `Returns.record_bytes`."""
+    """Cut records that are wide enough for any row to `row`'s width: words of `Returns.record_bytes`."""
     widest, k, scored = int(shapes.top_k.max()), int(shapes.top_k[row]), int(shapes.scored[row])
     logprobs, named = HEAD + widest, HEAD + 2 * widest
     if k == widest and words_NW.shape[1] == named + scored:
@@ -178,7 +178,7 @@ def _cut(words_NW: Array, shapes: Shapes, row: int) -> Array:
 
 
 def _bring(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the host, once the device is there."""
+    """The tensor on the host, valid once the device has copied it."""
     if not tensor.is_cuda:
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

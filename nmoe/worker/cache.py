@@ -1,4 +1,4 @@
-"""How many KV pages a rank gets, and their memory.
+"""How many KV pages a rank gets, and allocating them.
 
 Shape suffixes as in `nmoe/worker/batch.py`.
 """
@@ -13,13 +13,13 @@ from nmoe.memory import CPU_CACHE_SHARE, free_ram, pages_that_fill
 from nmoe.worker.batch import KVCache
 
 _GB = 1e9
-_IDS = {1: torch.uint8, 2: torch.int16}  # by bytes of an expert's id, which is below 2**15
+_IDS = {1: torch.uint8, 2: torch.int16}  # by the size of an expert id in bytes; ids are below 2**15
 
 
 def make_cache(config: Config, checkpoint: Checkpoint, device: torch.device) -> KVCache:
-    """The cache of one rank, zeroed. Raises NmoeError, with what to set, when the memory does not hold it.
+    """The cache of one rank, zeroed. Raises NmoeError, saying what to set, if it does not fit in memory.
 
-    Zeros matter: attention weighs what it must not see with zero, and zero times an uninitialised NaN is NaN.
+    Zeros matter: attention gives masked positions zero weight, and zero times an uninitialised NaN is NaN.
     """
     architecture, dtype = checkpoint.architecture, getattr(torch, checkpoint.dtype)
     page_bytes = architecture.cache_bytes_per_token(checkpoint.dtype) * config.engine.page_size
@@ -43,7 +43,7 @@ def make_cache(config: Config, checkpoint: Checkpoint, device: torch.device) -> 
 
 
 def _routing_shape(architecture: Architecture, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of the routing beside a cache of this shape."""
+    """The shape of the routing stored with a cache of this shape."""
     return *shape[1:3], architecture.num_expert_layers, architecture.num_experts_per_tok
 
 
@@ -58,7 +58,7 @@ def _remedy(config: Config, device: torch.device, problem: str, page_bytes: int)
 
 
 def _available(config: Config, device: torch.device) -> int:
-    """Bytes that one rank's cache may take."""
+    """Bytes available to one rank's cache."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return max(0, free - int(total * (1 - config.engine.gpu_memory_utilization)))

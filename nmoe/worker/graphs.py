@@ -1,9 +1,9 @@
 """Steps as CUDA graphs: decode steps over a ladder of batch sizes, steps with chunks over a ladder of token counts.
 
-A captured step reads all that it needs of its rows from words at a fixed place (inputs.py) and from the tables of the
-slots, so one graph serves any split of its tokens into decodes and chunks; tokens and rows that are missing belong to
-nobody. Steps beyond the ladders are launched kernel by kernel: those of more tokens, and those whose chunks' contexts
-are more than `_CONTEXTS` together. Their kernels are long, so that the host is ahead of the device all the same.
+A captured step reads everything about its rows from words at a fixed address (inputs.py) and from the slots' tables, so
+one graph serves any split of its tokens into decodes and chunks; unused tokens and rows are padding. Steps beyond the
+ladders are launched kernel by kernel: those with more tokens, and those whose chunks' contexts exceed `_CONTEXTS` in
+total. Their kernels run long enough for the host to stay ahead of the device anyway.
 
 Shape suffixes: R rows, T tokens, padded to the graph's sizes, V vocabulary.
 """
@@ -27,11 +27,11 @@ from nmoe.worker.slots import DeviceSlots, SlotTable
 
 Array = npt.NDArray[Any]
 
-_CONTEXTS = 16384  # positions that the chunks of a captured step can attend to, each context in whole blocks
+_CONTEXTS = 16384  # positions that a captured step's chunks can attend to, each context rounded up to whole blocks
 
 
 def ladder(largest: int) -> list[int]:
-    """The batch sizes that are captured: dense where a step is short, and wherever padding would cost over 1/8."""
+    """The batch sizes to capture: dense where steps are short, and wherever padding would cost over 1/8."""
     sizes = [1, 2, 4, 8, 12, 16]
     while sizes[-1] < largest:
         sizes.append(sizes[-1] + max(8, sizes[-1] // 8 // 8 * 8))
@@ -39,7 +39,7 @@ def ladder(largest: int) -> list[int]:
 
 
 def chunk_ladder(largest: int) -> list[int]:
-    """The token counts of captured steps with chunks. Up to 512 tokens a step takes hardly longer for padding."""
+    """The token counts to capture for steps with chunks. Up to 512 tokens, padding hardly makes a step longer."""
     sizes = [16, 32, 64, 128, 256, 384, *range(512, largest, 128)]
     return [*(size for size in sizes if size < largest), largest]
 
@@ -55,17 +55,17 @@ class StepGraph:
         self.graph = torch.cuda.CUDAGraph()
         self.hidden_TD: torch.Tensor  # after the final norm
         self.logits_RV: torch.Tensor | None = None  # of a decode step, in the model's dtype
-        # Of a decode step, as if no row had top-k or top-p or changed its logits; see GPUSampler.sample_any.
+        # Of a decode step, as if no row had top-k, top-p or adjusted logits; see GPUSampler.sample_any.
         self.tokens_R: torch.Tensor
         self.logprobs_R: torch.Tensor
-        self._count = -1  # rows of the results that are kept
+        self._count = -1  # rows of the cached results
 
     def replay(self) -> None:
-        """Run it, on what was uploaded to `inputs`."""
+        """Run it on the words uploaded to `inputs`."""
         self.graph.replay()
 
     def results(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A decode step's logits, tokens and log-probabilities of its first `rows`."""
+        """A decode step's logits, tokens and log-probabilities for its first `rows`."""
         if rows != self._count:
             assert self.logits_RV is not None
             self._count = rows
@@ -85,11 +85,11 @@ class StepGraphs:
         max_batch_size: int,
         max_chunk: int,
     ) -> None:
-        """Capture the steps of the fast class; those of the exact class are captured when the first of a size comes."""
+        """Capture the steps of the fast class; those of the exact class are captured on first use of each size."""
         self._model, self._cache, self._slots, self._sampler = model, cache, slots, sampler
         self._max_batch_size = max_batch_size
         decodes, chunks = ladder(max_batch_size), chunk_ladder(max_batch_size + max_chunk)
-        # Few servers have exact steps, so these are captured as they come; hence in fewer sizes.
+        # Few servers run exact steps, so these are captured on demand, and in fewer sizes.
         self._sizes = {
             (Numerics.FAST, CHANNEL_DECODE): decodes,
             (Numerics.FAST, CHANNEL_PREFILL): chunks,
@@ -108,18 +108,18 @@ class StepGraphs:
                 self._graph(numerics, channel, size)
 
     def forget(self) -> None:
-        """Drop what was captured as it came. A step that only some ranks got may have had only these capture it; the
-        others would later exchange tokens for a capture of which these know nothing."""
-        torch.cuda.synchronize()  # a dropped one may still run
+        """Drop the graphs captured on demand. If only some ranks got a step, only those may have captured its graph;
+        the others would capture it later, exchanging tokens that these ranks do not expect."""
+        torch.cuda.synchronize()  # a dropped graph may still be running
         self._graphs = {key: graph for key, graph in self._graphs.items() if key[0] is Numerics.FAST}
 
     def find(self, step: Step, rows: Rows, ends: Array) -> StepGraph | None:
-        """The graph for this step, if there is one; the same on all ranks but for where contexts are too long."""
+        """The graph for this step, if there is one; the same on all ranks, except where contexts are too long."""
         decodes = step.channel == CHANNEL_DECODE
         sizes = self._sizes[step.numerics, step.channel]
         if not 0 < step.num_tokens <= sizes[-1] or len(rows.slots) > self._max_batch_size:
             return None
-        # A capture exchanges tokens with the other ranks, so that no rank may leave it out.
+        # A capture exchanges tokens with the other ranks, so no rank may skip it.
         graph = self._graph(step.numerics, step.channel, sizes[bisect.bisect_left(sizes, step.num_tokens)])
         if not decodes and -(-ends[rows.num_decodes :] // BLOCK).sum() * BLOCK > _CONTEXTS:
             return None
@@ -129,7 +129,7 @@ class StepGraphs:
         rows = min(size, self._max_batch_size)
         if channel == CHANNEL_DECODE:
             return Layout(rows, size)
-        # The padding is cut into tiles too.
+        # Padding is split into tiles too.
         return Layout(rows, size, tiles=size // TILE + rows + 1, blocks=_CONTEXTS // BLOCK)
 
     def _graph(self, numerics: Numerics, channel: int, size: int) -> StepGraph:
@@ -146,9 +146,9 @@ class StepGraphs:
         torch.cuda.synchronize()
         self._inputs[: layout.size].copy_(torch.from_numpy(words))
         with torch.cuda.stream(self._stream):
-            self._step(graph)  # compiles its kernels, outside the capture
+            self._step(graph)  # compiles the kernels outside the capture
             self._stream.synchronize()
-            # torch.cuda.graph would collect garbage first, which takes longer than the capture.
+            # torch.cuda.graph would run the garbage collector first, which takes longer than the capture.
             graph.graph.capture_begin(pool=self._pool)
             self._step(graph)
             graph.graph.capture_end()

@@ -1,8 +1,8 @@
-"""What a step needs from the host, as one run of int32 words that goes up in one copy.
+"""A step's inputs from the host, as one array of int32 words that is uploaded in a single copy.
 
-The words have the same places in every step of the same sizes, so that a captured step finds them. Tokens and rows that
-fill a step up belong to a row of their own behind all others: its slot is nobody's, it is written to the reserved page
-and has no context.
+The words have fixed places for given sizes, so that a captured step can find them. Tokens and rows that pad a step
+belong to an extra row after all others: its slot belongs to no request, it writes to the reserved page, and it has no
+context.
 
 Shape suffixes: R rows, T tokens.
 """
@@ -22,26 +22,26 @@ from nmoe.worker.slots import DeviceSlots
 Array = npt.NDArray[Any]
 Words = TypeVar("Words", torch.Tensor, Array)
 
-_ALIGNMENT = 4  # every part begins at a multiple of 16 bytes
+_ALIGNMENT = 4  # every part starts at a multiple of 16 bytes
 _NEVER = np.iinfo(np.int32).max
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Parts(Generic[Words]):
-    """The words by what they mean, views on the host or on the device."""
+    """The words by meaning, as views on the host or on the device."""
 
-    real: Words  # [1]: how many tokens are no padding, the first ones
-    continued: Words  # [1]: how many tokens, the first ones, are their slots' last
+    real: Words  # [1]: how many tokens are not padding; these come first
+    continued: Words  # [1]: how many tokens, at the start, are their slots' last tokens
     slots: Words  # [R + 1]
     firsts: Words  # [R + 1]: position of each row's first token
     floors: Words  # [R + 1]: positions from here on are written
     starts: Words  # [R + 2]: where each row's tokens begin
     decodes: Words  # [R]: positions of the decode rows; 0 where there is none
-    sampling_slots: Words  # [R]: of the rows that sample, which come first here
-    last_tokens: Words  # [R]: and each one's last token
-    sampling_ends: Words  # [R]: and the position of the token that it samples
+    sampling_slots: Words  # [R]: slots of the rows that sample, packed at the front
+    last_tokens: Words  # [R]: each sampling row's last token
+    sampling_ends: Words  # [R]: the position of the token that it samples
     ids: Words  # [T]: of the tokens that are not continued
-    offsets: Words  # [R + 1]; this and the rest as in Chunks
+    offsets: Words  # [R + 1]; from here on as in Chunks
     num_tiles: Words
     tile_row: Words
     tile_start: Words
@@ -52,7 +52,7 @@ class Parts(Generic[Words]):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the parts lie for up to so many rows, tokens, tiles of queries and blocks of contexts."""
+    """Where the parts are, for up to this many rows, tokens, tiles of queries and blocks of contexts."""
 
     rows: int
     tokens: int
@@ -66,7 +66,7 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """Words altogether."""
+        """Total number of words."""
         return sum(map(_aligned, self._sizes()))
 
     def parts(self, words: Words) -> Parts[Words]:
@@ -78,7 +78,7 @@ class Layout:
         return Parts(*views)
 
     def chunks(self, parts: Parts[torch.Tensor], positions: int) -> Chunks:
-        """The prefill rows as attention takes them, expanded in a workspace of `positions`."""
+        """The prefill rows for attention, expanded in a workspace of `positions`."""
         return Chunks(
             positions,
             parts.starts,
@@ -98,22 +98,22 @@ def _aligned(size: int) -> int:
 
 
 class Inputs:
-    """The words of one step after the other, on the host.
+    """The words of consecutive steps, on the host.
 
-    Rows that go on and bring no ids are one position further in each step, and nothing else of theirs changes: in one
-    layout, their words move on by the same in each step. What that is, their first two steps tell.
+    Rows that continue without new ids advance one position per step, and nothing else of theirs changes. So within one
+    layout their words change by the same amounts in every step; the first two steps reveal these amounts.
     """
 
     def __init__(self, nobody: int) -> None:
-        """`nobody` is the slot of the padding."""
+        """`nobody` is the padding's slot."""
         self._nobody = nobody
         self._take(Layout(0, 0))
         self._rows: Rows | None = None
         self._moves: Array | None = None
 
     def write(self, layout: Layout, rows: Rows, firsts: Array, ids: Array) -> Array:
-        """Those of the next step, int32 [layout.size], good until the one after it; the arguments are `write_rows`'.
-        Rows that go on are the same object."""
+        """The words of the next step, int32 [layout.size], valid until the one after it. Arguments as in `write_rows`;
+        rows that continue are passed as the same object."""
         goes_on = rows is self._rows and layout == self._layout and not rows.num_ids
         if goes_on and self._moves is not None:
             self._words += self._moves
@@ -134,7 +134,7 @@ class Inputs:
 
 
 def write_rows(parts: Parts[Array], given: Rows, firsts: Array, ids: Array, *, nobody: int) -> None:
-    """A step's rows from their first positions [R] and the ids that came; `nobody` is the slot of the padding."""
+    """Write a step's rows, given their first positions [R] and the new ids; `nobody` is the padding's slot."""
     rows, tokens, continued, decodes = len(given.slots), given.num_tokens, given.num_continued, given.num_decodes
     parts.real[0], parts.continued[0] = tokens, continued
     parts.slots[:rows], parts.slots[rows:] = given.slots, nobody
@@ -153,12 +153,12 @@ def write_rows(parts: Parts[Array], given: Rows, firsts: Array, ids: Array, *, n
 
 
 def write_chunks(parts: Parts[Array], given: Rows, ends: Array) -> None:
-    """How the rows that are no decode rows are cut, and the padding's tokens."""
+    """Write how the prefill rows and the padding's tokens are split."""
     first, rows = given.num_decodes, len(given.slots)
     pieces = cut(given.counts[first:], ends[first:], first)
     padding = cut(np.array([len(parts.ids) - given.num_tokens]), np.zeros(1, np.int64), len(parts.slots) - 1)
     parts.offsets[first:rows] = pieces.offsets
-    # The last tile goes first, and the longest should.
+    # Kernels start with the last tile, which should be the longest.
     tile_row = np.concatenate((padding.tile_row, pieces.tile_row))
     parts.num_tiles[0], parts.num_blocks[0] = len(tile_row), len(pieces.block_row)
     parts.tile_row[: len(tile_row)] = tile_row

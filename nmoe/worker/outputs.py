@@ -1,13 +1,13 @@
-"""What rows return besides their tokens: which positions, and the tensors that tell of them.
+"""What rows return besides their tokens: which positions, and the tensors that describe them.
 
 Shape suffixes: T tokens of the step, R its rows, S rows that sample, N rows that return something, M those of them that
 sample, P positions of prompts that have a record, J routed positions, C cells, V vocabulary, K top-k, I ids whose
 log-probabilities are wanted, W words of a record. In `pages_SP`: S slots, P pages of a slot.
 
-Invariants: `_cursors[slot]` is where the slot's outputs go on; a row returns what lies between it and its end, once. A
-position of a prompt tells of the next token, which may come with a later step: so the slot knows its prompt. Which rows
-return, and in what shape, follows from the rows alone and is made once for them; a step without such rows does nothing
-here.
+Invariants: `_cursors[slot]` is where the slot's outputs continue; a row returns what lies between it and the row's end,
+once. A prompt position's record is about the next token, which may come with a later step, so the slot keeps its
+prompt. Which rows return something, and in what shape, depends on the rows alone and is computed once per set of rows;
+a step without such rows does nothing here.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ from nmoe.worker.slots import MalformedStep
 from nmoe.worker.stages import put
 
 Array = npt.NDArray[Any]
-_TILE = 1 << 24  # logits of prompts that are there at once
-# What a slot's request asks for.
+_TILE = 1 << 24  # prompt logits that exist at a time
+# What a slot's request wants.
 _WISH = np.dtype(
     [
         ("records", np.bool_),
@@ -48,22 +48,22 @@ _WISH = np.dtype(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Returning:
-    """The rows of a step that return something, as far as they stay the same while the rows go on."""
+    """The rows of a step that return something: the part that does not change while the rows continue."""
 
     rows: Array  # int64 [N]
     slots: Array  # int64 [N]
     starts: Array  # int64 [N]: where each row's tokens begin in T
     has_prompt: Array  # bool [N]
-    has_sampled: Array  # bool [N]: a record of the token that it samples
+    has_sampled: Array  # bool [N]: whether it returns a record of the token it samples
     has_logits: Array  # bool [N]
     has_routing: Array  # bool [N]
     prompt_lens: Array  # int64 [N]
     top_k: Array  # int64 [N]
     scored: Array  # int64 [N]: how many ids
-    scored_ids_NI: Array  # int64, the rows' ids, filled up with zeros
-    sampled_M: torch.Tensor  # int64, on the device: which of S they are
+    scored_ids_NI: Array  # int64, the rows' ids, padded with zeros
+    sampled_M: torch.Tensor  # int64, on the device: their indices in S
     scored_ids_MI: torch.Tensor  # int64, on the device
-    celled_M: torch.Tensor  # int64, on the device: those of M whose logits are wanted
+    celled_M: torch.Tensor  # int64, on the device: those of M that return logits
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,19 +72,19 @@ class Selection:
 
     returning: Returning
     shapes: Shapes
-    prompt_rows_P: Array  # int64: which of N each is of
-    prompt_places_P: Array  # int64: where its hidden state is in T
-    prompt_tokens_P: Array  # int32, like sampled ones: the token it tells of
+    prompt_rows_P: Array  # int64: the row in N of each
+    prompt_places_P: Array  # int64: the index in T of its hidden state
+    prompt_tokens_P: Array  # int32, like sampled ones: the token that the record is about
     routed_slots_J: Array  # int64
     routed_positions_J: Array  # int64
 
 
 class Outputs:
-    """The slots' wishes, and how far they are fulfilled."""
+    """What each slot wants returned, and how much of it has been."""
 
     def __init__(self, model: Model, cache: KVCache, pages_SP: torch.Tensor, arena: Arena | None) -> None:
-        """`pages_SP` is the slots' page table on the device; `arena` is where this rank's logits go, None when no
-        request can ask for them."""
+        """`pages_SP` is the slots' page table on the device; `arena` is where this rank's logits go, None if no request
+        can ask for them."""
         self._model, self._cache, self._pages_SP, self._arena = model, cache, pages_SP, arena
         self._vocab_size = model.architecture.vocab_size
         num_slots = len(pages_SP)
@@ -134,7 +134,7 @@ class Outputs:
             raise MalformedStep(f"admit: slot {slot} asks for routing, and none is kept")
 
     def plan(self, slots: Array, starts: Array, flags: Array) -> Returning | None:
-        """For rows of these slots, int64 [R], whose tokens begin at `starts`; None when none of them returns."""
+        """The plan for rows of these slots, int64 [R], with tokens starting at `starts`; None if no row returns any."""
         rows = np.flatnonzero(flags & ROW_RETURNS)
         if not len(rows):
             return None
@@ -164,14 +164,14 @@ class Outputs:
         )
 
     def _scored_ids(self, slots_N: Array, scored_N: Array) -> Array:
-        """The ids that the requests in these slots named, int64 [N, I], filled up with zeros."""
+        """The ids named by the requests in these slots, int64 [N, I], padded with zeros."""
         scored_ids_NI = np.zeros((len(slots_N), scored_N.max()), np.int64)
         for row in np.flatnonzero(scored_N):
             scored_ids_NI[row, : scored_N[row]] = self._named[slots_N[row]]
         return scored_ids_NI
 
     def select(self, returning: Returning | None, firsts: Array, ends: Array, cells: bytes) -> Selection | None:
-        """What the step returns whose rows, int64 [R], go from `firsts` to `ends`. Raises MalformedStep."""
+        """What a step returns whose rows, int64 [R], span `firsts` to `ends`. Raises MalformedStep."""
         if returning is None:
             if cells:
                 raise MalformedStep(f"{len(cells) // 4} cells where no row returns anything")
@@ -220,8 +220,8 @@ class Outputs:
         drawn_S: torch.Tensor | None,
         numerics: Numerics,
     ) -> Blocks:
-        """Start to bring it to the host. `logits_SV` are raw, in any dtype; `drawn_S` float32 is None when every row is
-        greedy."""
+        """Start copying the outputs to the host. `logits_SV` are raw, in any dtype; `drawn_S` float32 is None if every
+        row is greedy."""
         returning = selection.returning
         blocks = Blocks(selection.shapes, self._arena)
         if len(returning.sampled_M):
@@ -246,7 +246,7 @@ class Outputs:
         return blocks
 
     def _score_prompts(self, selection: Selection, hidden_TD: torch.Tensor, numerics: Numerics, blocks: Blocks) -> None:
-        """The prompts' records, a tile of positions at a time: their logits together would fill the memory."""
+        """Compute the prompts' records by tiles of positions: all their logits at once would fill the memory."""
         returning, rows_P = selection.returning, selection.prompt_rows_P
         size = max(1, _TILE // self._vocab_size)
         for begin in range(0, len(rows_P), size):

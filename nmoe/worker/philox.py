@@ -1,10 +1,10 @@
 """Counter-based random numbers: a draw is a pure function of (seed, position), on any device, in any batch.
 
 Philox4x32-10 of Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). The seed is the
-whole 64-bit key and the position the counter, so two seeds, however close, share no stream.
+whole 64-bit key and the position is the counter, so no two seeds, however close, share a stream.
 
-Seeds and positions are known to the host before the step runs, so the few words a step needs are computed here in
-integer numpy (the same bits for every device) and travel with the step's other small inputs.
+Seeds and positions are known to the host before the step runs, so the few words a step needs are computed here with
+integer numpy (the same bits on every device) and travel with the step's other small inputs.
 """
 
 from typing import Any
@@ -23,8 +23,8 @@ Words = npt.NDArray[np.uint64]
 
 
 def philox4x32(counter: Words, key: Words) -> Words:
-    """Ten rounds over columns of 32-bit words held in uint64: counter [4, N] and key [2, N] give [4, N]."""
-    keys = (key + _KEY_STEPS) & _LOW  # of every round
+    """Ten rounds over columns of 32-bit words held in uint64: counter [4, N] and key [2, N] to [4, N]."""
+    keys = (key + _KEY_STEPS) & _LOW  # one per round
     even, odd = counter[0::2], counter[1::2]
     for round_key in keys:
         product = even * _MULTIPLIERS

@@ -1,10 +1,10 @@
-"""The worker process: weights, cache and slots of one rank, doing what the scheduler's Steps say.
+"""The worker process: the weights, cache and slots of one rank, executing the scheduler's Steps.
 
 The loop keeps two steps in flight: while one runs, the next is received and launched, then the first one's result is
-sent. When the scheduler dies, its steps are forgotten, the slots are reset, and the weights stay: the worker connects
-to the next life of it and says that it is ready. A step that only some ranks got when it died has these wait for the
-others, who end the exchange's life when they hear of the death; the next one begins with the next scheduler's first
-step. The launcher's end-of-file ends the process; errors end it too, and the launcher deals with its death.
+sent. When the scheduler dies, its steps are dropped and the slots reset, but the weights stay: the worker connects to
+the scheduler's next life and reports Ready. If only some ranks got a step before the death, they wait for the others,
+which end the exchange's life when they hear of it; the next one begins with the next scheduler's first step.
+End-of-file from the launcher ends the process; so do errors, and the launcher handles its death.
 """
 
 import collections
@@ -51,7 +51,7 @@ _CAPTURED_CHUNK = 4096  # tokens; longer kernels keep the device busy while the 
 
 
 def main(boot: ipc.Boot) -> None:
-    """Serve as rank `boot.index` until the launcher hangs up. Raises NmoeError when the model cannot be loaded."""
+    """Serve as rank `boot.index` until the launcher hangs up. Raises NmoeError if the model cannot be loaded."""
     stop = threading.Event()
     beat = threading.Thread(target=_beat, args=(boot, stop), name="heartbeat", daemon=True)
     beat.start()
@@ -84,13 +84,13 @@ class Worker:
         self._scheduler = 0  # the newest generation of the scheduler seen
         self._scheduler_gone = False
         self._launcher_gone = False
-        self._has_failed = False  # a request, for want of finite logits
+        self._has_failed = False  # whether a request has failed because its logits were not finite
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(SchedulerToWorker)
         self._connect()
 
     def run(self) -> None:
-        """Launch what comes and report what is done; returns when the launcher hangs up."""
+        """Launch incoming steps and report completed ones until the launcher hangs up."""
         try:
             while self._heed_launcher():
                 if self._in_flight and self._in_flight[0].ready():
@@ -114,18 +114,18 @@ class Worker:
         self._link.send(self._encoder.encode(message), zmq.NOBLOCK)
 
     def _heed_launcher(self) -> bool:
-        """False when the launcher has hung up."""
+        """Handle the launcher's messages. Returns False if it has hung up."""
         if self._left_alone() and self._scheduler_gone:
             self._scheduler_gone = False
             self._runner.exchange.leave()
             self._in_flight.clear()
             self._runner.reset()
-            self._link.close()  # with what the dead scheduler has sent
+            self._link.close()  # along with anything the dead scheduler sent
             self._connect()
         return not self._launcher_gone
 
     def _left_alone(self) -> bool:
-        """Whether the launcher or the scheduler is gone, so that other ranks need not be waited for."""
+        """Whether the launcher or the scheduler is gone, so that there is no need to wait for other ranks."""
         try:
             while (message := self._boot.control.receive()) is not None:
                 self._scheduler_gone |= isinstance(message, ipc.Gone) and message.role == "scheduler"
@@ -139,7 +139,7 @@ class Worker:
             blocks, sizes = launched.blocks()
             failed = launched.failed()
             if failed and not self._has_failed:
-                self._has_failed = True  # one line: a broken model fails in every step
+                self._has_failed = True  # log once: a broken model fails in every step
                 _log.error("worker %d: the model's logits are not finite: its requests fail", self._boot.index)
             self._send(
                 StepDone(
@@ -154,7 +154,7 @@ class Worker:
             )
 
     def _receive(self) -> Step | None:
-        """The next step if one is there that is not of an earlier scheduler's life."""
+        """The next step, or None if there is none or it is from an earlier life of the scheduler."""
         try:
             step = self._decoder.decode(self._link.recv(zmq.NOBLOCK))
         except zmq.Again:
@@ -170,13 +170,13 @@ class Worker:
         return step
 
     def _wait(self) -> None:
-        """Until something is there to do. While the device runs, its end has no descriptor to wait for, and a step that
-        arrives must be launched at once: so the wait only sleeps when nothing is in flight."""
+        """Wait until there is something to do. The device's completion has no descriptor to poll, and an arriving step
+        must be launched at once, so this only sleeps when nothing is in flight."""
         self._poller.poll(0 if self._in_flight else None)
 
 
 def _beat(boot: ipc.Boot, stop: threading.Event) -> None:
-    """Say every second that the process lives, however long a step takes."""
+    """Publish a heartbeat every second, however long a step takes."""
     row = boot.board.rows[metrics.row_index(boot.role, boot.index, boot.config.parallel.world_size)]
     while True:
         row.set("nmoe:heartbeat_seconds", time.monotonic())
@@ -185,14 +185,14 @@ def _beat(boot: ipc.Boot, stop: threading.Event) -> None:
 
 
 def _set_threads(world_size: int) -> None:
-    """Share the cores with the other workers, and leave one to the scheduler and the frontends: an operator waits for
-    its slowest thread, so one thread too many costs more than all of them gain. No operators run side by side."""
+    """Share the cores among workers, leaving one to the scheduler and the frontends: an operator waits for its slowest
+    thread, so one thread too many costs more than all the others gain. No operators run concurrently."""
     torch.set_num_threads(max(1, (len(os.sched_getaffinity(0)) - 1) // world_size))
     torch.set_num_interop_threads(1)
 
 
 def _device(kind: str, rank: int) -> torch.device:
-    """Where this rank computes; on the GPU also what streams and events of this process refer to."""
+    """This rank's device; on the GPU it also becomes the default for this process's streams and events."""
     if kind == "cpu":
         return torch.device("cpu")
     torch.cuda.set_device(rank)
@@ -200,13 +200,13 @@ def _device(kind: str, rank: int) -> torch.device:
 
 
 def _life(worker: int, scheduler: int) -> int:
-    """The exchange's life under these generations of the workers, which restart together, and of the scheduler (0: not
-    connected yet). Each is greater than any before, for the first 4096 schedulers."""
+    """The exchange's life, from the generations of the workers, which restart together, and of the scheduler (0: not
+    connected yet). It only ever increases, for the first 4096 schedulers."""
     return (worker << 12) + scheduler
 
 
 def _load(boot: ipc.Boot) -> tuple[Runner, int] | None:
-    """The runner with its weights and its cache of so many pages, warmed up; None when the launcher has hung up."""
+    """The warmed-up runner, with weights and cache, and its number of pages; None if the launcher has hung up."""
     config, started = boot.config, time.monotonic()
     device = _device(config.parallel.device, boot.index)
     checkpoint = open_checkpoint(config)
@@ -218,20 +218,20 @@ def _load(boot: ipc.Boot) -> tuple[Runner, int] | None:
     if boot.arena is not None:
         arena = Arena(ArenaLayout.of(checkpoint.architecture, config.parallel.world_size), boot.arena, boot.index)
     runner = Runner(model, cache, num_slots=config.num_slots, max_seq_len=checkpoint.max_seq_len, arena=arena)
-    # The warm-up needs all ranks, and they take different times to load.
+    # The warm-up needs all ranks, and their loading times differ.
     if not runner.exchange.meet(_life(boot.generation, 0), lambda: _hung_up(boot.control), bounded=False):
         return None
     warm_up(runner, cache.page_size)
     runner.exchange.check()
     if device.type == "cuda":
-        # Compiling what an exact step needs takes seconds, in which every stream would stand still.
+        # Compiling the kernels of an exact step takes seconds, during which every stream would stall.
         warm_up(runner, cache.page_size, Numerics.EXACT)
         most = config.engine.max_prefill_tokens // config.parallel.world_size
         longest = min(checkpoint.max_seq_len, most)
         warm_up_prefills(runner, cache, longest, min(most, longest * config.engine.max_batch_size))
         if config.engine.enable_cuda_graph:
             runner.capture(config.engine.max_batch_size, min(most, _CAPTURED_CHUNK))
-            warm_up(runner, cache.page_size)  # what follows a captured step
+            warm_up(runner, cache.page_size)  # warms up what follows a captured step
     _log.info(
         "worker %d: weights in %.1f s, %d pages of %d tokens and warm-up in %.1f s",
         boot.index,
@@ -244,8 +244,8 @@ def _load(boot: ipc.Boot) -> tuple[Runner, int] | None:
 
 
 def _hung_up(control: ipc.Control) -> bool:
-    """Whether the launcher has. All else that it said is dropped: it does not concern a worker that is not connected
-    yet, and heard afterwards, the death of an earlier scheduler would cost the link to the present one."""
+    """Whether the launcher has hung up. Its other messages are dropped: they do not concern a worker that is not yet
+    connected, and handled later, an earlier scheduler's death would drop the link to the current one."""
     try:
         while control.receive() is not None:
             pass
@@ -255,7 +255,7 @@ def _hung_up(control: ipc.Control) -> bool:
 
 
 def _progress(control: ipc.Control) -> ReportProgress:
-    """Tells the launcher how far loading is: now and then, and always at the end."""
+    """Reports loading progress to the launcher: periodically, and always at the end."""
     last = 0.0
 
     def report(what: str, done: int, total: int) -> None:
@@ -269,7 +269,7 @@ def _progress(control: ipc.Control) -> ReportProgress:
 
 
 def warm_up(runner: Runner, page_size: int, numerics: Numerics = Numerics.FAST) -> None:
-    """Prefill one token and decode another, so that the first request does not pay for what is made on first use."""
+    """Prefill one token and decode another, so that the first request does not pay for first-use initialisation."""
     rows = np.array([0, 0, 1, ROW_SAMPLES | ROW_HAS_IDS | ROW_RETURNS], np.int32)
     pages = np.array([(0, page) for page in range(-(-2 // page_size))], np.int32)
     admit = Admit(slot=0, cached=0, sampling=Sampling(top_k=2, top_p=0.9), returns=Returns(records=True))
@@ -282,9 +282,9 @@ def warm_up(runner: Runner, page_size: int, numerics: Numerics = Numerics.FAST) 
 
 
 def warm_up_prefills(runner: Runner, cache: KVCache, longest: int, most: int) -> None:
-    """Steps of 16, 32, ... `most` tokens in rows of up to `longest`, as far as the cache holds them; beyond that idle
-    ones, since other ranks' caches may hold more. Between them they need every kernel in every shape and as much memory
-    as any step: no request waits for a compiler or lacks room."""
+    """Run steps of 16, 32, ... `most` tokens in rows of up to `longest`, as far as the cache holds them, then idle
+    steps, because other ranks' caches may hold more. Together they need every kernel in every shape and as much memory
+    as any step, so no request waits for the compiler or runs out of memory."""
     per_row = -(-longest // cache.page_size)
     sizes = [16 << doubling for doubling in range(most.bit_length()) if 16 << doubling < most]
     for tokens in [*sizes, most]:

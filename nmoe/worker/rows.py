@@ -1,4 +1,4 @@
-"""The rows of a step, as far as they stay the same while the Steps say that the rows go on.
+"""The rows of a step: the part that does not change while Steps say that the rows continue.
 
 Shape suffixes: T tokens of the step, R its rows, S rows that sample, D those of them that draw.
 """
@@ -25,8 +25,8 @@ class Rows:
     floors: Array  # [R]: positions below are shared and not written
     starts: Array  # [R + 1]: where each row's tokens begin
     num_tokens: int  # T
-    num_continued: int  # rows without ids, which come first: their input is their slot's last token
-    num_ids: int  # ids that the Step must bring
+    num_continued: int  # rows without ids, which come first; their input is their slot's last token
+    num_ids: int  # ids that the Step must carry
     num_decodes: int  # leading rows with one token
     sampling: Array  # [S]: the rows that sample
     sampling_slots: Array  # [S]
@@ -58,7 +58,7 @@ class Rows:
 
 
 def _check(slots: Array, counts: Array, flags: Array, num_continued: int, table: SlotTable) -> None:
-    """Refuse rows that no slot table could make sense of."""
+    """Reject rows that would be invalid for any slot table."""
     wrong = (slots < 0) | (slots >= table.num_slots) | (counts < 1)
     if wrong.any():
         row = int(wrong.argmax())

@@ -2,14 +2,14 @@
 
 Shape suffixes: T tokens of the step, R its rows, S rows that sample, V the vocabulary.
 
-`launch` needs nothing of the previous step on the host: a decode row's input is its slot's last sampled token, which
-stays on the device, and positions, pages and random numbers follow from the Step and the slot table alone. So a step
-can be launched while the one before it runs. What only changes with the rows (their order, which of them sample, how)
-is made once and kept while the Steps say that the rows go on.
+`launch` needs nothing from the previous step on the host: a decode row's input is its slot's last sampled token, which
+stays on the device; positions, pages and random numbers depend only on the Step and the slot table. So a step can be
+launched while the previous one runs. What changes only with the rows (their order, which of them sample, and how) is
+computed once and kept while the Steps say that the rows continue.
 
 After a step of many milliseconds the host's caches are cold, and each call into torch or numpy costs several times what
-it costs in a loop. So a captured step whose rows go on makes as few as can be: it enters no inference mode, cuts no
-views and writes no words anew.
+it costs in a loop. So a captured step whose rows continue makes as few calls as possible: it enters no inference mode,
+slices no views and rewrites no words.
 """
 
 from typing import Any
@@ -34,37 +34,37 @@ from nmoe.worker.stages import Stage, Stages
 
 Array = npt.NDArray[Any]
 _NO_IDS, _NO_PAGES = np.empty(0, np.int32), np.empty((2, 0), np.int32)
-# Raw logits [S, V], tokens [S], and the log-probabilities of the draws, float32 [S], where some row draws.
+# Raw logits [S, V], tokens [S], and the log-probabilities of the draws, float32 [S], if any row draws.
 _Sampled = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 class Launched:
-    """A step on its way. On the CPU it is done when it is made."""
+    """A launched step. On the CPU it is already complete."""
 
     def __init__(self, step_id: int, slots_S: Array, stage: Stage, stages: Stages, blocks: Blocks | None) -> None:
-        """`slots_S`: of the rows that sample."""
+        """`slots_S`: the slots of the rows that sample."""
         self.step_id = step_id
         self._slots_S, self._failed = slots_S, slots_S[:0]
         self._blocks = blocks
         self._stage, self._stages = stage, stages
 
     def ready(self) -> bool:
-        """Whether `tokens` would not wait."""
+        """Whether `tokens` would return without waiting."""
         return self._stage.ready()
 
     def tokens(self) -> bytes:
-        """The sampled tokens, int32 [S], as `StepDone.tokens`; waits for the device. To be asked once."""
+        """The sampled tokens, int32 [S], as in `StepDone.tokens`; waits for the device. Call once."""
         tokens = self._stage.tokens()
         self._stages.put_back(self._stage)
         self._failed = self._slots_S[np.frombuffer(tokens, np.int32) < 0]
         return tokens
 
     def blocks(self) -> tuple[bytes, bytes]:
-        """`StepDone.blocks` and `block_sizes`, after `tokens`; logits are in their cells."""
+        """`StepDone.blocks` and `block_sizes`; call after `tokens`. Writes the logits to their cells."""
         return self._blocks.finish() if self._blocks is not None else (b"", b"")
 
     def failed(self) -> bytes:
-        """`StepDone.failed`, after `tokens`."""
+        """`StepDone.failed`; call after `tokens`."""
         failed = self._failed
         if self._blocks is not None:
             failed = np.union1d(failed, self._blocks.failed())
@@ -77,7 +77,7 @@ class Runner:
     def __init__(
         self, model: Model, cache: KVCache, *, num_slots: int, max_seq_len: int, arena: Arena | None = None
     ) -> None:
-        """`arena`: where logits go that come back; without it, no request can ask for them."""
+        """`arena`: where returned logits go; without it, no request can ask for them."""
         pages_per_slot = -(-max_seq_len // cache.page_size)
         self._model = model
         self.exchange = model.exchange
@@ -95,13 +95,13 @@ class Runner:
         self.reset()
 
     def capture(self, max_batch_size: int, max_chunk: int) -> None:
-        """From here on, replay steps from CUDA graphs: those of up to `max_batch_size` rows, of which all decode or the
-        others have up to `max_chunk` tokens altogether."""
+        """From now on, replay steps from CUDA graphs: those of up to `max_batch_size` rows that all decode, or whose
+        other rows have up to `max_chunk` tokens in total."""
         assert isinstance(self._sampler, GPUSampler)
         self._graphs = StepGraphs(self._model, self._cache, self._slots, self._sampler, max_batch_size, max_chunk)
 
     def reset(self) -> None:
-        """Forget every request; the weights and the cache's memory stay. All ranks do, or none."""
+        """Forget every request; the weights and the cache's memory stay. All ranks must do so, or none."""
         self._table.reset()
         self._adjustments.reset()
         self._outputs.reset()
@@ -112,11 +112,11 @@ class Runner:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the step launched last."""
+        """Tokens of the most recently launched step."""
         return self._rows.num_tokens
 
     def launch(self, step: Step) -> Launched:
-        """Start `step`; returns without waiting for the device. Raises MalformedStep, which nothing can follow."""
+        """Start `step` without waiting for the device. Raises MalformedStep, from which there is no recovery."""
         try:
             firsts, ids, pages_2N = self._prepare(step)
             selection = self._outputs.select(self._returning, firsts, self._ends, step.cells)
@@ -147,9 +147,9 @@ class Runner:
     def _compute(
         self, step: Step, parts: Parts[torch.Tensor], selection: Selection | None
     ) -> tuple[torch.Tensor, _Sampled]:
-        """The hidden states and the tokens of a step that is launched kernel by kernel."""
+        """The hidden states and tokens of a step launched kernel by kernel."""
         self.exchange.begin(step.channel, step.num_tokens)
-        # An idle rank goes through the layers too: there its experts serve the other ranks' tokens.
+        # An idle rank runs the layers too, because its experts serve the other ranks' tokens.
         hidden_TD = self._model.forward(self._batch(parts), self._cache, step.numerics)
         return hidden_TD, self._sample_last(hidden_TD, parts, step.numerics, selection)
 
@@ -174,7 +174,7 @@ class Runner:
 
     @torch.inference_mode()
     def _sample(self, logits_SV: torch.Tensor, parts: Parts[torch.Tensor], selection: Selection | None) -> Sampled:
-        """The step's tokens. With something to return, the logits stay as they are."""
+        """The step's tokens. If anything is returned, the logits are left unchanged."""
         if self._adjustment is None:
             return self._sampler.sample(logits_SV, parts)
         raw_SV, logits_SV = logits_SV, logits_SV.float()
@@ -186,8 +186,8 @@ class Runner:
         return tokens_S, drawn_S
 
     def _prepare(self, step: Step) -> tuple[Array, Array, Array]:
-        """Bring the slots up to `step`; the first position of each row, int64, and the ids and the new pages that came,
-        int32 [2, N] as `DeviceSlots.append` takes them."""
+        """Update the slots with `step`. Returns the first position of each row, int64, and the new ids and pages, the
+        latter int32 [2, N] as `DeviceSlots.append` takes them."""
         if step.admits:
             self._table.admit(step.admits)
             self._sampler.admit(step.admits)
@@ -214,7 +214,7 @@ class Runner:
         return firsts, np.frombuffer(step.ids, np.int32) if step.ids else _NO_IDS, pages_2N
 
     def _take_rows(self, given: Array) -> None:
-        """What follows from the rows [R, 4] of a Step until it brings new ones."""
+        """Compute what depends on a Step's rows [R, 4] and stays valid until it brings new ones."""
         self._rows, table = Rows.of(given, self._table), self._table
         slots_S = self._rows.sampling_slots
         table.sampled[slots_S] = True

@@ -1,19 +1,19 @@
-"""Sampling of a whole batch, in integers: no row's result depends on its neighbours or on the order of sums.
+"""Batched sampling with integers: no row's result depends on its neighbours or on the order of sums.
 
 Shape suffixes: S rows that sample, D those of them that draw (temperature > 0), F those of D with top-k or top-p, V the
 vocabulary, K the longest list of candidates.
 
 A row's probabilities become integer weights, `floor(exp((logit - max) / temperature) * 2**40)`, and one uniform number
-per row picks a token by the inverse of their running sum. Integer sums are exact in any order, hence the same on every
-device, in every batch and with every block size. What the rounding down takes from a token is below 2**-40 of the
-likeliest one's probability; the logits' own float32 rounding is coarser.
+per row picks a token by inverting their running sum. Integer sums are exact in any order, hence identical on every
+device, in every batch and with every block size. Rounding down costs a token less than 2**-40 of the likeliest token's
+probability; the logits' own float32 rounding is coarser.
 
-A row whose largest logit is not finite (one of them is no number, or all of them are minus infinity) has no such
-distribution: its token is NO_TOKEN.
+A row whose largest logit is not finite (some logit is NaN or +inf, or all are -inf) has no such distribution: its token
+is NO_TOKEN.
 
-Filters come in vLLM's order: temperature, min-p, then top-k, then top-p over what they left. min-p keeps the tokens
-with at least that share of the likeliest one's probability. top-k keeps exactly k tokens; among equals the lower ids.
-top-p keeps the shortest list of likeliest tokens whose probability reaches p, hence always at least one.
+Filters apply in vLLM's order: temperature, min-p, then top-k, then top-p over what remains. min-p keeps the tokens
+with at least that fraction of the likeliest token's probability. top-k keeps exactly k tokens; ties go to lower ids.
+top-p keeps the shortest list of likeliest tokens whose probability reaches p, so always at least one.
 """
 
 import dataclasses
@@ -26,25 +26,25 @@ import torch
 ONE = 2.0**40  # the weight of a row's likeliest token
 ID_BITS = 20  # a sort key is a weight, or another number, above a token id; 41 + 20 bits fit in an int64
 NO_TOKEN = -1
-COLDEST = 1e-6  # below this a draw is greedy in all but name; keeps 1 / temperature finite in float32
+COLDEST = 1e-6  # below this, sampling is effectively greedy; keeps 1 / temperature finite in float32
 
 Array = npt.NDArray[Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """How the S rows of a step sample. Made on the host once per set of rows; all tensors are on the device."""
+    """How the S rows of a step sample. Built on the host once per set of rows; tensors are on the device."""
 
     drawn: Array  # int64 [D], on the host: which rows need a uniform number
     drawn_D: torch.Tensor  # int64 [D]
     has_greedy: bool  # whether D < S
     temperature_D1: torch.Tensor  # float32 [D, 1]
-    least_D1: torch.Tensor | None  # int64 [D, 1]: by min-p, the least weight that counts; None when no row has min-p
+    least_D1: torch.Tensor | None  # int64 [D, 1]: the least weight that min-p keeps; None if no row has min-p
     filtered_F: torch.Tensor  # int64 [F], positions in D
     unfiltered_U: torch.Tensor  # int64 [D - F], the other positions in D
     num_candidates: int  # K: the largest top-k of the F rows, V when one of them has none
     top_k_F1: torch.Tensor  # int64 [F, 1], V where there is none
-    top_p_F1: torch.Tensor  # float64 [F, 1]
+    top_p_F1: torch.Tensor  # K: the largest top-k of the F rows, V if one of them has none
 
 
 def make_plan(
@@ -78,8 +78,8 @@ def make_plan(
 
 
 def greedy(logits_SV: torch.Tensor) -> torch.Tensor:
-    """The first of each row's largest logits, int64 [S]."""
-    # torch's argmax is scalar code on the CPU, ten times slower than numpy's; to both a NaN is the largest
+    """The first of each row's largest logits, int64 [S]; NO_TOKEN if it is not finite."""
+    # torch's argmax is scalar code on the CPU, ten times slower than numpy's; both treat NaN as the largest
     logits = logits_SV.numpy()
     tokens = logits.argmax(-1)
     tokens[~np.isfinite(logits[np.arange(len(tokens)), tokens])] = NO_TOKEN
@@ -89,10 +89,10 @@ def greedy(logits_SV: torch.Tensor) -> torch.Tensor:
 def sample(
     logits_SV: torch.Tensor, plan: Plan, uniforms_D: torch.Tensor, logprobs_S: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The next token of each row, int64 [S], from float32 logits and the float64 [D] uniform numbers in [0, 1).
+    """The next token of each row, int64 [S], from float32 logits and uniform numbers in [0, 1), float64 [D].
 
-    `logprobs_S` float32 becomes the tokens' log-probabilities under the distributions they are drawn from, 0 in the
-    rows that draw nothing.
+    `logprobs_S` float32, if given, is set to the tokens' log-probabilities under the distributions they are drawn from,
+    0 in greedy rows.
     """
     logprobs_D = None if logprobs_S is None else torch.empty_like(plan.temperature_D1[:, 0])
     if plan.has_greedy:
@@ -108,7 +108,7 @@ def sample(
 def _draw(
     logits_DV: torch.Tensor, plan: Plan, uniforms_D: torch.Tensor, logprobs_D: torch.Tensor | None
 ) -> torch.Tensor:
-    """The drawn tokens, int64 [D], and their log-probabilities where these are wanted."""
+    """The drawn tokens, int64 [D], and their log-probabilities if requested."""
     peaks_D1 = logits_DV.amax(-1, keepdim=True)
     tokens_D = _draw_weighted(_weights(logits_DV, peaks_D1, plan.temperature_D1), plan, uniforms_D, logprobs_D)
     return tokens_D.masked_fill_(~peaks_D1[:, 0].isfinite(), NO_TOKEN)
@@ -117,7 +117,7 @@ def _draw(
 def _draw_weighted(
     weights_DV: torch.Tensor, plan: Plan, uniforms_D: torch.Tensor, logprobs_D: torch.Tensor | None
 ) -> torch.Tensor:
-    """The same by their weights, before any filter; of weights that make no sense any token."""
+    """The drawn tokens by their unfiltered weights; arbitrary tokens where the weights are invalid."""
     if plan.least_D1 is not None:
         weights_DV.masked_fill_(weights_DV < plan.least_D1, 0)
     uniforms_D1 = uniforms_D[:, None]
@@ -137,7 +137,7 @@ def _draw_weighted(
 def _draw_unfiltered(
     weights_UV: torch.Tensor, plan: Plan, uniforms_U1: torch.Tensor, logprobs_U: torch.Tensor | None
 ) -> torch.Tensor:
-    """The drawn tokens of the rows without top-k and top-p, int64 [U]."""
+    """The drawn tokens of the rows without top-k or top-p, int64 [U]."""
     return _pick(weights_UV, uniforms_U1, logprobs_U)[:, 0]
 
 
@@ -157,13 +157,13 @@ def _draw_filtered(
     enough_F1 = (sums_FK[:, -1:] * plan.top_p_F1).clamp_min_(1.0)
     before_FK = sums_FK - weights_FK
     weights_FK = weights_FK.masked_fill_(before_FK >= enough_F1, 0)
-    # Laid end to end in the order of the ids, as without filters: no other implementation needs to sort.
+    # Weights are summed in id order, as without filters, so no other implementation needs to sort.
     return _pick(weights_FV.zero_().scatter_(1, ids_FK, weights_FK), uniforms_F1, logprobs_F)[:, 0]
 
 
 def largest(values_NV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` largest of each row, descending, and their token ids, int64 [N, K]; equal ones in the order of the
-    ids. `values_NV` int64, of 44 bits with their sign.
+    """The `count` largest of each row, descending, and their token ids, int64 [N, K]; ties in id order. `values_NV` are
+    int64 of at most 44 bits, sign included.
 
     One int64 key holds both, so keys are distinct and any selection algorithm gives the same list.
     """
@@ -175,10 +175,10 @@ def largest(values_NV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Te
 
 
 def _pick(weights_NV: torch.Tensor, uniforms_N1: torch.Tensor, logprobs_N: torch.Tensor | None) -> torch.Tensor:
-    """Where `uniform` falls on each row's weights laid end to end, int64 [N, 1]; a zero weight is never hit.
-    `logprobs_N` becomes the logarithm of what share of its row's weights each was.
+    """Where `uniform` falls in the running sum of each row's weights, int64 [N, 1]; a zero weight is never hit.
+    `logprobs_N`, if given, is set to the log of each picked weight's share of its row.
 
-    A row whose weights make no sense, because its logits were not finite, gets some place of its own. The weights are
+    A row with invalid weights, because its logits were not finite, gets an arbitrary place of its own. The weights are
     overwritten.
     """
     sums_NV = weights_NV.cumsum_(-1)

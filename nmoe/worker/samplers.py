@@ -1,4 +1,4 @@
-"""How a device samples the rows of a step: by the reference, or by kernels that read the draws' parameters by slot.
+"""How each device samples a step's rows: by the reference, or by kernels that look up parameters by slot.
 
 Shape suffixes: N slots, S rows that sample, V the vocabulary.
 """
@@ -18,28 +18,28 @@ from nmoe.worker.slots import DeviceSlots, SlotTable
 from nmoe.worker.stages import put
 
 Array = npt.NDArray[Any]
-# Tokens [S], NO_TOKEN where the logits are not finite, and their log-probabilities under what they were drawn from,
-# float32 [S], 0 of greedy ones; None when all are.
+# Tokens [S], NO_TOKEN where the logits are not finite, and their log-probabilities under the distributions they were
+# drawn from, float32 [S], 0 for greedy rows; None if all rows are greedy.
 Sampled = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class Sampler(Protocol):
-    """Samples the rows it was told of last. `draws`: whether any of them does. `simple`: whether none has top-k or
+    """Samples the rows given last. `draws`: whether any of them draws. `simple`: whether none of them has top-k or
     top-p."""
 
     draws: bool
     simple: bool
 
     def admit(self, admits: Sequence[Admit]) -> None:
-        """Requests have begun in these slots, which the slot table knows already."""
+        """Requests have started in these slots; the slot table already has them."""
         ...
 
     def take_rows(self, slots_S: Array) -> None:
-        """The slots of the rows that sample, from here on."""
+        """Set the slots of the rows that sample from now on."""
         ...
 
     def sample(self, logits_SV: torch.Tensor, parts: Parts[torch.Tensor]) -> Sampled:
-        """One token each, which becomes its slot's last; `parts` are the step's inputs. The logits are not changed."""
+        """Sample a token per row, which becomes its slot's last; `parts` are the step's inputs. Keeps the logits."""
         ...
 
 
@@ -86,7 +86,7 @@ class GPUSampler:
 
     def __init__(self, table: SlotTable, slots: DeviceSlots, vocab_size: int) -> None:
         self._table, self._slots, self._vocab_size = table, slots, vocab_size
-        # Nobody's row stays zero: it takes the largest logit.
+        # The padding slot's row stays zero, which means greedy.
         self._parameters_NP = torch.zeros(slots.nobody + 1, 5, dtype=torch.int64, device=slots.last_S.device)
         self.simple = True
         self.draws = False
@@ -121,7 +121,7 @@ class GPUSampler:
     def sample_any(
         self, logits_SV: torch.Tensor, parts: Parts[torch.Tensor], *, simple: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same for rows that only the device knows, as in a captured step, where all are `simple`."""
+        """`sample` for rows that only the device knows, as in a captured step, where all are `simple`."""
         from nmoe.worker.kernels.sampling_triton import sample_rows
 
         rows = len(logits_SV)

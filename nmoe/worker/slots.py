@@ -1,21 +1,21 @@
-"""What a worker remembers of its requests, one row per slot, so that a Step can be a delta.
+"""A worker's state per request, one row per slot, so that a Step can be a delta.
 
-The host keeps what it must check a Step against; the device keeps what a step reads: the page table and the last
-tokens. The host never holds a page table of its own: what a Step adds goes up with the step's other inputs.
+The host keeps what it needs to check a Step; the device keeps what a step reads: the page table and the last tokens.
+The host has no page table of its own: a Step's additions are uploaded with the step's other inputs.
 
 Shape suffixes: S slots, P pages of a slot, R rows of a step.
 
 Invariants, checked with one vectorised pass each:
-- `pages_SP[s, : lengths[s]]` are the slot's pages in the order of its positions; what lies behind them means nothing.
-- Positions below `ends[s]` have their cache rows, written by this slot or shared; a row starts at `ends[s]`. Only
-  before a slot has computed anything may a row start lower, to recompute the last of the shared positions.
-- Positions below `floors[s]` lie in shared pages and are never written.
-- `last_S[s]` is the slot's last sampled token. A step may read it before the host has seen it. `sampled[s]` says that
-  there is one.
-- Rows that were checked and go on start where their slots end, and have room for `_ahead` more steps: nothing but a new
-  request in a slot, which sets it to 0, moves a slot's end or takes its pages. So these steps pass without a look.
+- `pages_SP[s, : lengths[s]]` are the slot's pages in position order; later entries are undefined.
+- Positions below `ends[s]` have cache rows, written by this slot or shared; a row starts at `ends[s]`. Only before a
+  slot has computed anything may a row start lower, to recompute the last shared position.
+- Positions below `floors[s]` are in shared pages and are never written.
+- `last_S[s]` is the slot's last sampled token. A step may read it before the host has seen it. `sampled[s]` says
+  whether there is one.
+- Rows that were checked and continue start where their slots end and have room for `_ahead` more steps: only a new
+  request in a slot, which sets `_ahead` to 0, can move a slot's end or take its pages. So these steps skip the check.
 
-A Step that breaks an invariant is a defect of the scheduler and raises MalformedStep.
+A Step that breaks an invariant is a bug in the scheduler and raises MalformedStep.
 """
 
 from collections.abc import Sequence
@@ -32,12 +32,12 @@ _MOST = np.iinfo(np.int64).max
 
 
 class MalformedStep(AssertionError):
-    """A Step contradicts what the worker knows; the message names the row."""
+    """A Step contradicts the worker's state; the message names the row."""
 
 
 class DeviceSlots:
-    """What the device knows of the slots, in device order. The last slot is nobody's: padding rows read it and write
-    its last token; its pages are the reserved one."""
+    """The slots' state on the device, updated in device order. The last slot belongs to no request: padding rows read
+    it and write its last token; its pages are the reserved page."""
 
     def __init__(self, num_slots: int, pages_per_slot: int, num_pages: int, device: torch.device) -> None:
         self.nobody = num_slots
@@ -46,24 +46,24 @@ class DeviceSlots:
         self.last_S = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
 
     def append(self, assigned_2N: torch.Tensor) -> None:
-        """`SlotTable.append_pages`' result: where in the flattened table, and which pages. int32, on the device."""
+        """Apply `SlotTable.append_pages`' result: flat indices into the table, and the pages. int32, on the device."""
         places_N, pages_N = assigned_2N.unbind()
         self._table.index_put_((places_N,), pages_N)
 
     def remember(self, slots_N: torch.Tensor, tokens_N: torch.Tensor) -> None:
-        """These are the slots' last tokens now; NO_TOKEN becomes one that exists, because the next step may be on its
-        way with it. `slots_N` int32."""
+        """Set the slots' last tokens. NO_TOKEN is replaced by a valid token, because the next step may already be in
+        flight and read it. `slots_N` int32."""
         self.last_S.index_put_((slots_N,), tokens_N.clamp(min=0).int())
 
 
 class SlotTable:
-    """The slots of one rank, as the host knows them."""
+    """The state of one rank's slots on the host."""
 
     def __init__(self, num_slots: int, pages_per_slot: int, page_size: int, num_pages: int) -> None:
         self.num_slots = num_slots
         self.pages_per_slot = pages_per_slot
         self.page_size = page_size
-        self.num_pages = num_pages  # the reserved page has this number
+        self.num_pages = num_pages  # this is also the number of the reserved page
         self.lengths = np.zeros(num_slots, np.int64)  # pages
         self.ends = np.zeros(num_slots, np.int64)  # positions
         self.floors = np.zeros(num_slots, np.int64)  # positions
@@ -73,7 +73,7 @@ class SlotTable:
         self.top_p = np.ones(num_slots, np.float64)
         self.min_p = np.zeros(num_slots, np.float64)
         self.seeds = np.zeros(num_slots, np.int64)
-        # The rows that advanced last, where they are now, and how many more steps of theirs need no check.
+        # The rows that advanced last, their new ends, and how many more of their steps need no check.
         self._advanced = self._reached = np.empty(0, np.int64)
         self._ahead = 0
 
@@ -101,8 +101,8 @@ class SlotTable:
             self.seeds[slot] = sampling.seed
 
     def append_pages(self, assigned: Array) -> Array:
-        """Append to the slots' page lists: [N, 2] of (slot, page), in this order. What `DeviceSlots.append` takes,
-        int32 [2, N]."""
+        """Append pages, [N, 2] of (slot, page), to the slots' page lists in this order. Returns the input of
+        `DeviceSlots.append`, int32 [2, N]."""
         slots, pages = assigned[:, 0], assigned[:, 1]
         if slots.min(initial=0) < 0 or slots.max(initial=0) >= self.num_slots:
             raise MalformedStep(f"pages: slots {slots.min()} to {slots.max()} of {self.num_slots}")
@@ -110,7 +110,7 @@ class SlotTable:
             raise MalformedStep(f"pages: pages {pages.min()} to {pages.max()} of {self.num_pages}")
         order = slots.argsort(kind="stable")
         slots, pages = slots[order], pages[order]
-        # Of the pages that a slot gets in this step, how many come before each.
+        # For each page, how many pages of this step precede it in its slot.
         nth = np.arange(len(slots)) - np.searchsorted(slots, slots)
         places = self.lengths[slots] + nth
         if places.max(initial=0) >= self.pages_per_slot:
@@ -120,8 +120,8 @@ class SlotTable:
         return np.stack((slots.astype(np.int64) * self.pages_per_slot + places, pages)).astype(np.int32)
 
     def advance(self, slots: Array, firsts: Array, counts: Array) -> Array:
-        """Move the rows' slots on by `counts` positions from `firsts`; gives their new ends. All int64 [R]. Rows that
-        go on come as the same arrays: `slots`, and as `firsts` the ends that were given last."""
+        """Advance the rows' slots by `counts` positions from `firsts`. Returns their new ends. All int64 [R]. Rows that
+        continue are passed as the same arrays: `slots`, and as `firsts` the ends returned last."""
         ends = firsts + counts
         if self._ahead and slots is self._advanced and firsts is self._reached:
             self._ahead -= 1
@@ -132,7 +132,7 @@ class SlotTable:
         return ends
 
     def _check(self, slots: Array, firsts: Array, counts: Array, ends: Array) -> int:
-        """How many more steps like this one the slots' pages have room for, at least."""
+        """At least how many more steps like this one fit the slots' pages."""
         known = self.ends[slots]
         if (firsts != known).any():
             wrong = (firsts > known) | (firsts < known) & (known != self.floors[slots])

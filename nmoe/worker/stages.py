@@ -1,8 +1,8 @@
-"""Memory between the host and the device: a step's inputs go up in one copy, its tokens come down in another.
+"""Staging memory between host and device: a step's inputs are uploaded in one copy, its tokens downloaded in another.
 
-On the GPU both ends on the host are pinned, so that neither copy is waited for, and are used again when the step's
-result has been read; a step whose result nobody reads keeps its own. All steps are launched on one stream, and stages
-are used outside inference mode, where nothing can write to what was made within.
+On the GPU the host ends are pinned, so neither copy blocks, and are reused once the step's result has been read; a step
+whose result is never read keeps its own. All steps are launched on one stream. Stages are used outside inference mode,
+because tensors created inside it cannot be written outside.
 """
 
 from typing import Any
@@ -15,13 +15,13 @@ Array = npt.NDArray[Any]
 
 
 def put(array: Array, device: torch.device) -> torch.Tensor:
-    """The array on the device; the host does not wait for it. On the CPU both may share their memory."""
+    """Copy an array to the device without blocking the host. On the CPU both may share memory."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 class _Room:
-    """Memory on the host, int32, and views of its first words, which are kept until their number changes."""
+    """Host memory, int32, and views of its first words, which are kept until their number changes."""
 
     def __init__(self, pinned: bool) -> None:
         self._pinned = pinned
@@ -29,8 +29,8 @@ class _Room:
         self._size = -1
 
     def take(self, size: int) -> None:
-        """From here on, `tensor` and `words` are [size], uninitialised. Memory that is not pinned is new each time: a
-        copy from it may share it."""
+        """Make `tensor` and `words` [size], uninitialised. Unpinned memory is allocated anew each time, because a copy
+        may share it."""
         if size == self._size and self._pinned:
             return
         if self._all.numel() < size or not self._pinned:
@@ -40,7 +40,7 @@ class _Room:
 
 
 class Stage:
-    """What one step in flight needs."""
+    """The staging memory of one step in flight."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -51,7 +51,7 @@ class Stage:
         self._stream = torch.cuda.current_stream(device) if pinned else None
 
     def upload(self, words: Array, into: torch.Tensor | None = None) -> torch.Tensor:
-        """The step's words, int32, on the device: where `into` begins, or in memory of their own."""
+        """Upload the step's int32 words, to the start of `into` or to new memory. Returns them on the device."""
         size = len(words)
         self._up.take(size)
         self._up.words[:] = words
@@ -62,34 +62,34 @@ class Stage:
         return self._there.copy_(self._up.tensor, non_blocking=True)
 
     def download(self, tokens_S: torch.Tensor) -> None:
-        """Bring the tokens down, behind all work on the device so far; the last call of a step."""
+        """Download the tokens, after all work on the device so far. This must be the step's last call."""
         self._down.take(tokens_S.numel())
         self._down.tensor.copy_(tokens_S, non_blocking=True)
         if self._event is not None:
             self._event.record(self._stream)
 
     def ready(self) -> bool:
-        """Whether `tokens` would not wait."""
+        """Whether `tokens` would return without waiting."""
         return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def tokens(self) -> bytes:
-        """What was downloaded, int32; waits for the device."""
+        """The downloaded tokens, int32; waits for the device."""
         if self._event is not None:
             self._event.synchronize()
         return self._down.words.tobytes()
 
 
 class Stages:
-    """Those not in use."""
+    """The stages not in use."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._free: list[Stage] = []
 
     def take(self) -> Stage:
-        """One for the next step."""
+        """A stage for the next step."""
         return self._free.pop() if self._free else Stage(self._device)
 
     def put_back(self, stage: Stage) -> None:
-        """Its step's result has been read."""
+        """Return a stage whose step's result has been read."""
         self._free.append(stage)

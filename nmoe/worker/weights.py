@@ -1,7 +1,7 @@
-"""Where a model's weights come from: a checkpoint's safetensors or a seeded generator, straight to the device.
+"""Sources of a model's weights: a checkpoint's safetensors or a seeded generator, straight to the device.
 
-A source fills tensors that the model has allocated, one name at a time, so the peak is the model plus one tensor. Only
-what this rank asks for is read.
+A source fills tensors that the model has allocated, one name at a time, so peak memory is the model plus one tensor.
+Only what this rank needs is read.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from nmoe.checkpoint import SCALE_SUFFIX, Checkpoint
 from nmoe.errors import CheckpointError
 from nmoe.worker.kernels.fp8 import BlockFP8, Weight, dequantise_blocks, rows_of
 
-ReportProgress = Callable[[str, int, int], None]  # what, bytes done, bytes in total
+ReportProgress = Callable[[str, int, int], None]  # description, bytes done, bytes in total
 
-_REPORTS = 100  # per load, so that a progress bar moves and nothing is flooded
+_REPORTS = 100  # per load: enough for a smooth progress bar, without flooding the link
 _STD = 0.02
-_FP8_STD = 64.0  # of the stored values: seven of them reach FP8's largest
+_FP8_STD = 64.0  # of the stored values: 7 standard deviations are FP8's maximum
 
 
 def rank_experts(architecture: Architecture, rank: int, world_size: int) -> range:
@@ -33,7 +33,7 @@ def rank_experts(architecture: Architecture, rank: int, world_size: int) -> rang
 
 
 def rank_tensors(architecture: Architecture, rank: int, world_size: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of what one rank loads: everything but the experts of the others."""
+    """Name and shape of every tensor that one rank loads: everything except other ranks' experts."""
     mine = rank_experts(architecture, rank, world_size)
 
     def needed(name: str) -> bool:
@@ -44,15 +44,15 @@ def rank_tensors(architecture: Architecture, rank: int, world_size: int) -> dict
 
 
 class Source(Protocol):
-    """One tensor at a time into memory that the model has allocated."""
+    """Fills memory that the model has allocated, one tensor at a time."""
 
     def fill(self, out: Weight, name: str) -> None:
-        """Write the tensor `name` into `out`, which has its shape, in `out`'s dtype or quantised, and on its device."""
+        """Write the tensor `name` into `out`, which has its shape, in `out`'s dtype or quantised, on `out`'s device."""
         ...
 
 
 class _Progress:
-    """Passes on about `_REPORTS` reports of a load, the first at 0 and the last at the total."""
+    """Forwards about `_REPORTS` reports per load, the first at 0 and the last at the total."""
 
     def __init__(self, what: str, total: int, report: ReportProgress) -> None:
         self._what, self._total, self._report = what, total, report
@@ -67,7 +67,7 @@ class _Progress:
 
 
 class CheckpointSource:
-    """Tensors of a checkpoint's safetensors files; FP8 ones become real on the way. Use as a context manager."""
+    """Tensors from a checkpoint's safetensors files, dequantising FP8 ones if needed. Use as a context manager."""
 
     def __init__(self, checkpoint: Checkpoint, names: list[str], device: torch.device, report: ReportProgress) -> None:
         self._checkpoint = checkpoint
@@ -84,7 +84,7 @@ class CheckpointSource:
         self._stack.close()
 
     def fill(self, out: Weight, name: str) -> None:
-        """See Source. What is to stay quantised must be so in the file."""
+        """See Source. A tensor that stays quantised must be quantised in the file."""
         info = self._checkpoint.tensors[name]
         tensor = self._read(name)
         if isinstance(out, BlockFP8):
@@ -114,10 +114,10 @@ class CheckpointSource:
 
 
 class RandomSource:
-    """Normal(0, 0.02) weights, norms of 1, a router bias of 0, as transformers initialises the model.
+    """Normal(0, 0.02) weights, norms of 1 and a router bias of 0, as transformers initialises the model.
 
-    Each tensor's values follow from its name alone (and the device's generator), so they do not depend on the rank,
-    the world size or the order of loading.
+    Each tensor's values depend only on its name (and the device's generator), not on the rank, the world size or the
+    order of loading.
     """
 
     def __init__(self, num_params: int, dtype: torch.dtype, device: torch.device, report: ReportProgress) -> None:
