@@ -1,4 +1,4 @@
-"""The models, by config.json's model_type: one small file each."""
+"""The models, keyed by config.json's model_type: one small file each."""
 
 import contextlib
 import math
@@ -27,7 +27,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class Model(Protocol):
-    """What the runner needs of a model."""
+    """What the runner needs from a model."""
 
     architecture: Architecture
     dtype: torch.dtype
@@ -35,18 +35,18 @@ class Model(Protocol):
     exchange: Exchange
 
     def forward(self, batch: Batch, cache: KVCache, numerics: Numerics) -> torch.Tensor:
-        """Compute the step's tokens and write their cache rows; hidden states after the final norm, [T, D].
+        """Compute the step's tokens and write their cache rows. Returns hidden states after the final norm, [T, D].
 
-        In the exact class a token's bits do not depend on the rest of the batch (docs/exact.md); so below.
+        In the exact class a token's bits do not depend on the rest of the batch (docs/exact.md), here and below.
         """
         ...
 
     def logits(self, hidden_SD: torch.Tensor, numerics: Numerics) -> torch.Tensor:
-        """Next-token logits of chosen hidden states, float32 [S, V]."""
+        """Next-token logits of selected hidden states, float32 [S, V]."""
         ...
 
     def logits_into(self, hidden_SD: torch.Tensor, out_SV: torch.Tensor, numerics: Numerics) -> None:
-        """The same into memory of the model's dtype, which is reused from step to step."""
+        """`logits` written to memory of the model's dtype, which is reused from step to step."""
         ...
 
 
@@ -59,11 +59,11 @@ def load_model(
     slabs: mmap.mmap | None = None,
     meeting: pathlib.Path | None = None,
 ) -> Model:
-    """This rank's part of the checkpoint's model on `device`. Raises NmoeError.
+    """Load this rank's part of the checkpoint's model on `device`. Raises NmoeError.
 
-    `report(what, done, total)` is called about a hundred times, with bytes. If there are several ranks, `slabs` is the
-    memory they share (on the CPU they exchange tokens through it), and `meeting` a path where those on GPUs find each
-    other, which no earlier life of the workers used.
+    `report(what, done, total)` is called about a hundred times, with bytes. With several ranks, `slabs` is the memory
+    they share (on the CPU they exchange tokens through it), and `meeting` is the rendezvous path of ranks on GPUs,
+    unused by any earlier life of the workers.
     """
     architecture, world_size = checkpoint.architecture, config.parallel.world_size
     tensors = rank_tensors(architecture, rank, world_size)

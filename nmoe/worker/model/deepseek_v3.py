@@ -30,7 +30,7 @@ class _Layer:
 
 
 class DeepseekV3:
-    """One rank's model: all of it but the experts that live on other ranks."""
+    """One rank's model: everything except the experts on other ranks."""
 
     def __init__(
         self,
@@ -43,10 +43,10 @@ class DeepseekV3:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Load from `source`, layer by layer; `experts` are the ids that live on this rank."""
+        """Load from `source`, layer by layer; `experts` are the ids of the experts on this rank."""
         a = self.architecture = architecture
         self.dtype, self.device, self.exchange = dtype, device, exchange
-        # The CPU's products take no FP8, so there a quantised checkpoint is expanded.
+        # The CPU has no FP8 matmul, so a quantised checkpoint is expanded there.
         self._fp8 = a.quant_block is not None and device.type == "cuda"
         self._ops = {numerics: ops_for(device, numerics, fp8=self._fp8) for numerics in Numerics}
         like_D = torch.empty(a.hidden_size, dtype=dtype, device=device)
@@ -78,7 +78,7 @@ class DeepseekV3:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache, numerics: Numerics) -> torch.Tensor:
-        """The last hidden states after the final norm, [T, D]; the step's cache rows are written. T may be 0."""
+        """Hidden states after the final norm, [T, D]; writes the step's cache rows. T may be 0."""
         ops, eps = self._ops[numerics], self.architecture.rms_norm_eps
         plan = plan_attention(batch, cache, self._rope_M2P, self.architecture, self.dtype, numerics)
         x_TD, delta_TD = F.embedding(batch.ids_T, self._embed_VD), None
@@ -98,12 +98,12 @@ class DeepseekV3:
 
     @torch.inference_mode()
     def logits(self, hidden_SD: torch.Tensor, numerics: Numerics) -> torch.Tensor:
-        """Unnormalised log-probabilities of the next token for chosen hidden states, float32 [S, V]."""
+        """Unnormalised log-probabilities of the next token for selected hidden states, float32 [S, V]."""
         out_SV = hidden_SD.new_empty(len(hidden_SD), len(self._head_VD))
         self.logits_into(hidden_SD, out_SV, numerics)
         return out_SV.float()
 
     @torch.inference_mode()
     def logits_into(self, hidden_SD: torch.Tensor, out_SV: torch.Tensor, numerics: Numerics) -> None:
-        """The same, as the product gives them: into memory of the model's dtype."""
+        """`logits` as the matmul produces them, written to memory of the model's dtype."""
         self._ops[numerics].linear_into(hidden_SD, self._head_VD, out_SV)

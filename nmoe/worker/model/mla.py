@@ -31,15 +31,15 @@ from nmoe.worker.weights import Source
 
 
 class Plan(Protocol):
-    """What all layers of a step share about its rows, and how its device attends."""
+    """The state that all layers of a step share about its rows, and how its device attends."""
 
     def attend(
         self, q_THQ: torch.Tensor, kv_TC: torch.Tensor, norm_L: torch.Tensor, rows_KC: torch.Tensor, up: Up
     ) -> torch.Tensor:
         """Normalise and rope the latents and keys `kv_TC` and write them to the cache, rope the queries, and attend
-        each row in its form over its cache rows: attended values [T, H, V].
+        each row in its form over its cache rows. Returns attended values [T, H, V].
 
-        The queries given may be overwritten.
+        May overwrite the given queries.
         """
         ...
 
@@ -52,7 +52,7 @@ def plan_attention(
     dtype: torch.dtype,
     numerics: Numerics,
 ) -> Plan:
-    """The plan of the numerics class on the device that holds the cache."""
+    """The plan for the numerics class and the device that holds the cache."""
     if cache.rows_LNSC.is_cuda:
         if numerics is Numerics.EXACT:
             from nmoe.worker.model.mla_exact_gpu import ExactGPUPlan
@@ -68,7 +68,7 @@ def plan_attention(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Chunk:
-    """A prefill row: its tokens are [start, stop) of the step; `context_J` indexes its cache rows."""
+    """A prefill row: tokens [start, stop) of the step; `context_J` indexes its cache rows."""
 
     start: int
     stop: int
@@ -78,7 +78,7 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """The reference: rope rows, where cache rows are written, and which ones each query reads. See Plan."""
+    """The reference: rope rows, where cache rows are written, and which of them each query reads. See Plan."""
 
     cos_TP: torch.Tensor
     sin_TP: torch.Tensor
@@ -92,14 +92,14 @@ class AttentionPlan:
     def of(
         cls, batch: Batch, cache: KVCache, rope_M2P: torch.Tensor, architecture: Architecture, dtype: torch.dtype
     ) -> "AttentionPlan":
-        """From the step's rows."""
+        """Build from the step's rows."""
         decodes, size = batch.num_decodes, cache.page_size
         offsets_S = torch.arange(size, device=batch.pages_RP.device)
         slots_RJ = (batch.pages_RP[:, :, None] * size + offsets_S).flatten(1)
         longest = max(batch.contexts[:decodes], default=0)
         positions_J = torch.arange(longest, device=slots_RJ.device)
         outside_RJ = positions_J > batch.positions_T[:decodes, None]
-        # Past its end a row reads its own first token again: another request's data, perhaps not finite, stays out.
+        # Past its context a row rereads its own first token, so that other requests' data, maybe not finite, stays out.
         decode_RJ = torch.where(outside_RJ, slots_RJ[:decodes, :1], slots_RJ[:decodes, :longest])
         hidden_RJ = torch.zeros(outside_RJ.shape, dtype=dtype, device=slots_RJ.device).masked_fill_(
             outside_RJ, -torch.inf
@@ -149,7 +149,7 @@ class Attention:
     def __init__(
         self, architecture: Architecture, source: Source, prefix: str, like: torch.Tensor, *, fp8: bool
     ) -> None:
-        """Load from `source`; `like` gives dtype and device, `fp8` says that weights stay quantised."""
+        """Load from `source`; `like` gives dtype and device, `fp8` means that weights stay quantised."""
         a = self._architecture = architecture
         queries = a.num_heads * a.qk_head_dim
         self._split = [a.q_lora_rank or queries, a.cache_dim]
@@ -180,8 +180,8 @@ class Attention:
         source.fill(self._w_o, f"{prefix}.o_proj.weight")
 
     def forward(self, x: Activations, plan: Plan, rows_KC: torch.Tensor, ops: Ops) -> Any:
-        """Attention of normalised inputs, [T, D], or its parts where `add_rms_norm` takes them. `rows_KC`: this layer's
-        cache; the step's rows are written."""
+        """Attention over normalised inputs, [T, D], or its parts where `add_rms_norm` takes them. `rows_KC` is this
+        layer's cache, to which the step's rows are written."""
         a = self._architecture
         q_TA, kv_TC = torch.split(ops.linear(x, self._w_in_ID), self._split, dim=-1)
         if self._w_q_b is not None:

@@ -1,4 +1,4 @@
-"""How an exact step attends on the CPU: every query by itself, absorbed, in calls whose shapes its position decides.
+"""Attention of exact steps on the CPU: each query alone, absorbed, in calls whose shapes depend on its position only.
 
 Shape suffixes as in nmoe/worker/model/mla.py.
 """
@@ -21,11 +21,11 @@ class ExactPlan:
     sin_TP: torch.Tensor
     write_T: torch.Tensor
     context_RJ: list[torch.Tensor]  # int64: the cache rows of each row's context
-    counts: list[int]  # each row's queries, the last positions of its context
+    counts: list[int]  # each row's number of queries, the last positions of its context
 
     @classmethod
     def of(cls, batch: Batch, cache: KVCache, rope_M2P: torch.Tensor) -> "ExactPlan":
-        """From the step's rows."""
+        """Build from the step's rows."""
         size = cache.page_size
         slots_RJ = (batch.pages_RP.long()[:, :, None] * size + torch.arange(size)).flatten(1)
         context_RJ = [slots_J[:context] for slots_J, context in zip(slots_RJ, batch.contexts, strict=True)]
@@ -58,7 +58,7 @@ class ExactPlan:
 def _attend(
     q_HQ: torch.Tensor, context_JC: torch.Tensor, w_uk_HNL: torch.Tensor, w_uv_HLV: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """One query over its context: attended values, float32 [H, V]."""
+    """One query over its context. Returns attended values, float32 [H, V]."""
     nope, latent = w_uk_HNL.shape[1:]
     q_latent_HL = torch.bmm(q_HQ[:, None, :nope], w_uk_HNL)[:, 0]
     scores_HJ = torch.mm(torch.cat((q_latent_HL, q_HQ[:, nope:]), dim=-1), context_JC.t()).mul_(scale)

@@ -1,4 +1,4 @@
-"""How an exact step attends on the GPU: every query absorbed, in spans that its position alone decides.
+"""Attention of exact steps on the GPU: every query absorbed, in spans that depend on its position only.
 
 Shape suffixes as in nmoe/worker/model/mla.py.
 """
@@ -12,7 +12,7 @@ from nmoe.worker.kernels.mla_exact_triton import exact_decode, span_prefix
 from nmoe.worker.kernels.mla_values_triton import values_of_latents
 from nmoe.worker.model.mla_gpu import PagedPlan, chunks_of
 
-_POSITIONS = 1 << 30  # of contexts at one time: any, since nothing is made of them
+_POSITIONS = 1 << 30  # context positions at a time: unlimited, because contexts are not expanded
 
 
 class ExactGPUPlan(PagedPlan):
@@ -22,7 +22,7 @@ class ExactGPUPlan(PagedPlan):
 
     @classmethod
     def of(cls, batch: Batch, cache: KVCache, rope_M2P: torch.Tensor) -> "ExactGPUPlan":
-        """From the step's rows."""
+        """Build from the step's rows."""
         contexts_R, prefix = None, None
         if decodes := batch.num_decodes:
             contexts_R, prefix = span_prefix(

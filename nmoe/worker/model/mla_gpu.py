@@ -1,7 +1,7 @@
-"""How a step attends on the GPU: decode rows absorbed over pages, chunks expanded from theirs.
+"""Attention on the GPU: decode rows absorbed over pages, prefill chunks expanded from theirs.
 
-All of it follows from the batch's device tensors and the lengths the host knows, without waiting for the device; a
-captured step needs no lengths.
+Everything is derived from the batch's device tensors and the lengths known to the host, without waiting for the device;
+a captured step needs no lengths.
 
 Shape suffixes as in nmoe/worker/model/mla.py.
 """
@@ -20,17 +20,17 @@ from nmoe.worker.kernels.mla_inputs_triton import enter
 from nmoe.worker.kernels.mla_prefill_triton import expanded_chunks
 from nmoe.worker.stages import put
 
-_EXPANDED_BYTES = 1 << 31  # keys and values that exist at one time
+_EXPANDED_BYTES = 1 << 31  # keys and values expanded at a time
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PagedPlan:
-    """What the plans of both classes have, and how they write the cache. See Plan in nmoe/worker/model/mla.py."""
+    """What the plans of both classes share, and how they write the cache. See Plan in nmoe/worker/model/mla.py."""
 
     batch: Batch
     rope_M2P: torch.Tensor
     page_size: int
-    contexts_R: torch.Tensor | None  # of the decode rows, int32; None without any
+    contexts_R: torch.Tensor | None  # of the decode rows, int32; None if there are none
     prefix: torch.Tensor | None
     chunks: list[Chunks]
 
@@ -56,7 +56,7 @@ class GPUPlan(PagedPlan):
 
     @classmethod
     def of(cls, batch: Batch, cache: KVCache, rope_M2P: torch.Tensor, architecture: Architecture) -> "GPUPlan":
-        """From the step's rows."""
+        """Build from the step's rows."""
         contexts_R, prefix = None, None
         if decodes := batch.num_decodes:
             positions_R = batch.positions_T[:decodes] if batch.decodes_R is None else batch.decodes_R
@@ -94,12 +94,12 @@ class GPUPlan(PagedPlan):
 
 
 def chunks_of(batch: Batch, most: int) -> list[Chunks]:
-    """The step's prefill rows, at most `most` positions of their contexts at a time, or one row."""
+    """The step's prefill rows, in groups of at most `most` context positions, or one row."""
     return [batch.chunks] if batch.chunks is not None else [_chunks(batch, rows) for rows in _groups(batch, most)]
 
 
 def _groups(batch: Batch, most: int) -> list[range]:
-    """The prefill rows in order, in groups whose contexts are together at most `most` tokens, or one row."""
+    """The prefill rows in order, in groups whose contexts total at most `most` tokens, or one row."""
     groups, first, tokens = [], batch.num_decodes, 0
     for row in range(batch.num_decodes, len(batch.contexts)):
         if row > first and tokens + batch.contexts[row] > most:
@@ -112,7 +112,7 @@ def _groups(batch: Batch, most: int) -> list[range]:
 
 
 def _chunks(batch: Batch, rows: range) -> Chunks:
-    """These rows as attention takes them, in one copy that the host does not wait for."""
+    """These rows in the form attention takes, uploaded in one copy that does not block the host."""
     starts, contexts = np.array(batch.starts), np.array(batch.contexts)
     counts = np.diff(starts)
     pieces = cut(counts[rows.start : rows.stop], contexts[rows.start : rows.stop], rows.start)

@@ -1,4 +1,4 @@
-"""The two kinds of MLP of a layer: dense, and routed experts beside shared ones.
+"""The two kinds of MLP layer: dense, and routed experts alongside shared ones.
 
 Shape suffixes: T tokens, D hidden, F intermediate, G = 2F, E experts of this rank.
 """
@@ -17,7 +17,7 @@ from nmoe.worker.weights import Source
 
 
 class DenseMLP:
-    """A gated MLP; also the shared experts, which are one such MLP as wide as all of them."""
+    """A gated MLP. Also serves as the shared experts, fused into one MLP of their combined width."""
 
     def __init__(self, source: Source, prefix: str, intermediate: int, like: torch.Tensor, *, fp8: bool) -> None:
         """Load from `source`; `like` [D] gives dtype, device and hidden size, `fp8` keeps the weights quantised."""
@@ -32,7 +32,7 @@ class DenseMLP:
 
 
 class MoE:
-    """Router, this rank's experts, and the shared experts, which run while tokens are under way."""
+    """Router, this rank's experts, and the shared experts, which run while tokens are in transit."""
 
     def __init__(
         self,
@@ -45,11 +45,11 @@ class MoE:
         *,
         fp8: bool,
     ) -> None:
-        """Load from `source`; `experts` are the ids that live here; `like` [D] and `fp8` as in DenseMLP."""
+        """Load from `source`; `experts` are the ids on this rank; `like` [D] and `fp8` as in DenseMLP."""
         a = self._architecture = architecture
         self._exchange = exchange
         self._all_here = len(experts) == a.num_experts
-        # The router is exact in float32 whatever the model computes in.
+        # The router computes in exact float32, whatever the model's dtype.
         gate_ED = like.new_empty(a.num_experts, a.hidden_size, dtype=torch.float32)
         self._bias_E = like.new_empty(a.num_experts, dtype=torch.float32)
         source.fill(gate_ED, f"{prefix}.gate.weight")
@@ -64,14 +64,14 @@ class MoE:
         self._shared = DenseMLP(source, f"{prefix}.shared_experts", shared, like, fp8=fp8)
 
     def forward(self, inputs: Activations, ops: Ops) -> tuple[Any, torch.Tensor]:
-        """[T, D], or its terms where `add_rms_norm` takes them; routed and shared experts are added in float32. And the
-        experts that the tokens chose, [T, K]."""
+        """The output, [T, D], or its terms where `add_rms_norm` takes them, and the experts chosen, [T, K]. Routed and
+        shared experts are added in float32."""
         x_TD = unquantised(inputs)
         self._exchange.announce(len(x_TD))
         routes = ops.route(x_TD, self._gate, self._bias_E, self._architecture, listed=self._all_here)
 
         def experts(x: torch.Tensor | Arrived, routes: Routes) -> torch.Tensor:
-            # Tokens that did not travel are quantised already.
+            # Tokens that stayed on this rank are already quantised.
             return ops.grouped_mlp(inputs if x is x_TD else x, routes, self._w_gate_up_EGD, self._w_down_EDF)
 
         combine = self._exchange.dispatch(experts, x_TD, routes)
