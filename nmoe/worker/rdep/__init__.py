@@ -1,4 +1,4 @@
-"""How tokens reach their experts: one interface, whatever lies between the ranks. The protocol is docs/rdep.md.
+"""How tokens reach their experts: one interface, whatever connects the ranks. For the protocol, see docs/rdep.md.
 
 Shape suffixes: T tokens, K experts per token, D hidden, E experts of this rank.
 """
@@ -12,81 +12,81 @@ import torch
 from nmoe.worker.kernels.experts import Arrived, Returned
 from nmoe.worker.kernels.lists import Routes
 
-# x_TD, routes -> float32 [T, D]; local ids in [0, E], where E stands for an expert of another rank. On the GPU the
-# routes have lists, what comes back are the terms of that sum, [T, K, D], and x may be `Arrived` rows.
+# x_TD, routes -> float32 [T, D]; local ids in [0, E], where E stands for an expert on another rank. On the GPU the
+# routes have lists, the result is the terms of that sum, [T, K, D], and x may be `Arrived` rows.
 LocalExperts = Callable[[torch.Tensor | Arrived, Routes], torch.Tensor]
 Combine = Callable[[], torch.Tensor | Returned]
 
-TILE_ROWS = 1024  # that the experts get at once: bounds their memory when all ranks' tokens want one rank's experts
+TILE_ROWS = 1024  # given to the experts at a time: bounds memory when all ranks' tokens want one rank's experts
 
 
 class Exchange(Protocol):
-    """Sends token rows to the ranks that own their experts and brings the weighted sums back.
+    """Sends token rows to the ranks that own their experts and returns the weighted sums.
 
-    Every rank calls it for every layer of every step, also with T = 0: it must serve its experts. An owner's sum over
-    a token's local experts is rounded to the model's dtype, on the token's own rank too, and the owners' sums are added
-    in float32 in the order of the ranks.
+    Every rank calls it for every layer of every step, even with T = 0, because it must serve its experts. An owner's
+    sum over a token's local experts is rounded to the model's dtype, even on the token's own rank, and the owners' sums
+    are added in float32 in rank order.
     """
 
     def meet(self, life: int, stopped: Callable[[], bool], *, bounded: bool) -> bool:
-        """Begin a new life, greater than any before and the same on every rank, and wait until every rank has.
+        """Begin a new life, greater than any before and the same on every rank, and wait until every rank has begun it.
 
-        As long as it takes, or `bounded` as other waits are. `stopped` is asked now and then; False when it says so.
+        Waits without limit, or, if `bounded`, like other waits. Polls `stopped` and returns False once it is true.
         """
         ...
 
     def begin(self, channel: int, num_tokens: int, real: torch.Tensor | None = None) -> None:
-        """A step begins: its channel, and the most tokens that a rank has, which is at least that of its largest rank.
+        """Begin a step on a channel. `num_tokens` is at least the token count of the largest rank.
 
-        Of a step that is captured into a graph, `num_tokens` counts padding, and `real`, an integer [1] on the device,
-        is read in each replay: how many of this rank's tokens are none, the first ones. Padding is pushed nowhere.
+        For a step captured into a graph, `num_tokens` includes padding, and each replay reads `real`, an integer [1] on
+        the device: how many of this rank's tokens, at the start, are not padding. Padding is sent nowhere.
         """
         ...
 
     def announce(self, num_tokens: int) -> None:
-        """Called before the router: the next dispatch has so many tokens, and what the caller will compute `beside` it
-        has its inputs."""
+        """Called before the router: the next dispatch has `num_tokens` tokens, and the inputs of the caller's
+        computation `beside` it are ready."""
         ...
 
     def dispatch(self, experts: LocalExperts, x_TD: torch.Tensor, routes: Routes) -> Combine:
-        """Start the exchange; the routes' ids are global. Of the only rank on a GPU the routes have lists.
+        """Start the exchange; the routes' ids are global. With a single rank on a GPU, the routes have lists.
 
-        The returned function waits for the sums of the tokens' owners, and gives what the device's `sum_experts` takes:
-        on the CPU the float32 sums [T, D]; on the GPU what is yet to be added, in float32 and in order: terms [T, J, D]
-        or `Returned`. `experts` gets a bounded number of rows at a time (on the CPU TILE_ROWS), which it must not keep.
+        The returned function waits for the owners' sums and returns what the device's `sum_experts` takes: on the CPU
+        the float32 sums [T, D]; on the GPU what is still to be added, in float32 and in order: terms [T, J, D] or
+        `Returned`. `experts` gets a bounded number of rows at a time (TILE_ROWS on the CPU) and must not keep them.
         """
         ...
 
     def beside(self) -> contextlib.AbstractContextManager[Any]:
-        """Where the caller computes, after `dispatch` and before it calls what that returned, what needs no sums: it
-        runs while the tokens are under way."""
+        """Context in which the caller computes what needs no sums, between `dispatch` and calling the function it
+        returned: it overlaps with the transfer of tokens."""
         ...
 
     def leave(self) -> None:
-        """End this life on every rank: whoever waits in it goes on at once, and what it computes is void."""
+        """End this life on every rank: ranks waiting in it proceed at once, and their results are void."""
         ...
 
     def check(self) -> bool:
-        """Whether a step's results are right and may leave the rank; False when a rank has ended this life.
+        """Whether a step's results are correct and may leave the rank. False if a rank has ended this life.
 
-        Raises PeerSilent when a rank did not take part. Waits are bounded, and after the first that was in vain the
-        others are not waited for at all.
+        Raises PeerSilent if a rank did not take part. Waits are bounded, and after the first one that fails there are
+        no further waits.
         """
         ...
 
 
 class OneRank:
-    """World size 1: every expert is here, and no memory is shared. The same bits as an exchange with oneself."""
+    """World size 1: every expert is local and no memory is shared. Same bits as an exchange with oneself."""
 
     def meet(self, life: int, stopped: Callable[[], bool], *, bounded: bool) -> bool:
-        """There is nobody else."""
+        """There are no other ranks."""
         return True
 
     def begin(self, channel: int, num_tokens: int, real: torch.Tensor | None = None) -> None:
         """Nothing depends on the channel."""
 
     def announce(self, num_tokens: int) -> None:
-        """Nothing is made ready."""
+        """There is nothing to prepare."""
 
     def dispatch(self, experts: LocalExperts, x_TD: torch.Tensor, routes: Routes) -> Combine:
         """See Exchange."""
@@ -101,12 +101,12 @@ class OneRank:
         return combine
 
     def beside(self) -> contextlib.AbstractContextManager[Any]:
-        """Nothing is under way."""
+        """Nothing is in transit."""
         return contextlib.nullcontext()
 
     def leave(self) -> None:
-        """Nobody else waits."""
+        """No other rank is waiting."""
 
     def check(self) -> bool:
-        """Nobody else can be silent."""
+        """There is no other rank to be silent."""
         return True

@@ -1,8 +1,8 @@
 """RDEP between GPUs: one-sided writes into the owners' memory, by kernels that are replayed in a CUDA graph.
 
-The protocol is docs/rdep.md; the kernels are in `rows_triton.py` and `signals_triton.py`. They follow one another on
-the caller's stream, where each is made ready while the one before it runs (early.py); the caller's shared experts run
-on a second one, beside the router and the exchange.
+For the protocol, see docs/rdep.md; the kernels are in `rows_triton.py` and `signals_triton.py`. They run one after
+another on the caller's stream, each launched early while its predecessor runs (early.py); the caller's shared experts
+run on a second stream, alongside the router and the exchange.
 
 Shape suffixes: N ranks, T tokens of this rank, C slots per rank, K experts per token, D hidden, S rows of a tile.
 """
@@ -29,20 +29,20 @@ from nmoe.worker.rdep.one_gpu import SharedExpertsStream
 from nmoe.worker.rdep.signals_triton import BOUND_NS, EPOCHS, STATE_WORDS
 
 _BOUND_S = 4.0
-_WARM_UP_BOUND_S = 600.0  # ranks compile kernels then, one maybe more than another
-_NAP_S = 0.001  # between looks at who has begun a life
-_TILE_BYTES = 512 << 20  # of the experts' results for the rows of a tile
+_WARM_UP_BOUND_S = 600.0  # ranks compile kernels then, possibly one more than another
+_NAP_S = 0.001  # between checks of which ranks have begun a life
+_TILE_BYTES = 512 << 20  # of the experts' outputs for a tile's rows
 _SLOTS_PER_PROGRAM, _OF_FEW_SLOTS, _FEW_SLOTS = 256, 32, 512
-_SLOTS_AT_A_TIME = 2048  # that a program counts before its own
-# Programs take several rows or pieces where there are more of them than these, per multiprocessor.
+_SLOTS_AT_A_TIME = 2048  # counted at a time by a program before its own
+# Above this many programs per multiprocessor, each program takes several rows or pieces.
 _DISPATCH_PROGRAMS, _DISPATCH_WARPS = 4, 8
 _RETURN_PROGRAMS, _RETURN_WARPS = 8, 4
-_COLUMNS = 1024  # of a piece
-_RETURN_REGISTERS = 64  # per thread; told so, the compiler has room to load all terms of a piece before it adds them
+_COLUMNS = 1024  # per piece
+_RETURN_REGISTERS = 64  # per thread; with it, the compiler can load all terms of a piece before adding them
 
 
 def announce_compilation(control: Control, rank: int) -> None:
-    """From here on, the others know when this process compiles a kernel, as it does on the first use of each shape."""
+    """From now on, tell the other ranks when this process compiles a kernel, as on the first use of each shape."""
     triton.knobs.runtime.jit_cache_hook = lambda **_: control.compiles(rank, True)
     triton.knobs.runtime.jit_post_compile_hook = lambda **_: control.compiles(rank, False)
 
@@ -62,9 +62,9 @@ class BetweenGPUs:
         expected_rows: int,
         bound_s: float = _BOUND_S,
     ) -> None:
-        """`slab` uint8 [layout.slab_bytes] is this rank's, `bases` are the addresses of every rank's as this process
-        sees them, `dtype` is the model's. A decode step is tiled for at most `expected_rows` per expert. A wait may
-        take `bound_s`."""
+        """`slab` uint8 [layout.slab_bytes] is this rank's; `bases` are every rank's slab addresses in this process;
+        `dtype` is the model's. Decode steps are tiled for at most `expected_rows` per expert. A wait may take
+        `bound_s`."""
         self._layout, self._slab, self._control, self._rank, self._dtype = layout, slab, control, rank, dtype
         self._hidden = layout.row_bytes // dtype.itemsize
         self._expected_rows, self._bound_s = expected_rows, bound_s
@@ -72,13 +72,13 @@ class BetweenGPUs:
         self._bases = torch.tensor(list(bases), dtype=torch.int64, device=slab.device)
         self._state = torch.zeros(STATE_WORDS, dtype=torch.int64, device=slab.device)
         slots = layout.world_size * max(channel.max_tokens for channel in layout.channels)
-        # Zeros are valid slots and ids: whoever looks at a row that is not there finds memory.
+        # Zeros are valid slots and ids, so reading a row that does not exist stays in bounds.
         self._slots_S = torch.zeros(slots, dtype=torch.int32, device=slab.device)
         self._ids_SK = torch.zeros(slots, layout.top_k, dtype=torch.int32, device=slab.device)
         self._weights_SK = torch.zeros(slots, layout.top_k, dtype=torch.float32, device=slab.device)
         self._num_rows = torch.zeros(1, dtype=torch.int32, device=slab.device)
         self._multiprocessors = multiprocessors(slab.device)
-        # What the kernels are compiled for.
+        # Compile-time constants of the kernels.
         self._sizes = {"RANKS": layout.world_size, "K": layout.top_k}
         self._row_sizes = {"EXPERTS": layout.num_experts, "D": self._hidden}
         self._block_k = triton.next_power_of_2(layout.top_k)
@@ -93,8 +93,8 @@ class BetweenGPUs:
     def meet(self, life: int, stopped: Callable[[], bool], *, bounded: bool) -> bool:
         """See Exchange."""
         self.leave()
-        # What is still under way of the life before waits for nobody any more. Then no kernel of this rank writes
-        # anything until all others are as far.
+        # Work left over from the previous life no longer waits for anybody. After this, no kernel of this rank writes
+        # anything until all other ranks have reached this point.
         torch.cuda.synchronize(self._slab.device)
         self._life = life
         state = torch.zeros(STATE_WORDS, dtype=torch.int64)
@@ -138,8 +138,8 @@ class BetweenGPUs:
         return False
 
     def dispatch(self, experts: LocalExperts, x_TD: torch.Tensor, routes: Routes) -> Combine:
-        """See Exchange. From the first id that no rank has on they are nobody's. The returned function gives a
-        `Returned`, to be added before the next dispatch."""
+        """See Exchange. Ids beyond the last rank's experts belong to nobody. The returned function gives a `Returned`,
+        to be added before the next dispatch."""
         if len(x_TD) > self._most:
             raise ValueError(f"{len(x_TD)} tokens in a step that was begun with {self._most} for the largest rank")
         lists = self._empty_lists()
@@ -159,8 +159,8 @@ class BetweenGPUs:
         return self._second.use()
 
     def _push(self, x_TD: torch.Tensor, routes: Routes, lists: list[Lists]) -> torch.Tensor:
-        """The tokens go to their owners; the lists of what will arrive are made ready. Who the owners are, int32 [T], a
-        bit per rank."""
+        """Send the tokens to their owners and prepare the lists of arriving rows. Returns the tokens' owners, int32
+        [T], one bit per rank."""
         layout, at = self._layout, self._layout.channels[self._channel]
         tokens = len(x_TD)
         owners_T = torch.empty(tokens, dtype=torch.int32, device=x_TD.device)
@@ -194,7 +194,7 @@ class BetweenGPUs:
         return owners_T
 
     def _arrive(self, lists: list[Lists]) -> None:
-        """Waits for all ranks' rows and lists them, and their pairs by expert."""
+        """Wait for all ranks' rows, then list them, and their pairs by expert."""
         layout, at = self._layout, self._layout.channels[self._channel]
         slots = layout.world_size * self._most
         block = _OF_FEW_SLOTS if slots <= _FEW_SLOTS else _SLOTS_PER_PROGRAM
@@ -225,13 +225,13 @@ class BetweenGPUs:
         )
 
     def _empty_lists(self) -> list[Lists]:
-        """For the rows of each tile."""
+        """Lists for the rows of each tile."""
         slots, num_experts = self._layout.world_size * self._most, self._layout.num_experts
         rows = min(self._tile_rows, slots)
         return empty_lists(rows, num_experts, self._slab.device, tiles=triton.cdiv(slots, rows))
 
     def _serve(self, experts: LocalExperts, lists: list[Lists]) -> None:
-        """Compute what has arrived, a tile of rows at a time, and push the sums back; then wait for the others'."""
+        """Compute the rows that arrived, a tile at a time, and send the sums back; then wait for the others' sums."""
         slots = self._layout.world_size * self._most
         values_CD, scales_CG = self._pushed[self._channel]
         for first, its_lists in zip(range(0, slots, self._tile_rows), lists, strict=True):
@@ -272,7 +272,7 @@ class BetweenGPUs:
         return self._slab[offset : offset + slots * width * dtype.itemsize].view(dtype).view(slots, width)
 
     def _pushed_rows(self, channel: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The rows of all slots, [N * C, D], and their scales, float32 [N * C, D / 128], if they are quantised."""
+        """The rows of all slots, [N * C, D], and their scales, float32 [N * C, D / 128], if quantised."""
         at, hidden = self._layout.channels[channel], self._hidden
         slots = self._layout.world_size * at.max_tokens
         if not self._layout.quantised:
@@ -281,17 +281,17 @@ class BetweenGPUs:
         return values_CD, self._view(at.scales, slots, hidden // 128, torch.float32)
 
     def _returned_rows(self, channel: int) -> torch.Tensor:
-        """The owners' sums of all tokens, [C, N, D]."""
+        """The owners' sums for all tokens, [C, N, D]."""
         at, ranks = self._layout.channels[channel], self._layout.world_size
         rows_CD = self._view(at.returned, ranks * at.max_tokens, self._hidden, self._dtype)
         return rows_CD.view(ranks, at.max_tokens, self._hidden).transpose(0, 1)
 
     def _rows_per_expert(self) -> float:
-        """How many rows of a tile an expert gets when tokens spread evenly over the experts of all ranks."""
+        """The number of a tile's rows per expert if tokens are spread evenly over all ranks' experts."""
         ranks, slots = self._layout.world_size, self._layout.top_k
         each = self._most * slots / self._layout.num_experts
         if self._channel == CHANNEL_DECODE:
             return min(each, self._expected_rows)
-        # Of the ranks, a token wants so many; the rows of a full tile want as many experts as their tokens do here.
+        # The expected number of owner ranks per token; a full tile's rows want as many experts here as their tokens do.
         owners = ranks * (1 - (1 - 1 / ranks) ** slots)
         return min(each, self._tile_rows * slots / owners / self._layout.num_experts)

@@ -1,6 +1,6 @@
-"""The page through which GPU workers hear of trouble: the life each has begun, what it waits for, who was silent.
+"""The page through which GPU workers learn of failures: each rank's life, what it waits for, which ranks were silent.
 
-Hosts and the kernels of all GPUs read and write it; a word is written by one rank only.
+Hosts and the kernels of all GPUs read and write it; each word is written by one rank only.
 """
 
 import ctypes
@@ -16,10 +16,10 @@ _MAPPED_EVERYWHERE = 1 | 2  # cudaHostRegisterPortable | cudaHostRegisterMapped
 
 
 class Control:
-    """The page of all ranks as a host sees it, and where the kernels find it."""
+    """The page shared by all ranks, as the host sees it, and its address for kernels."""
 
     def __init__(self, layout: ControlLayout, memory: mmap.mmap) -> None:
-        """`memory` is `layout.make()`; it is mapped for this process's GPU. Raises LaunchError when that fails."""
+        """`memory` is `layout.make()`; it is mapped for this process's GPU. Raises LaunchError if that fails."""
         self._layout = layout
         self._ranks = range(layout.world_size)
         self._words = memoryview(memory).cast("B").cast("q")
@@ -30,11 +30,11 @@ class Control:
             raise LaunchError(f"the GPU cannot map the memory that workers share (cudaHostRegister: {error})")
 
     def begin(self, rank: int, life: int) -> None:
-        """Say that `rank` has begun a life: nothing of an earlier one is under way on its GPU."""
+        """Record that `rank` has begun a life: nothing from an earlier one is still running on its GPU."""
         self._words[self._layout.life(rank) // 8] = life
 
     def compiles(self, rank: int, now: bool) -> None:
-        """Say whether `rank` compiles a kernel now: it is not silent then, and the others wait on."""
+        """Record whether `rank` is compiling a kernel: while it is, it does not count as silent and the others wait."""
         self._words[self._layout.compiling(rank) // 8] = now
 
     def missing(self, life: int) -> set[int]:
@@ -48,7 +48,7 @@ class Control:
             self._words[self._layout.poison(rank) // 8 + by] = word
 
     def blamed(self, rank: int, life: int) -> set[int] | None:
-        """Whose silence poisoned `rank` in this life, nobody's if it was ended; None if it goes on."""
+        """The ranks whose silence poisoned `rank` in this life, empty if the life was ended; None if it goes on."""
         first = self._layout.poison(rank) // 8
         words = [word for word in self._words[first : first + len(self._ranks)] if word >> POISON_BITS == life]
         return {peer for peer in self._ranks if any(word >> peer & 1 for word in words)} if words else None

@@ -1,9 +1,9 @@
-"""Sleeping on a word of shared memory, and the one fence that the flags need. Linux on x86-64 only.
+"""Sleeping on a word of shared memory, and the one fence the flags need. Linux on x86-64 only.
 
-x86-64 keeps stores in order and loads in order (TSO), and is multi-copy atomic: whoever sees a store sees all that its
-writer did or saw before. An aligned 8-byte store through a memoryview is one instruction. So rows followed by a flag
-need no instruction between them, with two exceptions for which `fence` is there: non-temporal stores, which a large
-memcpy may use, and a load that must not overtake the store before it.
+x86-64 keeps stores in order and loads in order (TSO), and is multi-copy atomic: a core that sees a store also sees
+everything its writer did or saw before. An aligned 8-byte store through a memoryview is a single instruction. So rows
+followed by a flag need no barrier between them, with two exceptions that `fence` is for: non-temporal stores, which a
+large memcpy may use, and a load that must not be reordered before an earlier store.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import threading
 from nmoe.errors import LaunchError
 
 _SYS_FUTEX = 202
-_FUTEX_WAIT = 0  # not the private form: the word is shared between processes
+_FUTEX_WAIT = 0  # not the private variant: the word is shared between processes
 _FUTEX_WAKE = 1
 _LOOK_AGAIN = (errno.EAGAIN, errno.ETIMEDOUT, errno.EINTR)
 
@@ -31,7 +31,7 @@ _lock = threading.Lock()
 
 
 def require_x86_64() -> None:
-    """Raises LaunchError on a machine whose memory order the flags do not know."""
+    """Raise LaunchError on a machine whose memory model the flags do not support."""
     if platform.machine() != "x86_64":
         raise LaunchError(
             f"workers on the CPU exchange tokens through memory ordered as on x86-64; this machine is"
@@ -52,13 +52,13 @@ class Nap:
         self._time = _Timespec(int(seconds), int(seconds % 1 * 1e9))
 
     def sleep(self, address: int, seen: int) -> None:
-        """Until `wake`, but not if the low half of the int64 at `address` is no longer that of `seen`."""
+        """Sleep until `wake`, but not if the low half of the int64 at `address` no longer equals that of `seen`."""
         if _syscall(_SYS_FUTEX, address, _FUTEX_WAIT, seen & 0xFFFFFFFF, ctypes.byref(self._time)):
             _check(ctypes.get_errno())
 
 
 def wake(address: int) -> None:
-    """Wake the process that sleeps on the word at `address`, if one does."""
+    """Wake the process sleeping on the word at `address`, if any."""
     if _syscall(_SYS_FUTEX, address, _FUTEX_WAKE, 1, None) < 0:
         _check(ctypes.get_errno())
 

@@ -1,10 +1,10 @@
-"""World size 1 on a GPU: every expert is here, and the shared experts run on a second stream beside the routed ones.
+"""World size 1 on a GPU: every expert is local, and the shared experts run on a second stream beside the routed ones.
 
-Both are captured into one graph. The routed experts' kernels follow the router's on one stream, where each is made
-ready while the one before it runs (early.py), and then keep every multiprocessor. The shared experts begin beside the
-router, to be there first; but of a single token with the routed ones, since they would slow the router's kernels by
-more than they gain. The terms of a token's sum are handed over as they are, [T, K, D]: the norm behind the layer adds
-them, one pass over memory less.
+Both are captured into one graph. The routed experts' kernels follow the router's on one stream, each launched early
+while its predecessor runs (early.py), and then occupy every multiprocessor. The shared experts start with the router,
+to be there first; but for a single token they start with the routed experts, as they would slow the router's kernels by
+more than they gain. The terms of a token's sum are returned unsummed, [T, K, D]; the norm after the layer adds them,
+which saves one pass over memory.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from nmoe.worker.rdep import Combine, LocalExperts, OneRank
 
 
 class SharedExpertsStream:
-    """The second stream. In steps of few tokens its kernels go first: behind those of the routed experts, which want
-    every multiprocessor, they would end after them. The long ones of a prefill take turns as they come."""
+    """The second stream. In steps of few tokens its kernels have priority: behind those of the routed experts, which
+    occupy every multiprocessor, they would finish last. In a prefill, the long kernels run in arrival order."""
 
     def __init__(self, device: torch.device) -> None:
         self._first = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
@@ -28,7 +28,7 @@ class SharedExpertsStream:
         self._forked = False
 
     def announce(self, tokens: int) -> None:
-        """The tokens are there, and their router comes next on the caller's stream."""
+        """The tokens are ready, and their router comes next on the caller's stream."""
         self._forked = tokens > 1
         if self._forked:
             self._fork(tokens)
@@ -39,23 +39,23 @@ class SharedExpertsStream:
             self._fork(tokens)
 
     def _fork(self, tokens: int) -> None:
-        # What is put there from now on follows what the caller's stream has been given. What the second stream frees it
-        # reuses for itself, after this.
+        # From now on, work on the second stream runs after all work given to the caller's stream so far. Memory freed
+        # on the second stream is reused there, after this point.
         self._current = self._first if early(tokens) else self._in_turn
         self._current.wait_stream(torch.cuda.current_stream())
 
     def join(self) -> None:
-        """What the caller's stream is given from now on follows what was put there."""
+        """From now on, work on the caller's stream runs after all work on the second stream."""
         torch.cuda.current_stream().wait_stream(self._current)
         self._forked = False
 
     def use(self) -> contextlib.AbstractContextManager[Any]:
-        """Put there what runs in this context."""
+        """Run what is in this context on the second stream."""
         return torch.cuda.stream(self._current)
 
 
 class OneGPU(OneRank):
-    """The exchange of the only rank."""
+    """The exchange of a single rank."""
 
     def __init__(self, device: torch.device) -> None:
         self._second = SharedExpertsStream(device)
@@ -65,7 +65,7 @@ class OneGPU(OneRank):
         self._second.announce(num_tokens)
 
     def dispatch(self, experts: LocalExperts, x_TD: torch.Tensor, routes: Routes) -> Combine:
-        """See Exchange; the returned function gives the experts' terms, [T, K, D] in the model's dtype."""
+        """See Exchange; the returned function returns the experts' terms, [T, K, D] in the model's dtype."""
         self._second.routed(len(x_TD))
         parts_TKD = experts(x_TD, routes)
 

@@ -1,4 +1,4 @@
-"""What an exchange computes, in one process and without memory in between: the specification that implementations are
+"""What an exchange computes, in one process and without shared memory: the specification that implementations are
 tested against, bit for bit.
 
 Shape suffixes: T tokens of a rank, K experts per token, D hidden, S rows, E experts of a rank.
@@ -11,16 +11,16 @@ import torch
 from nmoe.worker.kernels.lists import Routes
 from nmoe.worker.rdep import TILE_ROWS, LocalExperts
 
-# x_TD and its routes (global ids) of one rank
+# x_TD and the routes (global ids) of one rank
 Tokens = tuple[torch.Tensor, Routes]
 
 
 def exchange(experts: Sequence[LocalExperts], num_experts: int, ranks: Sequence[Tokens]) -> list[torch.Tensor]:
     """The weighted sums of each rank's tokens, float32 [T, D].
 
-    `experts[r]` are rank r's `num_experts` experts, ids [r * num_experts, (r + 1) * num_experts). An owner computes the
-    rows that want it by rank, then by token, TILE_ROWS at a time; its sum for a token is rounded to the dtype of x, and
-    the owners' sums are added in float32 in the order of the ranks.
+    `experts[r]` are rank r's `num_experts` experts, ids [r * num_experts, (r + 1) * num_experts). An owner computes its
+    rows ordered by rank, then by token, TILE_ROWS at a time; its sum for a token is rounded to the dtype of x, and the
+    owners' sums are added in float32 in rank order.
     """
     sums = [torch.zeros_like(x_TD, dtype=torch.float32) for x_TD, _ in ranks]
     for owner, local_experts in enumerate(experts):
@@ -40,7 +40,7 @@ def exchange(experts: Sequence[LocalExperts], num_experts: int, ranks: Sequence[
 
 
 def _row(tokens: Tokens, token: int, owner: int, num_experts: int) -> tuple[torch.Tensor, ...]:
-    """One token as its owner gets it: local ids, the owner's own first, `num_experts` for those of others."""
+    """One token as its owner receives it: local ids, the owner's own first, `num_experts` for experts of others."""
     x_TD, (ids_TK, weights_TK, _) = tokens
     ids_K, weights_K = ids_TK[token], weights_TK[token]
     here_K = ids_K // num_experts == owner

@@ -1,8 +1,8 @@
-"""How rows move between GPUs: pushed to the ranks that own their experts, found there, summed, pushed back.
+"""How rows move between GPUs: pushed to the ranks that own their experts, listed there, summed, pushed back.
 
-Every kernel works on addresses: a rank's own slab is ordinary memory to it, and the others' are mapped. What is pushed
-is stored straight into the owner's slab; nothing is ever read from another GPU. Rows are bfloat16, or FP8 with a scale
-per 128 columns, as `fp8_triton.scales_of` finds it; sums are bfloat16.
+Every kernel works on addresses: a rank's own slab is ordinary memory to it, and the others' are mapped. Data is stored
+directly into the owner's slab; nothing is ever read from another GPU. Rows are bfloat16, or FP8 with one scale per 128
+columns, as computed by `fp8_triton.scales_of`; sums are bfloat16.
 
 Shape suffixes: N ranks, T tokens of this rank, C slots per rank, K experts per token, D hidden, E experts of a rank,
 G groups of 128 columns, S rows that arrived, L lanes.
@@ -26,7 +26,7 @@ _RETURN = tl.constexpr(1)
 
 @triton.jit
 def _at(address, dtype: tl.constexpr):
-    """A pointer to whole 16 bytes."""
+    """A pointer aligned to 16 bytes."""
     return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
 
 
@@ -44,13 +44,13 @@ def _push_routes(
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Every rank hears how many of its experts a token wants; those that have any, which ones, and their weights."""
+    """Tell every rank how many of its experts a token wants; if any, also which ones, and their weights."""
     rank_N = tl.arange(0, RANKS)
     k_K = tl.arange(0, BLOCK_K)
     hits_NK = here_NK.to(tl.int32)
     counts_N = tl.sum(hits_NK, 1)
     tl.store((base_N + counts_at + slot * 4).to(tl.pointer_type(tl.int32)), counts_N)
-    # An owner's experts first, in the order of K, so that it need not look at the places of the others.
+    # An owner's experts come first, in the order of K, so it need not look at the other places.
     before_NK = tl.cumsum(hits_NK, 1) - hits_NK
     place_NK = tl.where(here_NK, before_NK, counts_N[:, None] + k_K[None, :] - before_NK)
     route_NK = base_N[:, None] + (routes_at + slot * (8 * K)) + place_NK.to(tl.int64) * 4
@@ -75,7 +75,7 @@ def _push_row(
     BLOCK_G: tl.constexpr,
     QUANTISED: tl.constexpr,
 ):
-    """A token's row to each of its owners, bfloat16 [D], or as FP8 [D] with its scales, float32 [G]."""
+    """Send a token's row to each of its owners: bfloat16 [D], or FP8 [D] with its scales, float32 [G]."""
     GROUPS: tl.constexpr = D // 128
     group_G = tl.arange(0, BLOCK_G)
     inside_G = group_G < GROUPS
@@ -128,12 +128,12 @@ def dispatch_kernel(
     BLOCK_G: tl.constexpr,
     QUANTISED: tl.constexpr,
 ):
-    """The rows of tokens go once to each of their owners, with the ids and weights for it; every rank hears how many of
-    its experts a token wants, and this one keeps who its owners are, a bit each. Only the first `real` tokens are no
-    padding; nobody owns the others. Each program takes every so-manieth token. And the counts of the lists of what will
-    arrive here, of all tiles, are set to zero.
+    """Send each token's row once to each of its owners, with the ids and weights meant for it. Tell every rank how many
+    of its experts each token wants, and record the token's owners here, one bit each. Only the first `real` tokens are
+    not padding; padding has no owners. Programs stride over the tokens. Also zero the counts of the lists, of all
+    tiles, for the rows that will arrive here.
 
-    What is loaded for a token does not depend on what is loaded elsewhere, and comes before its first store.
+    A token's loads do not depend on other loads, and precede its first store.
     """
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
@@ -165,7 +165,7 @@ def dispatch_kernel(
 
 @triton.jit
 def _arrived(slab, lines, index_S, most, max_tokens, counts_at, RANKS: tl.constexpr):
-    """Of these pairs (token, source), in that order, `most` tokens: their slots, and whether a row came."""
+    """For these pairs (token, source), in that order, of `most` tokens: their slots, and whether a row arrived."""
     source_S = index_S % RANKS
     token_S = index_S // RANKS
     line_S = lines + source_S.to(tl.int64) * _LINE + 8
@@ -201,9 +201,9 @@ def arrive_kernel(
     BLOCK: tl.constexpr,
     SCAN: tl.constexpr,
 ):
-    """Waits for all ranks' rows, then lists them token by token, a token's by source: slot, ids [S, K], weights [S, K].
-    Each program takes a block of slots, and counts for itself how many rows lie in those before. Then their number.
-    And lists the pairs of the experts: so many rows are a tile, whose lists are its own."""
+    """Wait for all ranks' rows, then list them by token, then source: slot, ids [S, K], weights [S, K]. Each program
+    takes a block of slots and counts the rows in all earlier blocks itself. Also store the number of rows, and list the
+    experts' pairs, with separate lists for each tile of `tile_rows` rows."""
     tl.extra.cuda.gdc_wait()
     wait(state_ptr, slab, control, rank, channel, _DISPATCH, RANKS)
     tl.extra.cuda.gdc_launch_dependents()
@@ -220,7 +220,7 @@ def arrive_kernel(
         tl.store(num_rows_ptr, before + tl.sum(hits_S, 0))
     row_S = before + tl.cumsum(hits_S, 0) - hits_S
     tl.store(slots_ptr + row_S, slot_S, mask=came_S)
-    # All that a row needs is on its way before any of it is stored.
+    # Load everything a row needs before storing any of it.
     k_K = tl.arange(0, BLOCK_K)
     came_SK = came_S[:, None] & (k_K < K)[None, :]
     word_SK = (slot_S.to(tl.int64) * (2 * K))[:, None] + k_K[None, :]
@@ -259,12 +259,12 @@ def return_kernel(
     K: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The rows of a tile, at most so many, the first of which is row `first` of all: a row's terms are added in the
-    order of K, rounded once, and the sum goes back to the row's source. Each program takes every so-manieth piece of a
-    row, which is so many columns.
+    """Sum the rows of a tile, at most `most` of them, starting at row `first` of all: a row's terms are added in the
+    order of K and rounded once, and the sum goes back to the row's source. Programs stride over pieces of COLUMNS
+    columns of a row.
 
-    With the `last` tile every rank hears that this rank is done with their rows; and the program that says so waits
-    for what the others send back. One program: many that wait could keep those they wait for off a GPU they share.
+    With the `last` tile, tell every rank that this rank is done with its rows; the one program that does so then waits
+    for the others' sums. Only one, because many waiting programs could keep the ones they wait for off a shared GPU.
     """
     tl.extra.cuda.gdc_wait()
     PIECES: tl.constexpr = (D + COLUMNS - 1) // COLUMNS

@@ -1,9 +1,9 @@
-"""RDEP between worker processes on the CPU: the ranks' slabs lie in memory that all of them inherited.
+"""RDEP between worker processes on the CPU: the ranks' slabs are in memory that all of them inherited.
 
-The protocol, and why two waits and one buffer suffice, is in docs/rdep.md. All slabs lie at one distance from each
-other, so one strided assignment writes the rows of every owner.
+For the protocol, and why two waits and one buffer suffice, see docs/rdep.md. Slabs are evenly spaced, so a single
+strided assignment writes the rows of every owner.
 
-Shape suffixes: N ranks, T tokens of this rank, C slots per rank, K experts per token, D hidden, S rows on their way.
+Shape suffixes: N ranks, T tokens of this rank, C slots per rank, K experts per token, D hidden, S rows in transit.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from nmoe.worker.rdep.signals import Signals
 
 Array = npt.NDArray[Any]
 
-# A rank may wait through all that the others do between two exchanges, most of which grows with their tokens.
+# A wait may last as long as the other ranks' work between two exchanges, most of which grows with their tokens.
 _BOUND_S = 5.0
 _BOUND_S_PER_TOKEN = 0.005
 
@@ -42,8 +42,8 @@ class SharedMemory:
         bound_s: float = _BOUND_S,
         bound_s_per_token: float = _BOUND_S_PER_TOKEN,
     ) -> None:
-        """`memory` is `make_slabs(layout)`; `dtype` the model's. A wait may take `bound_s`, and `bound_s_per_token`
-        more for each token of the largest rank."""
+        """`memory` is `make_slabs(layout)`; `dtype` is the model's. A wait may take `bound_s`, plus `bound_s_per_token`
+        for each token of the largest rank."""
         self._signals = Signals(layout, memory, rank)
         self._slots = [_Slots(layout, memory, rank, channel) for channel in range(len(layout.channels))]
         self._num_experts = layout.num_experts
@@ -67,7 +67,7 @@ class SharedMemory:
         self._signals.set_bound(self._bound_s + self._bound_s_per_token * num_tokens)
 
     def announce(self, num_tokens: int) -> None:
-        """See Exchange; nothing is made ready."""
+        """See Exchange; there is nothing to prepare."""
 
     def leave(self) -> None:
         """See Exchange."""
@@ -94,18 +94,18 @@ class SharedMemory:
         return combine
 
     def beside(self) -> contextlib.AbstractContextManager[Any]:
-        """There is one thread of computation: the others' rows arrive meanwhile."""
+        """There is a single compute thread; the others' rows arrive meanwhile."""
         return contextlib.nullcontext()
 
     def _push(self, slots: "_Slots", x_TD: torch.Tensor, ids_TK: Array, weights_TK: Array) -> tuple[Array, Array]:
-        """Write each token once into the slab of each rank that owns experts of it. Gives those pairs, by owner."""
+        """Write each token once into the slab of each rank that owns experts of it. Returns these pairs, by owner."""
         owners_TK = ids_TK // self._num_experts
         here_NTK = owners_TK == self._ranks_N11
         counts_NT = here_NTK.sum(-1, dtype=np.int32)
         owners_S, tokens_S = counts_NT.nonzero()
         here_SK = here_NTK[owners_S, tokens_S]
         local_SK = np.where(here_SK, (ids_TK - owners_TK * self._num_experts)[tokens_S], self._num_experts)
-        # An owner's experts first, in the order of K, so that it need not look at the slots of the others.
+        # An owner's experts come first, in the order of K, so it need not look at the other places.
         order_SK = (~here_SK).argsort(axis=-1, kind="stable")
         rows_S1 = np.arange(len(owners_S))[:, None]
         routes_S = np.empty(len(owners_S), self._route_dtype)
@@ -118,7 +118,7 @@ class SharedMemory:
         return owners_S, tokens_S
 
     def _serve(self, slots: "_Slots", experts: LocalExperts, tokens_N: list[int]) -> None:
-        """Compute what arrived, a tile of rows at a time in the order of the slots, and push the sums back."""
+        """Compute the rows that arrived, in tiles in slot order, and send the sums back."""
         counts_NC = slots.my_counts_NC[:, : max(tokens_N)]
         arrived_NC = (counts_NC > 0) & (np.arange(counts_NC.shape[1]) < np.array(tokens_N)[:, None])
         sources_S, tokens_S = arrived_NC.nonzero()
@@ -131,7 +131,7 @@ class SharedMemory:
             slots.theirs_returned_NC[sources, tokens] = _as_rows(sums_SD.to(self._tile_SD.dtype))
 
     def _sum(self, slots: "_Slots", owners_S: Array, tokens_S: Array, num_tokens: int) -> torch.Tensor:
-        """The owners' rows of each token, added in float32 in the order of the ranks."""
+        """The owners' rows of each token, added in float32 in rank order."""
         sums_TD = torch.zeros(num_tokens, self._tile_SD.shape[1])
         for owners, tokens in zip(_tiles(owners_S), _tiles(tokens_S), strict=True):
             rows_SD = self._gather(slots.my_returned_NC, owners, tokens).float()
@@ -139,14 +139,14 @@ class SharedMemory:
         return sums_TD
 
     def _gather(self, rows_NC: Array, ranks: Array, tokens: Array) -> torch.Tensor:
-        """The rows of these slots, at most a tile; overwritten by the next call."""
+        """The rows of these slots, at most one tile; overwritten by the next call."""
         np.take(rows_NC.reshape(-1), ranks * rows_NC.shape[1] + tokens, out=self._tile_rows[: len(ranks)], mode="clip")
         return self._tile_SD[: len(ranks)]
 
 
 class _Slots:
-    """Views of one channel: `my_*` in this rank's slab [rank of the other side, slot], `theirs_*` this rank's part of
-    every rank's slab [rank of the other side, slot]. A row is one element, so that copying it is one memcpy."""
+    """Views of one channel: `my_*` of this rank's slab [other rank, slot], `theirs_*` of this rank's part of every
+    rank's slab [other rank, slot]. A row is a single element, so that copying it is one memcpy."""
 
     def __init__(self, layout: SlabLayout, memory: mmap.mmap, rank: int, channel: int) -> None:
         self._layout, self._memory, self._rank = layout, memory, rank
@@ -171,7 +171,7 @@ def _route_dtype(top_k: int) -> np.dtype[Any]:
 
 
 def _as_rows(x_TD: torch.Tensor) -> Array:
-    """The tensor's rows as one element each, [T], sharing its memory if it is contiguous."""
+    """The tensor's rows as single elements, [T], sharing its memory if it is contiguous."""
     row_bytes = x_TD.shape[1] * x_TD.itemsize
     array: Array = x_TD.contiguous().view(torch.uint8).numpy()
     return array.view(np.dtype((np.void, row_bytes)))[:, 0]

@@ -1,18 +1,18 @@
 """Flags between ranks: raising them, waiting for them, and giving up on a rank that stays silent.
 
 Invariants
-- An epoch is (life << 36) + n. Each rank counts the exchanges of a life, per channel, all ranks alike; so a flag never
-  goes down, and what an earlier life left behind is never enough. A flag line is written by one rank only.
+- An epoch is (life << 36) + n. Every rank counts the exchanges of a life per channel, all identically; so a flag never
+  decreases, and leftovers of an earlier life never satisfy a wait. Each flag line is written by one rank only.
 - A rank raises its flag at every rank in both phases of every exchange, with or without rows.
-- Nobody goes past an unmet wait before it has poisoned every rank. Whatever is computed from then on may be wrong, but
-  it follows the poison: a rank that read any of it, directly or through others, finds itself poisoned when it looks
-  afterwards. So a step that ends unpoisoned is right. A poison word has one writer too, and names the life it is for.
+- A rank poisons every rank before it abandons a wait. Results computed after that may be wrong, but they follow the
+  poison: a rank that read any of them, directly or through others, finds itself poisoned when it checks afterwards. So
+  a step that ends unpoisoned is correct. Each poison word also has a single writer, and names the life it applies to.
 
-A wait first yields the core, as on a busy machine the flags are often one time slice away, then sleeps on the rank's
-`sleeps` word until the last flag is raised. A sleeper sets its word, then looks at its flags once more; who raises a
-flag does so first, then looks at the word, and only if it is set and no other flag is missing pays for a system call.
-Between the two stands a fence on both sides: of a sleeper and the last to raise a flag, one sees the other's store, and
-of two that raise the last flags at once, one sees them all.
+A wait first yields the core, since on a busy machine the flags are often one time slice away, then sleeps on the rank's
+`sleeps` word until the last flag is raised. A sleeper sets its word, then checks its flags once more. A rank that
+raises a flag does so first, then checks the word; it pays for a system call only if the word is set and no flag is
+missing. Each side has a fence between its two steps: so of a sleeper and the last rank to raise a flag, one sees the
+other's store, and of two ranks that raise the last flags at once, one sees all flags.
 """
 
 import ctypes
@@ -26,8 +26,8 @@ from nmoe.slab import COUNT_BITS, DISPATCH, LINE, NUM_CHANNELS, NUM_PHASES, POIS
 from nmoe.worker.rdep import futex
 
 _YIELD_S = 50e-6
-_NAP_S = 0.05  # between looks at the clock and at the poison word
-# Words of a flag's line, and of the line with what a rank waits for, in units of 8 bytes.
+_NAP_S = 0.05  # between checks of the clock and of the poison words
+# Words of a flag's line, and of the line that holds what a rank waits for, in units of 8 bytes.
 _EPOCH, _TOKENS = 0, 1
 _CHANNEL, _PHASE, _AWAITED, _SLEEPS = 0, 1, 2, 3
 
@@ -36,13 +36,13 @@ class Signals:
     """One rank's view of the flag lines and poison words of all slabs."""
 
     def __init__(self, layout: SlabLayout, memory: mmap.mmap, rank: int) -> None:
-        """Raises LaunchError on a machine whose memory order is not known."""
+        """Raises LaunchError on a machine whose memory model is not supported."""
         futex.require_x86_64()
         self._rank = rank
         self._ranks = range(layout.world_size)
         self._words = memoryview(memory).cast("B").cast("q")
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        # Beginning with the next neighbour: nobody is always the last to hear.
+        # Starting with the next rank, so that nobody is always notified last.
         self._hearers = [(rank + 1 + step) % layout.world_size for step in self._ranks]
         self._epoch_words = [
             [[self._flag_words(layout, other, channel, phase) for other in self._ranks] for phase in range(NUM_PHASES)]
@@ -60,14 +60,14 @@ class Signals:
 
     @staticmethod
     def _flag_words(layout: SlabLayout, rank: int, channel: int, phase: int) -> slice:
-        """The epochs that `rank` gets from each peer, among the words."""
+        """The words that hold the epochs of `rank`'s peers."""
         first = layout.flag(rank, channel, phase, 0) // 8
         return slice(first, first + layout.world_size * LINE // 8, LINE // 8)
 
     def meet(self, life: int, stopped: Callable[[], bool]) -> bool:
-        """Begin a life and wait until every rank has begun it. False when `stopped()`.
+        """Begin a life and wait until every rank has begun it. Returns False if `stopped()`.
 
-        It ends the life before on every rank: its flags are greater than those of the other's exchanges.
+        This ends the previous life on every rank: the new flags are greater than those of its exchanges.
         """
         self.leave()
         self._life, self._gave_up = life, False
@@ -77,16 +77,16 @@ class Signals:
         return self._wait(0, DISPATCH, epoch, stopped)
 
     def next_epoch(self, channel: int) -> int:
-        """Number one more exchange on `channel`."""
+        """Number the next exchange on `channel`."""
         self._epochs[channel] += 1
         return self._epochs[channel]
 
     def set_bound(self, seconds: float) -> None:
-        """How long each wait may take from now on; may be infinite."""
+        """Set how long each wait may take from now on; may be infinite."""
         self._bound_s = seconds
 
     def raise_flags(self, channel: int, phase: int, epoch: int, num_tokens: int) -> None:
-        """Tell every rank, this one included, that all this rank wrote before is there."""
+        """Tell every rank, including this one, that everything this rank wrote before is in place."""
         words, flags, mine = self._words, self._epoch_words[channel][phase], self._rank * LINE // 8
         futex.fence()
         for rank in self._hearers:
@@ -99,12 +99,12 @@ class Signals:
                 self._wake(rank)
 
     def wait(self, channel: int, phase: int, epoch: int) -> None:
-        """Until every rank has raised its flag, or, with this rank poisoned, not any longer."""
+        """Wait until every rank has raised its flag, or this rank is poisoned."""
         if not self._gave_up:
             self._wait(channel, phase, epoch, lambda: False)
 
     def tokens(self, channel: int) -> list[int]:
-        """How many tokens each rank has in the exchange whose dispatch was waited for."""
+        """Each rank's number of tokens in the exchange whose dispatch was last waited for."""
         flags = self._epoch_words[channel][DISPATCH][self._rank]
         return self._words[flags.start + _TOKENS : flags.stop : flags.step].tolist()
 
@@ -113,7 +113,7 @@ class Signals:
         self._spread(self._blamed())
 
     def check(self) -> bool:
-        """False when a rank has ended this life. Raises PeerSilent when one was silent in it."""
+        """Return False if a rank has ended this life. Raises PeerSilent if a rank was silent in it."""
         if not self._poisoned():
             return True
         if blamed := self._blamed():
@@ -121,7 +121,7 @@ class Signals:
         return False
 
     def _wait(self, channel: int, phase: int, epoch: int, stopped: Callable[[], bool]) -> bool:
-        """Until every rank has raised its flag or this rank is poisoned. False when `stopped()`."""
+        """Wait until every rank has raised its flag or this rank is poisoned. Returns False if `stopped()`."""
         flags = self._epoch_words[channel][phase][self._rank]
         if self._raised(flags, epoch):
             return True
@@ -148,7 +148,7 @@ class Signals:
         return min(self._words[flags]) >= epoch
 
     def _sleep(self, flags: slice, epoch: int) -> None:
-        """Until the last flag is raised or poison comes, or for a nap."""
+        """Sleep until the last flag is raised, poison arrives, or the nap is over."""
         word = self._awaited[self._rank] + _SLEEPS
         self._words[word] = 1
         futex.fence()
@@ -162,16 +162,16 @@ class Signals:
         futex.wake(self._address + 8 * word)
 
     def _poisoned(self) -> bool:
-        """Whether what this rank computes in this life may be wrong."""
+        """Whether this rank's results in this life may be wrong."""
         return any(word >> POISON_BITS == self._life for word in self._words[self._poisons])
 
     def _blamed(self) -> set[int]:
-        """Whose silence poisoned this rank; nobody's if its life was ended."""
+        """The ranks whose silence poisoned this rank; empty if its life was ended."""
         words = [word for word in self._words[self._poisons] if word >> POISON_BITS == self._life]
         return {rank for rank in self._ranks if any(word >> rank & 1 for word in words)}
 
     def _spread(self, blamed: set[int]) -> None:
-        """Poison every rank and wake it, then go past this wait and all that follow."""
+        """Poison every rank and wake it, then skip this wait and all later ones."""
         for word in self._poison_by_me:
             self._words[word] = self._life << POISON_BITS | sum(1 << rank for rank in blamed)
         futex.fence()
@@ -180,9 +180,9 @@ class Signals:
         self._gave_up = True
 
     def _silent(self) -> set[int]:
-        """Who is to blame: of the ranks that are waited for, and those they wait for in turn, the ones that wait for
-        nobody; a rank that is stuck behind a silent one is silent too. Ranks that wait for each other, which only Steps
-        that differ between ranks can bring about, are all to blame. Empty if the last flag has just come."""
+        """The ranks to blame: following waits transitively from this rank, those that wait for nobody; a rank stuck
+        behind a silent one is silent too. Ranks that wait for each other, which only Steps that differ between ranks
+        can cause, are all to blame. Empty if the last flag has just arrived."""
         silent, seen, found = set(), {self._rank}, [self._rank]
         while found:
             rank = found.pop()
@@ -194,7 +194,7 @@ class Signals:
         return silent - {self._rank} or self._missing(self._rank)
 
     def _missing(self, rank: int) -> set[int]:
-        """The ranks whose flags `rank` waits for."""
+        """The ranks whose flags `rank` is waiting for."""
         at = self._awaited[rank]
         channel, phase, epoch = (self._words[at + field] for field in (_CHANNEL, _PHASE, _AWAITED))
         flags = self._words[self._epoch_words[channel][phase][rank]]

@@ -1,13 +1,13 @@
-"""Flags between GPUs: raising them, waiting for them, and giving up on a rank that stays silent. `signals.py` says the
-same for the CPU, and its invariants hold here.
+"""Flags between GPUs: raising them, waiting for them, and giving up on a rank that stays silent. `signals.py` does the
+same on the CPU, and its invariants hold here.
 
 Flags are int64 epochs in the slabs' lines, stored with release and loaded with acquire at system scope. A rank's
 epochs, one per channel, are words of its device memory that its kernels advance, so that a graph can be replayed.
-What ranks tell each other when a wait gets long (what they wait for, who was silent) lies in host memory that all GPUs
-and hosts share (`ControlLayout`): a host then sees a step's fate without asking its GPU, and ends a wait by a store.
+What ranks tell each other when a wait gets long (what they wait for, who was silent) is in host memory shared by all
+GPUs and hosts (`ControlLayout`), so a host can see a step's fate without asking its GPU and end a wait with a store.
 
-Every warp waits by itself, so that no barrier stands in a loop whose end depends on what a warp has seen. Scalars are
-stored by the first warp alone, so it is the first that gives up for all: when it has not, the flags are there.
+Every warp waits on its own, so that no loop whose exit depends on what a warp has seen contains a barrier. Scalars are
+stored by the first warp only, so that warp gives up on behalf of all: if it has not, the flags are there.
 """
 
 import triton
@@ -15,11 +15,11 @@ import triton.language as tl
 
 from nmoe.slab import COUNT_BITS, LINE, POISON_BITS
 
-# int64 words of a rank's device state; the epochs of the channels come first
+# int64 words of a rank's device state; the channels' epochs come first
 EPOCHS = 0
-PUSHED = 2  # programs of the dispatch that are done
-RETURNED = 3  # programs of the return that are done
-GAVE_UP = 4  # the life in which nothing is waited for any more
+PUSHED = 2  # dispatch programs that have finished
+RETURNED = 3  # return programs that have finished
+GAVE_UP = 4  # the life in which this rank no longer waits
 BOUND_NS = 5
 STATE_WORDS = 6
 
@@ -28,10 +28,10 @@ _COUNT_BITS = tl.constexpr(COUNT_BITS)
 _POISON_BITS = tl.constexpr(POISON_BITS)
 _GAVE_UP = tl.constexpr(GAVE_UP)
 _BOUND_NS = tl.constexpr(BOUND_NS)
-_SLICE_NS = tl.constexpr(20_000)  # between looks at the clock's bound and at the poison words
-_COMPILES_NS = tl.constexpr(600_000_000_000)  # how long a rank is believed that it compiles a kernel
+_SLICE_NS = tl.constexpr(20_000)  # between checks of the time limit and of the poison words
+_COMPILES_NS = tl.constexpr(600_000_000_000)  # how long a rank is believed to be compiling
 
-# Whether all flags in the lines from $1 on are at least $2, within $3 ns; $4 is the last line. A warp's lanes agree.
+# Whether all flags in the lines from $1 on reach $2 within $3 ns; $4 is the last line. A warp's lanes agree.
 _SPIN = tl.constexpr("""
 {
     .reg .u32 lane, result;
@@ -58,7 +58,7 @@ done:
     mov.u32 $0, result;
 }
 """)
-# Thread n of the first $4 stores the epoch $2 at $3 in the slab whose address is the n-th at $1.
+# Thread n of the first $4 stores the epoch $2 at offset $3 in the slab whose address is the n-th at $1.
 _RAISE = tl.constexpr("""
 {
     .reg .u32 thread;
@@ -79,7 +79,7 @@ _FENCE = tl.constexpr("fence.acq_rel.sys; mov.u32 $0, 0;")
 
 @triton.jit
 def fence():
-    """Order what every thread has read and written before what it will, for every GPU and host."""
+    """Order every thread's earlier reads and writes before its later ones, for every GPU and host."""
     tl.inline_asm_elementwise(_FENCE, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
@@ -102,7 +102,7 @@ def _raise(bases_ptr, epoch, line, RANKS: tl.constexpr):
 
 @triton.jit
 def word_at(address):
-    """The int64 at an address, which another processor may write at any time."""
+    """The int64 at an address that another processor may write to at any time."""
     return tl.load(address.to(tl.pointer_type(tl.int64)), volatile=True)
 
 
@@ -118,7 +118,7 @@ def _poison_at(control, rank):
 
 @triton.jit
 def _missing(slab, control, rank, life, RANKS: tl.constexpr):
-    """The ranks whose flags `rank` waits for, a bit each; judged by the flags that this rank has got."""
+    """The ranks whose flags `rank` is waiting for, one bit each, judging by the flags this rank has received."""
     awaited = word_at(_awaited_at(control, rank))
     epoch = awaited >> 2
     missing = life * 0
@@ -131,8 +131,8 @@ def _missing(slab, control, rank, life, RANKS: tl.constexpr):
 
 @triton.jit
 def _silent(slab, control, rank, life, RANKS: tl.constexpr):
-    """Who is to blame, a bit per rank: of those that are waited for, and those they wait for in turn, the ones that
-    wait for nobody. 0 if the last flag has just come."""
+    """The ranks to blame, one bit each: following waits transitively from this rank, those that wait for nobody. 0 if
+    the last flag has just arrived."""
     one = life * 0 + 1
     found = one << rank
     seen = one << rank
@@ -151,7 +151,7 @@ def _silent(slab, control, rank, life, RANKS: tl.constexpr):
 
 @triton.jit
 def _poisoned(control, rank, life, RANKS: tl.constexpr):
-    """Whose silence poisoned this rank, a bit per rank; -1 if nothing did."""
+    """The ranks whose silence poisoned this rank, one bit each; -1 if it is not poisoned."""
     blamed = life * 0
     found = life * 0
     for peer in range(RANKS):
@@ -164,7 +164,7 @@ def _poisoned(control, rank, life, RANKS: tl.constexpr):
 
 @triton.jit
 def _compiling(control, ranks, RANKS: tl.constexpr):
-    """Whether one of these ranks, a bit each, compiles a kernel."""
+    """Whether any of these ranks, one bit each, is compiling a kernel."""
     compiling = ranks * 0
     for peer in range(RANKS):
         if (ranks >> peer) & 1 == 1:
@@ -174,7 +174,7 @@ def _compiling(control, ranks, RANKS: tl.constexpr):
 
 @triton.jit
 def _wait_long(state_ptr, slab, control, kind, epoch, life, rank, RANKS: tl.constexpr):
-    """The wait goes on. Nobody goes past it in vain before it has poisoned every rank."""
+    """Keep waiting. Poisons every rank before it abandons the wait."""
     lines = slab + kind * (RANKS * _LINE)
     awaited = (epoch << 2) + kind
     tl.store(_awaited_at(control, rank).to(tl.pointer_type(tl.int64)), awaited)
@@ -206,9 +206,9 @@ def _wait_long(state_ptr, slab, control, kind, epoch, life, rank, RANKS: tl.cons
 
 @triton.jit
 def wait(state_ptr, slab, control, rank, channel, PHASE: tl.constexpr, RANKS: tl.constexpr):
-    """Until every rank has raised its flag for this exchange or, once this life is poisoned, not any longer.
+    """Wait until every rank has raised its flag for this exchange, or this life is poisoned.
 
-    `slab` and `control` are addresses. What the flags announce may be read by every thread afterwards.
+    `slab` and `control` are addresses. Afterwards every thread may read the data that the flags announce.
     """
     epoch = tl.load(state_ptr + channel)
     life = epoch >> _COUNT_BITS
@@ -221,17 +221,17 @@ def wait(state_ptr, slab, control, rank, channel, PHASE: tl.constexpr, RANKS: tl
 
 @triton.jit
 def flag_at(channel, rank, PHASE: tl.constexpr, RANKS: tl.constexpr):
-    """Where in a slab the line of `rank` lies, in bytes."""
+    """The byte offset of `rank`'s line in a slab."""
     return ((channel * 2 + PHASE) * RANKS + rank).to(tl.int64) * _LINE
 
 
 @triton.jit
 def raise_flags(state_ptr, bases_ptr, rank, channel, COUNTER: tl.constexpr, PHASE: tl.constexpr, RANKS: tl.constexpr):
-    """The last of the grid's programs to come here, which hears so, tells every rank, this one included, that all wrote
-    what they had to. With a dispatch it numbers a new exchange first.
+    """Called by every program of the grid. The last one, for which it returns true, tells every rank, this one too,
+    that all programs have written their data. For a dispatch, it first numbers a new exchange.
 
-    Nobody passes a fence of his own for the whole system: the release below covers all that its thread knows of, and by
-    the barrier and the count that is what every thread of every program wrote (docs/rdep.md, "Memory order").
+    No program needs a system-wide fence of its own: the release below covers everything its thread has observed,
+    which through the barrier and the counter is all that any program wrote (docs/rdep.md, "Memory order").
     """
     epoch = tl.load(state_ptr + channel)
     counter_ptr = state_ptr + COUNTER

@@ -1,6 +1,6 @@
-"""Slabs in the GPUs' memory, each mapped by all ranks: torch symmetric memory, met over a file in the run directory.
+"""Slabs in GPU memory, mapped by all ranks: torch symmetric memory, with rendezvous by a file in the run directory.
 
-The process group below serves the meeting alone, on the CPU; nothing of a step goes through it.
+The process group below is used only for the rendezvous, on the CPU; no part of a step goes through it.
 """
 
 import datetime
@@ -16,13 +16,13 @@ _TIMEOUT = datetime.timedelta(minutes=10)
 
 
 class PeerSlabs:
-    """This rank's slab, and the addresses of every rank's as this process sees them. They live as long as it does."""
+    """This rank's slab, and the address of every rank's slab in this process. They live as long as this object."""
 
     def __init__(self, num_bytes: int, rank: int, world_size: int, device: torch.device, meeting: pathlib.Path) -> None:
-        """Wait until every rank has come to `meeting`, a path that no earlier life of the workers used. Raises
-        LaunchError when the GPUs cannot map each other's memory."""
+        """Wait until every rank has come to `meeting`, a path unused by any earlier life of the workers. Raises
+        LaunchError if the GPUs cannot map each other's memory."""
         self.slab = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
-        self.slab.zero_()  # the others write as soon as they have met
+        self.slab.zero_()  # before the rendezvous, because the other ranks write right after it
         torch.cuda.synchronize(device)
         store = dist.FileStore(str(meeting), world_size)  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
