@@ -1,8 +1,8 @@
-"""The operations of the model. Each has a plain-torch reference with documented shapes, which is what the CPU runs; on
-the GPU it is a kernel in a file beside it, `*_triton.py` or `*_gluon.py`, which is tested against the reference.
+"""The model's operations. Each has a plain-torch reference with documented shapes, which is what the CPU runs; on the
+GPU it is a kernel in a sibling file, `*_triton.py` or `*_gluon.py`, tested against the reference.
 
-`ops_for` is the one place where a device and a numerics class get their operations, `gate_for` where a router's weight
-takes the form that they read.
+`ops_for` is the only place where a device and a numerics class get their operations; `gate_for` is where a router's
+weight takes the form that they read.
 """
 
 import dataclasses
@@ -22,23 +22,23 @@ _Tensor = torch.Tensor
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ops:
-    """What a layer is made of, as the reference functions say. `sum_experts` gives what `add_rms_norm` adds. On the GPU
-    `route` makes lists where it is told so, `listed=True`; norms and `silu_mul` give `Quantised` where weights are
-    FP8."""
+    """The building blocks of a layer, as specified by the reference functions. `sum_experts` returns what
+    `add_rms_norm` adds. On the GPU, `route` makes lists if told to (`listed=True`), and norms and `silu_mul` return
+    `Quantised` if weights are FP8."""
 
     rms_norm: Callable[..., Activations]
     add_rms_norm: Callable[..., tuple[_Tensor, Activations]]
     route: Callable[..., Routes]
     linear: Callable[[Any, Any], _Tensor]
-    linear_to_add: Callable[[Any, Any], Any]  # the same, as `add_rms_norm` takes it
-    linear_into: Callable[[_Tensor, _Tensor, _Tensor], None]  # the last head: x, weight, where the product goes
+    linear_to_add: Callable[[Any, Any], Any]  # `linear`, in the form `add_rms_norm` takes
+    linear_into: Callable[[_Tensor, _Tensor, _Tensor], None]  # for the output head: x, weight, output
     silu_mul: Callable[..., Activations]
     grouped_mlp: Callable[..., _Tensor]
     sum_experts: Callable[[Any, _Tensor], Any]
 
 
 def ops_for(device: torch.device, numerics: Numerics, *, fp8: bool = False) -> Ops:
-    """The operations of a device and a numerics class, for weights that are quantised or not."""
+    """The operations for a device and a numerics class, with weights quantised or not."""
     if device.type == "cuda":
         ops = _exact_triton() if numerics is Numerics.EXACT else _triton()
         return _quantising(ops) if fp8 else ops
@@ -46,7 +46,7 @@ def ops_for(device: torch.device, numerics: Numerics, *, fp8: bool = False) -> O
 
 
 def gate_for(weight_ED: _Tensor) -> _Tensor:
-    """A router's float32 weight as its device's `route` takes it, in either class: made once, at load."""
+    """A router's float32 weight in the form its device's `route` takes, in either class: built once, at load."""
     if weight_ED.device.type == "cuda":
         from nmoe.worker.kernels import router_triton
 
@@ -130,7 +130,7 @@ def _triton() -> Ops:
 
 
 def _exact_triton() -> Ops:
-    """The fast class's kernels, where they give a row the same bits in any company, and products that do."""
+    """The fast class's kernels wherever they give a row the same bits in any batch, and products that do too."""
     from nmoe.worker.kernels import fp8_triton, linear_exact_triton
 
     def linear(x: Activations, weight: Weight) -> _Tensor:
@@ -144,7 +144,7 @@ def _exact_triton() -> Ops:
 
 
 def _quantising(ops: Ops) -> Ops:
-    """The same, but what goes into products is quantised by whoever makes it."""
+    """The same operations, but inputs of products are quantised by the operation that produces them."""
     return dataclasses.replace(
         ops,
         rms_norm=functools.partial(ops.rms_norm, quantised=True),

@@ -1,10 +1,10 @@
-"""The operations of the exact class on the CPU: a row's bits follow from the row alone, whatever its company.
+"""The operations of the exact class on the CPU: a row's bits depend on the row alone, whatever the batch.
 
-torch's products, reductions and transcendental functions choose their code by the number of rows, by where a row begins
-in memory and by where a vector's tail falls. So whatever is none of the operations that IEEE 754 defines to the last
-bit (sum, product, quotient, square root, rounding) is called for one row at a time, on rows that all begin at the same
-offset from a cache line: the same call on the same operands, in any batch. What IEEE 754 defines takes all rows at
-once; but never two operations in one call, which may or may not be fused. docs/exact.md has the whole list.
+torch's products, reductions and transcendental functions select code by the number of rows, by a row's alignment in
+memory and by where a vector's tail falls. So every operation that IEEE 754 does not define to the last bit (it defines
+sum, product, quotient, square root and rounding) is called on one row at a time, on rows that all start at the same
+offset from a cache line: the same call on the same operands, in any batch. Operations that IEEE 754 defines take all
+rows at once, but never two in one call, because they may or may not be fused. docs/exact.md has the whole list.
 
 Shape suffixes: T tokens, K experts per token, D hidden, F intermediate, G = 2F, E experts, I inputs, O outputs.
 """
@@ -19,11 +19,11 @@ from nmoe.architecture import Architecture
 from nmoe.worker.kernels import router
 from nmoe.worker.kernels.lists import Routes
 
-_CACHE_LINE = 64  # bytes; memory that torch allocates begins at one
+_CACHE_LINE = 64  # bytes; torch's allocations start at a multiple of it
 
 
 def aligned_rows(x_TI: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The rows, [1, I] each, every one at the beginning of a cache line and with the same strides."""
+    """The rows, [1, I] each, all starting at a cache line and with the same strides."""
     inputs = x_TI.shape[1]
     width = -(-inputs * x_TI.itemsize // _CACHE_LINE) * _CACHE_LINE // x_TI.itemsize
     if x_TI.stride() != (width, 1) or x_TI.data_ptr() % _CACHE_LINE:
@@ -33,25 +33,25 @@ def aligned_rows(x_TI: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def row_by_row(operation: Callable[[torch.Tensor], torch.Tensor], x_TI: torch.Tensor, width: int) -> torch.Tensor:
-    """`operation` on each row by itself, in float32: [T, width]."""
+    """`operation` on each row separately, in float32: [T, width]."""
     if not len(x_TI):
         return x_TI.new_empty(0, width, dtype=torch.float32)
     return torch.cat([operation(row) for row in aligned_rows(x_TI.float())])
 
 
 def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """x @ weight^T, [T, O]; in float32, where a product of one row is several times faster than in bfloat16."""
+    """x @ weight^T, [T, O]; in float32, where a one-row product is several times faster than in bfloat16."""
     weight_IO = weight_OI.float().t()
     return row_by_row(lambda row: torch.mm(row, weight_IO), x_TI, len(weight_OI)).to(x_TI.dtype)
 
 
 def linear_into(x_TI: torch.Tensor, weight_OI: torch.Tensor, out_TO: torch.Tensor) -> None:
-    """The same into `out_TO`."""
+    """`linear` into `out_TO`."""
     out_TO.copy_(linear(x_TI, weight_OI))
 
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-    """See norm.py. The squares are added in a tree, halves of the row to each other."""
+    """See norm.py. The squares are added in a tree, by adding halves of the row."""
     real_TD = x_TD.float()
     sums = real_TD * real_TD
     if odd := (1 << (sums.shape[1] - 1).bit_length()) - sums.shape[1]:
@@ -105,7 +105,7 @@ def route(
 def grouped_mlp(
     x_TD: torch.Tensor, routes: Routes, w_gate_up_EGD: torch.Tensor, w_down_EDF: torch.Tensor
 ) -> torch.Tensor:
-    """See experts.py; every pair of a token and an expert by itself, in float32."""
+    """See experts.py; each pair of a token and an expert separately, in float32."""
     ids_TK, weights_TK, _ = routes
     here = range(len(w_down_EDF))
     weights = {

@@ -13,27 +13,27 @@ from nmoe.worker.kernels.lists import Routes
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Arrived:
-    """Rows that other ranks have sent, in place of the tokens of a `grouped_mlp` on the GPU: they lie here and there,
-    and only the device knows how many there are. The routes beside it have S rows; those beyond what has arrived mean
-    nothing. A row's ids in [0, E) come first, its others are E, and are in no list."""
+    """Rows sent by other ranks, in place of the tokens of a `grouped_mlp` on the GPU: they are scattered, and only the
+    device knows how many there are. The accompanying routes have S rows; those beyond the rows that arrived are
+    undefined. A row's ids in [0, E) come first; its other ids are E and in no list."""
 
     values_CD: torch.Tensor  # bfloat16, or float8_e4m3fn with scales
     scales_CG: torch.Tensor | None  # float32 [C, D / 128]
-    slots_S: torch.Tensor  # int32: where each row lies in `values_CD`
-    per_expert: float  # rows that an expert is expected to get
+    slots_S: torch.Tensor  # int32: the index of each row in `values_CD`
+    per_expert: float  # expected rows per expert
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Returned:
-    """What the owners of tokens' experts have sent back, in place of the experts' terms on the GPU: they are added in
-    float32 in the order of the ranks N. It lies where they wrote it, until the next tokens go out."""
+    """The sums sent back by the owners of tokens' experts, in place of the experts' terms on the GPU: they are added in
+    float32 in rank order, N. They stay where they were written until the next tokens are sent."""
 
-    sums_TND: torch.Tensor  # a token's D lie side by side
-    owners_T: torch.Tensor  # int32, a bit per rank: who sent a sum; what else there is means nothing
+    sums_TND: torch.Tensor  # a token's D are contiguous
+    owners_T: torch.Tensor  # int32, a bit per rank that sent a sum; the other sums are undefined
 
 
 def silu_mul(gate_up_TG: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, [T, F]; in a row of `gate_up_TG` [T, 2F] the gate comes first."""
+    """silu(gate) * up, [T, F]; in each row of `gate_up_TG` [T, 2F] the gate comes first."""
     gate_TF, up_TF = gate_up_TG.chunk(2, dim=-1)
     return F.silu(gate_TF) * up_TF
 
@@ -41,9 +41,9 @@ def silu_mul(gate_up_TG: torch.Tensor) -> torch.Tensor:
 def grouped_mlp(
     x_TD: torch.Tensor, routes: Routes, w_gate_up_EGD: torch.Tensor, w_down_EDF: torch.Tensor
 ) -> torch.Tensor:
-    """Each token's weighted sum over its experts of this rank, float32 [T, D], added in the order of the slots K.
+    """Each token's weighted sum over its experts on this rank, float32 [T, D], added in the order of the slots K.
 
-    The routes' ids are in [0, E]: local expert ids, where E stands for an expert that lives elsewhere and adds nothing.
+    The routes' ids are in [0, E]: local expert ids, where E stands for an expert on another rank, which adds nothing.
     `w_gate_up_EGD` [E, 2F, D]: gate above up; `w_down_EDF` [E, D, F].
     """
     ids_TK, weights_TK, _ = routes
@@ -53,7 +53,7 @@ def grouped_mlp(
     counts: list[int] = torch.bincount(pairs, minlength=num_experts + 1).tolist()
     elsewhere = counts.pop()
     x_ND = x_TD[order[: len(order) - elsewhere] // slots]
-    # One multiplication per expert with tokens, around one activation over all of them.
+    # Two products per expert that has tokens, with one activation over all of them in between.
     experts = [expert for expert, count in enumerate(counts) if count]
     sizes = [counts[expert] for expert in experts]
     w_gate_up_DG, w_down_FD = w_gate_up_EGD.transpose(1, 2).unbind(), w_down_EDF.transpose(1, 2).unbind()
@@ -72,7 +72,7 @@ def grouped_mlp(
 
 
 def sum_experts(routed_TD: torch.Tensor, shared_TD: torch.Tensor) -> torch.Tensor:
-    """The routed experts' float32 sum (overwritten) and the shared ones', added in float32, rounded once: [T, D]."""
+    """Add the shared experts' sum to the routed ones' (overwritten), in float32, and round once: [T, D]."""
     return routed_TD.add_(shared_TD).to(shared_TD.dtype)
 
 

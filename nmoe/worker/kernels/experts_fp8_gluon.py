@@ -1,10 +1,10 @@
-"""The experts in FP8 on the GPU: the products of experts_triton.py with block-quantised weights and activations, by
-warps with roles of their own, in Gluon; see warps_gluon.py and experts_warps_gluon.py.
+"""The experts in FP8 on the GPU: the products of experts_triton.py with block-quantised weights and activations, with
+specialised warps, in Gluon; see warps_gluon.py and experts_warps_gluon.py.
 
-The two warpgroups have half of a tile's rows each, 64 outputs at a time: while one applies scales, the other
-multiplies. The arithmetic is scaled_product's in products_triton.py: 128 inputs from zero, times the scales, added in
-float32 in the order of the inputs. The first product quantises what it gives as it stores it: a program's 128 columns
-are one block. A value has the same bits in a tile of any size.
+Each of the two warpgroups has half of a tile's rows, 64 outputs at a time: while one applies scales, the other
+multiplies. The arithmetic is that of scaled_product in products_triton.py: 128 inputs summed from zero, times the
+scales, added in float32 in input order. The first product quantises its results as it stores them: a program's 128
+columns are one block. A value has the same bits in a tile of any size.
 
 Shape suffixes: T tokens, K experts per token, D hidden, F intermediate, E experts, G = 2F; of a tile N rows, C blocks
 of 128 inputs; layout S of products, outputs times rows.
@@ -49,7 +49,7 @@ from nmoe.worker.kernels.warps_gluon import (
     store_rows,
 )
 
-# benchmarks/LOG.md has the times of these and others.
+# benchmarks/LOG.md has timings of these and other forms.
 _FEW = Form(32, 6, 88, 104, 56, together=2)
 _SOME = Form(64, 5, 112, 136, 64, together=2, left=8)
 _MANY = Form(128, 4, 168, 216, 56)
@@ -57,17 +57,17 @@ _MANY = Form(128, 4, 168, 216, 56)
 
 @gluon.jit
 def _add(ring, stage, part: gl.constexpr, x, scale, acc, product):
-    """`acc` [64, N / 2] and 128 inputs of 64 outputs, `part` of the stage's four, times the rows `x` times `scale`.
-    `product`: registers for the product, given and returned."""
+    """`acc` [64, N / 2] plus `scale` times the product of 128 inputs of 64 outputs, `part` of the stage's four, and the
+    rows `x`. `product` is the register space for the product, passed in and returned."""
     w = ring.w.index(stage * 4 + part)
     product = warpgroup_mma_wait(0, deps=[warpgroup_mma(w, x, product, use_acc=False, is_async=True)])
-    # The second wait waits for nothing: it keeps the addition before the next product, which takes the same registers.
+    # The second wait never blocks: it keeps the addition ahead of the next product, which reuses these registers.
     return warpgroup_mma_wait(0, deps=[acc + product * scale[None, :], product])
 
 
 @gluon.jit
 def _multiply(ring, scales, w_scales_ptr, work, at, C: gl.constexpr, STAGES: gl.constexpr, mine: gl.constexpr):
-    """Warpgroup `mine`: both blocks' outputs for its half of the rows, as four of float32 [64, N / 2]. `at` as in
+    """Warpgroup `mine`: both blocks' outputs for its half of the rows, as four float32 [64, N / 2]. `at` as in
     `load_rows`."""
     HALF: gl.constexpr = ring.x.shape[1] // 2
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 32])
@@ -88,7 +88,7 @@ def _multiply(ring, scales, w_scales_ptr, work, at, C: gl.constexpr, STAGES: gl.
         next_first = gl.load(first_ptr + ahead)
         next_second = gl.load(second_ptr + ahead)
         mbarrier.wait(ring.filled.index(stage), at // STAGES & 1)
-        fence_async_shared()  # the loader's copies are not TMA's
+        fence_async_shared()  # the loader's copies do not go through TMA
         x = ring.x.index(stage).slice(mine * HALF, HALF).permute((1, 0))
         row_scale = scales.index(stage).slice(mine * HALF, HALF).load(gl.SliceLayout(0, S))
         scale = row_scale * first_scale
@@ -115,7 +115,7 @@ def _multiply_up(
     STAGES: gl.constexpr,
     mine: gl.constexpr,
 ):
-    """Warpgroup `mine`, 0 or 1: silu(x @ gate) * (x @ up), quantised, of its half of a tile's rows."""
+    """Warpgroup `mine`, 0 or 1: silu(x @ gate) * (x @ up), quantised, for its half of a tile's rows."""
     out_ptr, out_scales_ptr = out
     ROWS: gl.constexpr = ring.x.shape[1]
     nth = 0
@@ -165,8 +165,8 @@ def _gate_up_kernel(
     WORKER_REGISTERS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
-    """The tiles' rows: silu(x @ gate) * (x @ up), quantised. `slots_ptr`: where each token lies in x and its
-    scales, which then lie side by side; without it tokens are in order, and a block's scales lie side by side."""
+    """The tiles' rows: silu(x @ gate) * (x @ up), quantised. `slots_ptr`: each token's index in x and its scales, with
+    a token's scales contiguous; without it tokens are in order, and a block's scales are contiguous."""
     C: gl.constexpr = D // 128
     ring = make_ring(w_desc, ROWS, STAGES)
     scales = make_scales(ROWS, STAGES)
@@ -245,8 +245,8 @@ def _down_kernel(
     WORKER_REGISTERS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
-    """hidden @ down times the router's weight, back in the order of the pairs. Weights begin to come while the first
-    product ends, which had waited for the lists; for what it computes the loader waits."""
+    """hidden @ down times the router's weight, returned in pair order. Weights may start loading while the first
+    product is finishing, as that has waited for the lists; the loader waits for its results."""
     C: gl.constexpr = F // 128
     ring = make_ring(w_desc, ROWS, STAGES)
     scales = make_scales(ROWS, STAGES)
@@ -266,7 +266,7 @@ def _down_kernel(
 
 
 def _form(rows_per_expert: float) -> Form:
-    """Tiles take as a rule all of an expert's rows, whose weights are then read once."""
+    """Tiles usually hold all of an expert's rows, so that its weights are read once."""
     if rows_per_expert <= 22:
         return _FEW
     return _SOME if rows_per_expert <= 80 else _MANY

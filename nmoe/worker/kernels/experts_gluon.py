@@ -1,8 +1,8 @@
-"""The experts in bfloat16 on the GPU: the products of experts_triton.py by warps with roles of their own, in Gluon; see
+"""The experts in bfloat16 on the GPU: the products of experts_triton.py with specialised warps, in Gluon; see
 warps_gluon.py and experts_warps_gluon.py.
 
-The two warpgroups have half of a tile's outputs each, 64 of either block. An element's inputs are added in their order,
-16 at a time, in one accumulator, so its bits are those that experts_triton.py gives, in a tile of any size.
+Each of the two warpgroups has half of a tile's outputs, 64 of either block. An element's inputs are added in order, 16
+at a time, in one accumulator, so its bits are those of experts_triton.py, in a tile of any size.
 
 Shape suffixes: T tokens, K experts per token, D hidden, F intermediate, E experts, G = 2F; of a tile N rows, C blocks
 of 64 inputs; layout S of products, outputs times rows.
@@ -45,8 +45,8 @@ from nmoe.worker.kernels.warps_gluon import (
     store_rows,
 )
 
-# benchmarks/LOG.md has the times of these and others. What registers they leave is room for the shared experts' small
-# kernel.
+# benchmarks/LOG.md has timings of these and other forms. The registers they leave free are room for the shared experts'
+# small kernel.
 _FEWEST = Form(32, 6, 88, 104, 56, together=2, left=8)
 _FEW = Form(32, 6, 88, 104, 56, together=2)
 _SOME = Form(64, 5, 112, 136, 64, together=2)
@@ -55,18 +55,18 @@ _MANY = Form(128, 4, 168, 216, 56)
 
 @gluon.jit
 def _multiply(ring, at, C: gl.constexpr, STAGES: gl.constexpr, mine: gl.constexpr):
-    """Warpgroup `mine`: its half of both blocks' outputs, two of float32 [64, N]. `at` as in `load_rows`."""
+    """Warpgroup `mine`: its half of both blocks' outputs, as two float32 [64, N]. `at` as in `load_rows`."""
     ROWS: gl.constexpr = ring.x.shape[1]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    # Many rows keep the matrix unit busy: a stage is given back when the products of the next one are under way. Few
-    # keep the memory busy, which waits for stages.
+    # Many rows keep the tensor cores busy, so a stage is freed once the next one's products are in flight. Few rows
+    # keep the memory busy, which waits for free stages.
     LATE: gl.constexpr = ROWS >= 128
     first = gl.zeros([64, ROWS], gl.float32, S)
     second = gl.zeros([64, ROWS], gl.float32, S)
     for c in range(C):
         stage = at % STAGES
         mbarrier.wait(ring.filled.index(stage), at // STAGES & 1)
-        fence_async_shared()  # the loader's copies are not TMA's
+        fence_async_shared()  # the loader's copies do not go through TMA
         x = ring.x.index(stage).permute((1, 0))
         adding = warpgroup_mma(ring.w.index(stage * 4 + mine), x, first, is_async=True)
         adding_too = warpgroup_mma(ring.w.index(stage * 4 + 2 + mine), x, second, is_async=True)
@@ -85,7 +85,7 @@ def _multiply(ring, at, C: gl.constexpr, STAGES: gl.constexpr, mine: gl.constexp
 
 @gluon.jit
 def _multiply_up(ring, items, out_ptr, C: gl.constexpr, F: gl.constexpr, STAGES: gl.constexpr, mine: gl.constexpr):
-    """Warpgroup `mine`, 0 or 1: silu(x @ gate) * (x @ up) of its half of a block's columns."""
+    """Warpgroup `mine`, 0 or 1: silu(x @ gate) * (x @ up) for its half of a block's columns."""
     ROWS: gl.constexpr = ring.x.shape[1]
     nth = 0
     at = 0
@@ -121,7 +121,7 @@ def _gate_up_kernel(
     WORKER_REGISTERS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
-    """The tiles' rows: silu(x @ gate) * (x @ up). `slots_ptr`: where each token lies in x, if not in order."""
+    """The tiles' rows: silu(x @ gate) * (x @ up). `slots_ptr`: each token's index in x, if not in order."""
     C: gl.constexpr = D // 64
     ring = make_ring(w_desc, ROWS, STAGES)
     items = make_pieces()
@@ -192,7 +192,7 @@ def _down_kernel(
     WORKER_REGISTERS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
-    """hidden @ down times the router's weight, back in the order of the pairs."""
+    """hidden @ down times the router's weight, returned in pair order."""
     C: gl.constexpr = F // 64
     ring = make_ring(w_desc, ROWS, STAGES)
     items = make_pieces()
@@ -210,8 +210,8 @@ def _down_kernel(
 
 
 def _form(rows_per_expert: float) -> Form | None:
-    """Tiles of few rows take as a rule all of an expert's, whose weights are then read once. None where not all experts
-    are chosen: then the small tiles of experts_triton.py make more programs."""
+    """Tiles of few rows usually hold all of an expert's, so that its weights are read once. None if not all experts are
+    chosen: then the small tiles of experts_triton.py make for more programs."""
     if rows_per_expert < 1:
         return None
     if rows_per_expert <= 16:
@@ -222,7 +222,7 @@ def _form(rows_per_expert: float) -> Form | None:
 def grouped_mlp(
     x: torch.Tensor | Arrived, routes: Routes, w_gate_up_EGD: torch.Tensor, w_down_EDF: torch.Tensor
 ) -> torch.Tensor:
-    """See experts_triton.py, whose kernels take what does not lie in blocks of 128."""
+    """See experts_triton.py, whose kernels handle sizes that are not in blocks of 128."""
     assert routes.lists is not None
     arrived, x_TD = (x, x.values_CD) if isinstance(x, Arrived) else (None, x)
     (tokens, slots), (num_experts, hidden, inter) = routes.weights_TK.shape, w_down_EDF.shape

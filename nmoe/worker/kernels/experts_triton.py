@@ -1,11 +1,11 @@
-"""The experts on the GPU in Triton: what experts_gluon.py leaves, which is fewer rows than experts, and sizes that are
+"""The experts on the GPU in Triton: the cases that experts_gluon.py leaves, namely fewer rows than experts, and sizes
 not in blocks of 128. `experts.py` is the reference.
 
-Each expert's list of pairs (lists.py) is cut into tiles of rows, on the device: nothing is read back. The tiles are
-counted on from expert to expert, and so are the rows between the two products, of which a last tile has some that mean
-nothing. For few rows per expert the product is taken transposed (weights times tokens), so that the tile of weights is
-what the matrix unit streams and the rows are its narrow side; then every expert's weights are read once, at the speed
-of memory. A token's results lie side by side until they are added in the order of its slots.
+Each expert's list of pairs (lists.py) is split into tiles of rows on the device: nothing is read back. Tiles are
+numbered consecutively across experts, and so are the rows between the two products; some rows of an expert's last tile
+are undefined. For few rows per expert the product is transposed (weights times tokens), so that the tensor cores stream
+the tile of weights and the rows are the narrow side; then each expert's weights are read once, at the speed of memory.
+A token's results are stored side by side until they are added in slot order.
 
 Shape suffixes: T tokens, K experts per token, D hidden, F intermediate, E experts, G = 2F.
 """
@@ -29,15 +29,15 @@ from nmoe.worker.kernels.products_triton import add_product, by_rows, empty_tile
 
 
 class Terms(NamedTuple):
-    """What is to be added in float32 in this order and rounded once: a token's expert results and its shared experts',
-    or the parts of a product."""
+    """Terms to be added in float32 in this order and rounded once: a token's expert results and its shared experts', or
+    the parts of a product."""
 
     parts_TKD: torch.Tensor | Returned
     shared_TD: torch.Tensor | None = None
 
 
 class _Tile(NamedTuple):
-    columns: int  # of the weights' rows
+    columns: int  # rows of the weights
     depth: int
     warps: int
     stages: int
@@ -45,7 +45,7 @@ class _Tile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """How the two products are tiled for some number of rows per expert."""
+    """The tiling of the two products for a given number of rows per expert."""
 
     rows: int
     up: _Tile
@@ -53,7 +53,7 @@ class _Shape:
     transposed: bool
 
 
-# Rows per expert beyond the first form come where F is no multiple of 128.
+# The forms after the first are used where F is not a multiple of 128.
 _FEW = _Shape(16, _Tile(64, 128, 4, 3), _Tile(128, 64, 4, 5), True)
 _SOME = _Shape(32, _Tile(64, 64, 4, 5), _Tile(128, 64, 4, 5), True)
 _MORE = _Shape(64, _Tile(64, 64, 4, 4), _Tile(128, 64, 4, 4), True)
@@ -89,7 +89,7 @@ def _gate_up_kernel(
     STAGES: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """The tiles' rows: silu(x @ gate) * (x @ up). `slots_ptr`: where each token lies in x, if not in order."""
+    """The tiles' rows: silu(x @ gate) * (x @ up). `slots_ptr`: each token's index in x, if not in order."""
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
     PER_TILE: tl.constexpr = F // COLUMNS
@@ -139,9 +139,9 @@ def _down_kernel(
     STAGES: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """hidden @ down times the router's weight, back in the order of the pairs."""
+    """hidden @ down times the router's weight, returned in pair order."""
     PER_TILE: tl.constexpr = D // COLUMNS
-    counts, ends = load_counts(counts_ptr, capacity, most, E, BINS, ROWS)  # the kernel before has waited for them
+    counts, ends = load_counts(counts_ptr, capacity, most, E, BINS, ROWS)  # the previous kernel has waited for them
     works = tl.max(ends, 0) * PER_TILE
     work = tl.program_id(0)
     expert, first, left = find_tile(work // PER_TILE, counts, ends, ROWS)
@@ -188,20 +188,20 @@ def _silu_mul_kernel(x_ptr, out_ptr, values_ptr, scales_ptr, scales_stride, F: t
 
 
 def most_tiles(pairs: int, num_experts: int, rows: int) -> int:
-    """Into how many tiles of so many rows the lists of so many pairs may be cut."""
+    """The most tiles of `rows` rows that the lists of `pairs` pairs can be split into."""
     return (pairs + min(num_experts, pairs) * (rows - 1)) // rows
 
 
 def launched_tiles(tiles: int, rows: int, num_experts: int, arrived: Arrived | None) -> int:
-    """For how many of at most so many tiles to launch programs. Of arrived rows few are there as a rule, and a program
-    without work takes its time to start and end; so there are programs for twice what is expected, which loop."""
+    """How many of `tiles` tiles to launch programs for. Usually few rows arrive, and a program without work still takes
+    time to start and finish, so there are programs for twice the expected number of tiles, which loop."""
     if arrived is None:
         return tiles
     return min(tiles, 2 * num_experts * math.ceil(arrived.per_expert / rows))
 
 
 def silu_mul(gate_up_TG: torch.Tensor, *, quantised: bool = False) -> Activations:
-    """See experts.py. `quantised`: what products in FP8 take, besides."""
+    """See experts.py. `quantised`: also return what products in FP8 take."""
     tokens, intermediate = len(gate_up_TG), gate_up_TG.shape[1] // 2
     out_TF = gate_up_TG.new_empty(tokens, intermediate)
     out = room_for(out_TF) if quantised else None
@@ -224,8 +224,8 @@ def grouped_mlp(
 ) -> torch.Tensor:
     """Each token's weighted expert results, in the model's dtype, [T, K, D]: the terms of experts.py's sum.
 
-    Of the routes the lists and the weights are taken; terms of experts that live elsewhere, and of `Arrived` rows that
-    do not exist, are left as they are. D is a multiple of 128 and F of 64.
+    Of the routes, only the lists and weights are used; terms of experts on other ranks, and of `Arrived` rows that do
+    not exist, are left uninitialised. D is a multiple of 128 and F of 64.
     """
     assert routes.lists is not None
     arrived, x_TD = (x, x.values_CD) if isinstance(x, Arrived) else (None, x)

@@ -1,9 +1,9 @@
-"""The pieces of work of the experts' two products, and the warps that bring what they need, in bfloat16 and FP8; see
+"""The work items of the experts' two products, and the warps that load their data, in bfloat16 and FP8; see
 warps_gluon.py.
 
-As many programs as multiprocessors take pieces of the tiles that exist as they come to them (items_gluon.py): beside
-the shared experts some begin late. The producer finds a piece's rows in the experts' lists (lists.py) and tells the
-other warps; it also reads ahead, before the first product has ended.
+As many programs as multiprocessors take pieces of the existing tiles dynamically (items_gluon.py), because some start
+late next to the shared experts. The producer looks up a piece's rows in the experts' lists (lists.py) and tells the
+other warps; it also reads ahead, before the first product has finished.
 
 Shape suffixes: K experts per token, D hidden, F intermediate, E experts, C stages of a tile.
 """
@@ -23,12 +23,12 @@ WORDS = gl.constexpr(lists.WORDS)
 
 
 class Piece(NamedTuple):
-    """A piece of work, as the producer tells the other warps."""
+    """A piece of work, as the producer passes it to the other warps."""
 
-    number: gl.tensor  # below 0: there are no more
+    number: gl.tensor  # negative: there are no more
     expert: gl.tensor
-    first: gl.tensor  # place of the tile's first row in the experts' lists, as they lie in memory
-    rows: gl.tensor  # from there on that are the expert's
+    first: gl.tensor  # index in memory of the tile's first row in the experts' lists
+    rows: gl.tensor  # how many from there on are the expert's
 
 
 class ListPointers(NamedTuple):
@@ -37,18 +37,18 @@ class ListPointers(NamedTuple):
     pairs: gl.tensor  # pointers
     counts: gl.tensor
     capacity: gl.tensor
-    most: gl.tensor  # tiles: more would find no room between the products
+    most: gl.tensor  # tiles: there is no room for more between the products
 
 
 @gluon.jit
 def make_pieces():
-    """Room for what the producer tells the loader and the two warpgroups."""
+    """Shared memory through which the producer passes pieces to the loader and the two warpgroups."""
     return make_items(3, 4)
 
 
 @gluon.jit
 def told_piece(items, nth, WARPS: gl.constexpr = 4):
-    """A reader of so many warps: which piece is the program's `nth`."""
+    """For a reader of WARPS warps: the program's `nth` piece."""
     wait_for_item(items, nth)
     number = read_word(items, nth, 0, WARPS)
     expert = read_word(items, nth, 1, WARPS)
@@ -60,8 +60,8 @@ def told_piece(items, nth, WARPS: gl.constexpr = 4):
 
 @gluon.jit
 def load_now(ptr, mask, other):
-    """What a kernel before the last one has written, in warps that have not waited for the last one: it is there, but
-    the multiprocessor's own cache may hold what was there before."""
+    """Load what a kernel before the last one wrote, in warps that have not waited for the last one: the data is in
+    memory, but this multiprocessor's own cache may hold an older copy."""
     return gl.load(ptr, mask=mask, other=other, cache_modifier=".cg")
 
 
@@ -77,12 +77,12 @@ def _bins(num_experts):
 
 @gluon.jit
 def _load_counts(lists, E: gl.constexpr, ROWS: gl.constexpr):
-    """Of each expert: how many pairs it has, and where its tiles end when all experts' are counted on."""
+    """For each expert: its number of pairs, and where its tiles end when tiles are numbered across all experts."""
     BINS: gl.constexpr = _bins(E)
     bins = gl.arange(0, BINS, gl.BlockedLayout([BINS // 32], [32], [1], [0]))
     counts = gl.minimum(load_now(lists.counts + bins * WORDS, bins < E, 0), lists.capacity)
     ends = gl.associative_scan((counts + ROWS - 1) // ROWS, 0, _add)
-    return counts, gl.minimum(ends, lists.most)  # counts of a void step may be any
+    return counts, gl.minimum(ends, lists.most)  # a void step's counts may be anything
 
 
 @gluon.jit
@@ -108,8 +108,8 @@ def produce_pieces(
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
 ):
-    """Producer of the first product, `UP`, whose gate has so many blocks of outputs, or of the second one, whose
-    weights begin to come while the first one ends, which had waited for the lists."""
+    """Producer of the first product (`UP`), whose gate has BLOCKS blocks of outputs, or of the second one, whose
+    weights start to load while the first one finishes: that has waited for the lists."""
     ROWS: gl.constexpr = ring.x.shape[1]
     PER_TILE: gl.constexpr = BLOCKS if UP else (BLOCKS + 1) // 2
     counts, ends = _load_counts(lists, E, ROWS)
@@ -125,14 +125,14 @@ def produce_pieces(
         work = up_work(piece, BLOCKS) if UP else down_work(piece, BLOCKS)
         at = produce(ring, w_desc, work, at, C, STAGES, TOGETHER)
         taken = gl.atomic_add(taken_ptr, 1, sem="relaxed")
-        gl.store(taken_ptr, 0, mask=taken == count - 1)  # nobody takes one after that
+        gl.store(taken_ptr, 0, mask=taken == count - 1)  # that was the last one to be taken
         item = gl.num_programs(0) + taken
     tell(items, nth, (-1, 0, 0, 0))
 
 
 @gluon.jit
 def up_work(piece, BLOCKS: gl.constexpr):
-    """A piece of work of the first product: a block of the gate and the same of up, which have so many each."""
+    """A piece of the first product: a block of gate and the same block of up; each has BLOCKS of them."""
     block = piece.number % BLOCKS
     gate = piece.expert * (2 * BLOCKS) + block
     return Work(piece.number // BLOCKS, block, gate, gate + BLOCKS)
@@ -149,7 +149,7 @@ def _token_of(piece, lane, pairs_ptr, slots_ptr, K: gl.constexpr):
 
 @gluon.jit
 def load_up(ring, scales, items, x, pairs_ptr, C: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr):
-    """Loader of the first product: tokens, from wherever they lie."""
+    """Loader of the first product: tokens, wherever they are."""
     x_ptr, x_scales_ptr, slots_ptr, block_stride = x
     lane, scale_lane = row_lanes(ring)
     nth = 0
@@ -171,8 +171,8 @@ def load_up(ring, scales, items, x, pairs_ptr, C: gl.constexpr, K: gl.constexpr,
 
 @gluon.jit
 def down_work(piece, BLOCKS: gl.constexpr):
-    """A piece of work of the second product: two of so many blocks. A last block without a neighbour is computed twice,
-    stored once."""
+    """A piece of the second product: two of BLOCKS blocks. A last block without a partner is computed twice and stored
+    once."""
     PER_TILE: gl.constexpr = (BLOCKS + 1) // 2
     block = piece.number % PER_TILE * 2
     first = piece.expert * BLOCKS

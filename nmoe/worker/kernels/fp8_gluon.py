@@ -1,13 +1,13 @@
-"""Products in FP8 on the GPU by warps with roles of their own, in Gluon: of more than a few tokens, as far as the
-library's products are no faster; see fp8_triton.py.
+"""Products in FP8 on the GPU with specialised warps, in Gluon: for more than a few tokens, where cuBLAS is not faster;
+see fp8_triton.py.
 
-    producer, one warp    weights, tokens and their scales, by TMA, into a ring of 128 inputs a stage
-    two warpgroups        the products, each for half of a tile's tokens; of few tokens the weights are the wide side of
-                          the matrix unit's products
+    producer, one warp    loads weights, tokens and their scales by TMA into a ring of 128 inputs per stage
+    two warpgroups        compute the products, each for half of a tile's tokens; with few tokens, the weights are the
+                          wide side of the tensor cores' products
 
-Programs compute tiles one after the other. The ring runs on from tile to tile, so the memory is busy while results are
-stored, and its first weights are on their way before the kernel before has ended. The arithmetic is scaled_product's in
-products_triton.py: 128 inputs from zero, times the scales, added in float32 in the order of the inputs.
+Programs compute one tile after another. The ring carries over from tile to tile, so the memory stays busy while results
+are stored, and its first weights are loading before the previous kernel has finished. The arithmetic is that of
+scaled_product in products_triton.py: 128 inputs summed from zero, times the scales, added in float32 in input order.
 
 Shape suffixes: T tokens, O outputs, I inputs, C blocks of I; of a tile N tokens; layout S of products.
 """
@@ -34,7 +34,7 @@ from nmoe.worker.kernels.warps_gluon import store, store_rows
 
 
 class _Ring(NamedTuple):
-    """Shared memory of a program."""
+    """A program's shared memory."""
 
     w: gl.shared_memory_descriptor  # [stages, O, 128]
     x: gl.shared_memory_descriptor  # [stages, N, 128]
@@ -44,12 +44,12 @@ class _Ring(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """A program's piece of work: a tile, and which blocks of its inputs."""
+    """A program's piece of work: a tile, and the range of its input blocks."""
 
     row: gl.tensor  # the first token
     block: gl.tensor  # of outputs
     split: gl.tensor
-    first: gl.tensor  # block of inputs
+    first: gl.tensor  # first block of inputs
     steps: gl.tensor
 
 
@@ -93,7 +93,7 @@ def _produce(
     PER_SPLIT: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Producer, which waits for the kernel before: others wait for what it brings."""
+    """Producer. It waits for the previous kernel; the other warps wait for its data."""
     w_desc, x_desc, scales_desc = descs
     ROWS: gl.constexpr = ring.x.shape[1]
     OUTPUTS: gl.constexpr = ring.w.shape[1]
@@ -123,8 +123,8 @@ def _produce(
 
 @gluon.jit
 def _multiply(ring, w_scales_ptr, piece, at, C: gl.constexpr, STAGES: gl.constexpr, mine: gl.constexpr):
-    """Warpgroup `mine`: the tile's outputs for its half of the tokens, as [64 outputs, N / 2] or, of 128 tokens, as
-    [64 tokens, outputs]. `at`: how many stages there were so far, given and returned."""
+    """Warpgroup `mine`: the tile's outputs for its half of the tokens, as [64 outputs, N / 2] or, for 128 tokens, as
+    [64 tokens, outputs]. `at` is the number of stages so far, passed in and returned."""
     OUTPUTS: gl.constexpr = ring.w.shape[1]
     HALF: gl.constexpr = ring.x.shape[1] // 2
     NARROW: gl.constexpr = OUTPUTS if HALF == 64 else HALF
@@ -150,7 +150,7 @@ def _multiply(ring, w_scales_ptr, piece, at, C: gl.constexpr, STAGES: gl.constex
             product = warpgroup_mma(w, x.permute((1, 0)), product, use_acc=False, is_async=True)
         product = warpgroup_mma_wait(0, deps=[product])
         mbarrier.arrive(ring.free.index(stage), count=1)
-        # The second wait waits for nothing: it keeps the sum before the next product, which takes the same registers.
+        # The second wait never blocks: it keeps the sum ahead of the next product, which reuses these registers.
         acc, product = warpgroup_mma_wait(0, deps=[acc + product * scale, product])
         at += 1
     return acc, at
@@ -158,7 +158,7 @@ def _multiply(ring, w_scales_ptr, piece, at, C: gl.constexpr, STAGES: gl.constex
 
 @gluon.jit
 def _store_many(out_ptr, tokens, piece, row, acc, O: gl.constexpr):  # noqa: E741 as everywhere here
-    """64 tokens from `row` on."""
+    """Store 64 tokens, starting at `row`."""
     S: gl.constexpr = acc.type.layout
     token = row + gl.arange(0, 64, gl.SliceLayout(1, S))
     output = piece.block * acc.shape[1] + gl.arange(0, acc.shape[1], gl.SliceLayout(0, S))
@@ -179,7 +179,7 @@ def _compute(
     STAGES: gl.constexpr,
     mine: gl.constexpr,
 ):
-    """Warpgroup `mine`, 0 or 1. `sizes`: tokens, tiles of them, pieces of work."""
+    """Warpgroup `mine`, 0 or 1. `sizes`: numbers of tokens, of tiles of tokens, and of pieces of work."""
     tokens, row_tiles, items = sizes
     ROWS: gl.constexpr = ring.x.shape[1]
     BYTES: gl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth // 8
@@ -215,7 +215,7 @@ def _linear_kernel(
     WORKER_REGISTERS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
-    """x @ w^T, or the terms of it of each split, [SPLITS, T, O]."""
+    """x @ w^T, or its terms, one per split, [SPLITS, T, O]."""
     ring = _make_ring(w_desc, x_desc, scales_desc, STAGES)
     descs = (w_desc, x_desc, scales_desc)
     sizes = (tokens, row_tiles, items)
@@ -231,7 +231,7 @@ def _linear_kernel(
 
 
 class Form(NamedTuple):
-    """A tile, how many stages of 128 inputs are held of it, and registers per thread; see `Form` in warps_gluon.py."""
+    """A tile, its stages of 128 inputs in the ring, and registers per thread; see `Form` in warps_gluon.py."""
 
     outputs: int
     rows: int
@@ -241,11 +241,11 @@ class Form(NamedTuple):
     other_registers: int
 
     def tiles(self, tokens: int, outputs: int) -> int:
-        """How many there are."""
+        """The number of tiles."""
         return -(-tokens // self.rows) * -(-outputs // self.outputs)
 
 
-# benchmarks/LOG.md has the times of these and others.
+# benchmarks/LOG.md has timings of these and other forms.
 SOME = Form(64, 64, 12, 88, 104, 40)
 MANY = Form(128, 128, 6, 152, 200, 40)
 
@@ -255,8 +255,8 @@ def _layout(rows: int) -> gl.NVMMASharedLayout:
 
 
 def linear_by_warps(x: Quantised, weight: BlockFP8, out: torch.Tensor, form: Form, per_split: int) -> None:
-    """x @ weight^T into `out`, [T, O] of any type; or, where `per_split` blocks of the inputs are fewer than all, the
-    product of each so many, float32 [splits, T, O]. T is not 0, I a multiple of 128; any number of outputs."""
+    """x @ weight^T into `out`, [T, O] of any dtype; or, if `per_split` is less than the number of input blocks, each
+    split's product, float32 [splits, T, O]. T is not 0, I is a multiple of 128, O is arbitrary."""
     tokens, (outputs, inputs) = len(x.x_TI), weight.values.shape
     splits = triton.cdiv(inputs // BLOCK, per_split)
     items = form.tiles(tokens, outputs) * splits

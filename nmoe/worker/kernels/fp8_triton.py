@@ -1,8 +1,8 @@
 """FP8 products on the GPU: activations quantised per token and 128 columns; `fp8.py` is the reference.
 
-Few tokens are multiplied here, more by the warps of fp8_gluon.py, and by the library where there are tiles for most
-multiprocessors. Where there are not, a product is cut along its inputs as well, so that every multiprocessor reads
-weights, and the pieces are added in their order; of the exact class it takes the smaller tiles here.
+Products of few tokens are computed here, those of more tokens by the warps of fp8_gluon.py, or by cuBLAS if there are
+tiles for most multiprocessors. If there are not, a product is also split along its inputs, so that every multiprocessor
+reads weights, and the parts are added in order; the exact class uses the smaller tiles here instead.
 
 Shape suffixes: T tokens, O outputs, I inputs, B and C blocks of O and of I.
 """
@@ -21,20 +21,20 @@ from nmoe.worker.kernels.products_triton import by_rows, empty_tile, scaled_prod
 
 _GROUPS = 16  # of 128 columns, per program of the quantisation
 _ADDED = 512  # elements, per program of the sum of the splits
-# Measured at V3's shapes; benchmarks/LOG.md has the table.
-_SPLITS_OF_LIBRARY = 2  # of a product that could be cut into more, the library's is slower
-_LEAST_TILES = 0.4  # per multiprocessor, of an exact product by warps
+# Measured at DeepSeek-V3's shapes; benchmarks/LOG.md has the table.
+_SPLITS_OF_LIBRARY = 2  # cuBLAS is slower for a product that could be split further
+_LEAST_TILES = 0.4  # per multiprocessor, for an exact product by warps
 
 
 @triton.jit
 def scales_of(x):
-    """What blocks, float32 [N, 128], are divided by to become FP8, float32 [N]; as in fp8.py's `quantise_rows`."""
+    """The divisors that convert blocks, float32 [N, 128], to FP8, float32 [N]; as in fp8.py's `quantise_rows`."""
     return tl.maximum(tl.max(tl.abs(x), 1), 1e-12) / 448.0
 
 
 @triton.jit
 def store_quantised(x, group, inside, values_ptr, scales_ptr, token, scales_stride, C: tl.constexpr):
-    """Blocks of a token, float32 [N, 128], which are its `group`, [N], where they are `inside`: see `Quantised`."""
+    """Quantise and store blocks of a token, float32 [N, 128], numbered `group` [N], where `inside`: see `Quantised`."""
     scale = scales_of(x)
     at = values_ptr + token * (C * 128) + group[:, None] * 128 + tl.arange(0, 128)[None, :]
     tl.store(at, (x / scale[:, None]).to(tl.float8e4nv), mask=inside[:, None])
@@ -102,7 +102,7 @@ def _add_kernel(parts_ptr, out_ptr, tokens, O: tl.constexpr, SPLITS: tl.constexp
 
 
 def room_for(x_TI: torch.Tensor) -> Quantised:
-    """Memory for its quantised form."""
+    """Allocate its quantised form."""
     tokens, inputs = x_TI.shape
     rows = triton.cdiv(tokens, ALIGNED_ROWS) * ALIGNED_ROWS
     values_PI = x_TI.new_empty(rows, inputs, dtype=torch.float8_e4m3fn)
@@ -110,7 +110,7 @@ def room_for(x_TI: torch.Tensor) -> Quantised:
 
 
 def quantise(x: Activations) -> Quantised:
-    """See fp8.py's `quantise_rows`. Rows may lie apart; nothing is done twice."""
+    """See fp8.py's `quantise_rows`. Rows need not be contiguous; does nothing if already quantised."""
     if isinstance(x, Quantised):
         return x
     (tokens, inputs), out = x.shape, room_for(x)
@@ -144,7 +144,7 @@ def linear(x: Activations, weight: BlockFP8) -> torch.Tensor:
 
 
 def linear_exact(x: Activations, weight: BlockFP8) -> torch.Tensor:
-    """The same, never split along the inputs: a row's bits depend on nothing else. See linear_exact_triton.py."""
+    """`linear`, never split along the inputs: a row's bits depend on nothing else. See linear_exact_triton.py."""
     quantised, (outputs, inputs) = quantise(x), weight.values.shape
     tokens, blocks, programs = len(quantised.x_TI), inputs // BLOCK, multiprocessors(weight.values.device)
     if FEW_TOKENS < tokens <= SOME.rows:
@@ -156,7 +156,7 @@ def linear_exact(x: Activations, weight: BlockFP8) -> torch.Tensor:
 
 
 def _by_tiles(x: Quantised, weight: BlockFP8, columns: int, per_split: int) -> torch.Tensor:
-    """In tiles of `columns` outputs, `per_split` blocks of the inputs in each."""
+    """Compute in tiles of `columns` outputs, with `per_split` blocks of inputs each."""
     tokens, (outputs, inputs) = len(x.x_TI), weight.values.shape
     rows, blocks = FEW_TOKENS if tokens <= FEW_TOKENS else 128, inputs // BLOCK
     splits = triton.cdiv(blocks, per_split)
@@ -184,7 +184,7 @@ def _by_tiles(x: Quantised, weight: BlockFP8, columns: int, per_split: int) -> t
 
 
 def _by_warps(x: Quantised, weight: BlockFP8, form: Form, per_split: int) -> torch.Tensor:
-    """The same in the tiles of fp8_gluon.py."""
+    """Compute in the tiles of fp8_gluon.py."""
     outputs, inputs = weight.values.shape
     into = _room(x, outputs, triton.cdiv(inputs // BLOCK, per_split))
     linear_by_warps(x, weight, into, form, per_split)
@@ -192,7 +192,7 @@ def _by_warps(x: Quantised, weight: BlockFP8, form: Form, per_split: int) -> tor
 
 
 def _room(x: Quantised, outputs: int, splits: int) -> torch.Tensor:
-    """For the product, [T, O], or for each split's, float32 [splits, T, O]."""
+    """Allocate the product, [T, O], or each split's, float32 [splits, T, O]."""
     tokens = len(x.x_TI)
     if splits == 1:
         return x.x_TI.new_empty(tokens, outputs)
@@ -200,7 +200,7 @@ def _room(x: Quantised, outputs: int, splits: int) -> torch.Tensor:
 
 
 def _summed(into: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The product, of what `_room` gave."""
+    """The product, from what `_room` allocated."""
     if into.dim() == 2:
         return into
     splits, tokens, outputs = into.shape
@@ -213,13 +213,13 @@ def _summed(into: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _library_takes(weight: BlockFP8) -> bool:
-    """Scales in sixteen bytes, outputs too."""
+    """cuBLAS needs rows of scales in multiples of 16 bytes, and a multiple of 16 outputs."""
     outputs, inputs = weight.values.shape
     return inputs % (4 * BLOCK) == 0 and outputs % 16 == 0
 
 
 def _library_product(x: Quantised, weight: BlockFP8) -> torch.Tensor:
-    """cuBLAS's, whose neighbouring multiprocessors share what they read: half of what other tiles want of the L2."""
+    """cuBLAS's product: its neighbouring multiprocessors share what they read, for half the L2 reads of our tiles."""
     out_PO = F.scaled_mm(
         x.values_PI,
         weight.values.t(),

@@ -1,12 +1,12 @@
-"""What kernels in Gluon have in common on Hopper: copies into shared memory by whoever makes them, and the wait for the
-kernel before.
+"""What the Gluon kernels share on Hopper: copies into shared memory, by TMA or by threads, and the wait for the kernel
+before.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, tma
 
-# Their names before Triton 3.9 are the second ones.
+# Before Triton 3.9 they have the second names.
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # descriptor, where, barrier, to
 gather = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # to, pointers, mask
 

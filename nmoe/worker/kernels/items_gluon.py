@@ -1,7 +1,7 @@
-"""Pieces of work that programs take as they come to them, in Gluon: a program that begins late, or shares its
-multiprocessor, then takes fewer.
+"""Dynamic work distribution in Gluon: programs take pieces of work one at a time, so a program that starts late, or
+shares its multiprocessor, takes fewer.
 
-The producer warp takes the numbers, from a counter in memory as a rule, and tells the program's other warps.
+The producer warp draws the numbers, usually from a counter in memory, and passes them to the program's other warps.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 
 class Items(NamedTuple):
-    """Shared memory: which pieces the producer has taken for the program, the last two, in so many words W each."""
+    """Shared memory: the last two pieces that the producer has taken for the program, in W words each."""
 
     words: gl.shared_memory_descriptor  # [2 * W, 1]
     # Barriers
@@ -22,7 +22,7 @@ class Items(NamedTuple):
 
 @gluon.jit
 def make_items(READERS: gl.constexpr, WORDS: gl.constexpr = 1):
-    """None taken yet. So many groups of warps will be told, so many words about each."""
+    """Start with none taken. READERS groups of warps will read each piece, in WORDS words."""
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     items = Items(
         words=gl.allocate_shared_memory(gl.int32, [2 * WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0])),
@@ -37,7 +37,7 @@ def make_items(READERS: gl.constexpr, WORDS: gl.constexpr = 1):
 
 @gluon.jit
 def tell(items, nth, words):
-    """Producer: which piece is the program's `nth`, in a tuple of words."""
+    """Producer: publish the program's `nth` piece, as a tuple of words."""
     WORD: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     mbarrier.wait(items.free.index(nth % 2), (nth // 2 & 1) ^ 1)
     for i in gl.static_range(len(words)):
@@ -47,7 +47,7 @@ def tell(items, nth, words):
 
 @gluon.jit
 def told(items, nth):
-    """A warpgroup: the same, where it is one word."""
+    """A warpgroup: wait for and return the `nth` piece, if it is a single word."""
     wait_for_item(items, nth)
     item = read_word(items, nth, 0, 4)
     release_item(items, nth)
@@ -56,18 +56,18 @@ def told(items, nth):
 
 @gluon.jit
 def wait_for_item(items, nth):
-    """A reader that reads words by itself: before these."""
+    """A reader that uses `read_word`: call this first."""
     mbarrier.wait(items.there.index(nth % 2), nth // 2 & 1)
 
 
 @gluon.jit
 def read_word(items, nth, i: gl.constexpr, WARPS: gl.constexpr):
-    """One of the words."""
+    """One word of the `nth` piece."""
     WORDS: gl.constexpr = items.words.shape[0] // 2
     return gl.max(items.words.index(nth % 2 * WORDS + i).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
 
 
 @gluon.jit
 def release_item(items, nth):
-    """After them."""
+    """A reader that uses `read_word`: call this last."""
     mbarrier.arrive(items.free.index(nth % 2), count=1)

@@ -1,12 +1,12 @@
-"""The likeliest tokens of rows on the GPU, in two launches; `likeliest` in records.py is the reference.
+"""The likeliest tokens of each row on the GPU, in two launches; `likeliest` in records.py is the reference.
 
-Tokens have distinct keys: the order of their logits first, of equal ones the lower id. A row's vocabulary is cut into
-blocks, and each block's greatest key, its peak, is found: the logits are read once. Let T be the k-th greatest peak. k
-keys are not less than T, being peaks, so none of the row's k greatest keys is less than T; and a block with a key not
-less than T has such a peak, so it is one of the k blocks whose peaks those are. Hence only these blocks are read again,
-and only their keys from T on are sorted: a few more than k of them, or in the worst case all.
+Tokens have distinct keys: ordered by logit, then lower id first. A row's vocabulary is divided into blocks, and each
+block's greatest key, its peak, is found; this reads the logits once. Let T be the k-th greatest peak. The k greatest
+peaks are keys not less than T, so none of the row's k greatest keys is less than T; and a block with a key not less
+than T has a peak not less than T, so it is one of the k blocks with those peaks. Hence only these blocks are read
+again, and only their keys from T up are sorted: a few more than k, or in the worst case all of them.
 
-A program goes through one row, or one part of it, and compares keys, no two of them equal: its result depends on
+A program processes one row, or one part of it, and compares keys, no two of which are equal: its result depends on
 nothing else, in whatever order it is found.
 
 Shape suffixes as in records.py, B blocks of a row, and Q keys that may have to be sorted.
@@ -20,9 +20,9 @@ from nmoe.worker.kernels.early import early
 from nmoe.worker.sampler import ID_BITS
 
 _BLOCK = 128  # tokens
-_PART = 32  # blocks of a program that finds peaks
+_PART = 32  # blocks per program that finds peaks
 _FEWEST = 32  # k is rounded up to a power of two, and to this: fewer kernels to compile
-_WARPS = 16  # of a row: 128 blocks are read at once
+_WARPS = 16  # per row: 128 blocks are read at once
 _ID_BITS, _LAST_ID = tl.constexpr(ID_BITS), tl.constexpr((1 << ID_BITS) - 1)
 _LOWEST = tl.constexpr(-(1 << 31))  # below the order of any logit
 _NONE = tl.constexpr(-(1 << 31 + ID_BITS))  # below the key of any token
@@ -30,15 +30,15 @@ _NONE = tl.constexpr(-(1 << 31 + ID_BITS))  # below the key of any token
 
 @triton.jit
 def _order(logits):
-    """int32 in the order of the logits. One that is no number is the largest."""
-    logits = logits.to(tl.float32) + 0.0  # minus zero is zero
+    """int32 in the order of the logits. NaN is the largest."""
+    logits = logits.to(tl.float32) + 0.0  # -0.0 becomes 0.0
     bits = logits.to(tl.int32, bitcast=True)
     return tl.where(logits == logits, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
 
 
 @triton.jit
 def _keys(orders, ids):
-    """int64, from the order of the logits and the ids, both int32."""
+    """int64 keys from the order of the logits and the ids, both int32."""
     return (orders.to(tl.int64) << _ID_BITS) | (ids ^ _LAST_ID)
 
 
@@ -66,7 +66,7 @@ def _peaks_kernel(logits_ptr, rows_ptr, peaks_ptr, vocab, blocks, BLOCK: tl.cons
 
 @triton.jit
 def _greatest(keys_ptr, num_keys, K: tl.constexpr):
-    """The K greatest of these keys, descending, int64 [K], filled up with `_NONE`."""
+    """The K greatest of these keys, descending, int64 [K], padded with `_NONE`."""
     best = tl.full([K], _NONE, tl.int64)
     lane = tl.arange(0, K)
     for start in range(0, num_keys, K):
@@ -89,7 +89,7 @@ def _likeliest_kernel(
     BLOCK: tl.constexpr,
     K: tl.constexpr,
 ):
-    """A program per row: its `count` likeliest ids. What it sorts goes through `kept_ptr`, K * BLOCK keys of a row."""
+    """One program per row: its `count` likeliest ids. Keys to sort pass through `kept_ptr`, K * BLOCK per row."""
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
     n = tl.program_id(0).to(tl.int64)
@@ -106,13 +106,13 @@ def _likeliest_kernel(
     ends = (tl.cumsum(counts, 0) - counts)[:, None] + tl.cumsum(keep.to(tl.int32), 1)
     kept_ptr += n * (K * BLOCK)
     tl.store(kept_ptr + ends - 1, keys, mask=keep)
-    tl.debug_barrier()  # what one thread wrote others read
+    tl.debug_barrier()  # threads read what other threads wrote
     best = _greatest(kept_ptr, tl.sum(counts, 0), K)
     tl.store(ids_ptr + n * count + place, _ids(best).to(tl.int64), mask=place < count)
 
 
 def likeliest(logits_SV: torch.Tensor, rows_N: torch.Tensor, count: int) -> torch.Tensor:
-    """See records.py. Rows of `logits_SV` lie end to end, bfloat16 or float32; `count` is at most V."""
+    """See records.py. `logits_SV` is contiguous, bfloat16 or float32; `count` is at most V."""
     num_rows, vocab = len(rows_N), logits_SV.shape[1]
     most = max(_FEWEST, triton.next_power_of_2(count))
     blocks = triton.cdiv(vocab, _BLOCK)

@@ -1,9 +1,9 @@
-"""Products of the exact class on the GPU: an element's bits follow from its row and its weights alone (docs/exact.md).
+"""Products of the exact class on the GPU: an element's bits depend on its row and weights only (docs/exact.md).
 
-Every tile adds along the inputs in their order, 16 at a time, into one float32 accumulator; measured on Hopper, the
-matrix unit then gives an element the same bits in tiles of any shape, transposed or not, by wgmma or by mma.sync. So
-the tiles may follow the outputs, and nothing is ever split along the inputs. That is as true of the library's products
-once they are forbidden to split: they take more than few tokens.
+Every tile adds along the inputs in order, 16 at a time, into one float32 accumulator; measured on Hopper, the tensor
+cores then give an element the same bits in tiles of any shape, transposed or not, with wgmma or mma.sync. So the tiles
+may depend on the outputs, and nothing is ever split along the inputs. The same holds for cuBLAS once it is forbidden to
+split; it is used for more than a few tokens.
 
 Shape suffixes: T tokens, O outputs, I inputs.
 """
@@ -28,7 +28,7 @@ class _Tile(NamedTuple):
     warps: int
     stages: int
     transposed: bool
-    least: int = 0  # tiles that there must be to fill the multiprocessors, or the next one is taken
+    least: int = 0  # minimum number of tiles to fill the multiprocessors; with fewer, the next form is used
 
 
 _TILES = _Tile(128, 64, 4, 5, True, least=120), _Tile(32, 256, 4, 4, False, least=120), _Tile(16, 256, 2, 4, False)
@@ -36,9 +36,9 @@ _TILES = _Tile(128, 64, 4, 5, True, least=120), _Tile(32, 256, 4, 4, False, leas
 
 @contextlib.contextmanager
 def _unsplit() -> Iterator[None]:
-    """The library's products within add along all inputs in one accumulator. Only cuBLASLt can be told, by the kinds of
-    reduction that it may use; torch fails if another library is to be told."""
-    if torch.backends.cuda.preferred_blas_library() != torch._C._BlasBackend.Cublaslt:  # in the workers it is: envs.py
+    """Within this context cuBLAS adds along all inputs in one accumulator. Only cuBLASLt can be
+    restricted, through the kinds of reduction it may use; torch fails if that is asked of another library."""
+    if torch.backends.cuda.preferred_blas_library() != torch._C._BlasBackend.Cublaslt:  # not in workers: envs.py
         torch.backends.cuda.preferred_blas_library("cublaslt")
     matmul = torch.backends.cuda.matmul
     allowed = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction_split_k
@@ -86,7 +86,7 @@ def _linear_kernel(
 
 
 def linear_into(x_TI: torch.Tensor, weight_OI: torch.Tensor, out_TO: torch.Tensor) -> None:
-    """x @ weight^T into `out_TO`. Rows of `x_TI` may lie apart; I is a multiple of 8."""
+    """x @ weight^T into `out_TO`. Rows of `x_TI` need not be contiguous; I is a multiple of 8."""
     tokens, (outputs, inputs) = len(x_TI), weight_OI.shape
     if not tokens:
         return

@@ -1,8 +1,8 @@
-"""x @ weight^T in bfloat16 for some tokens, its inputs shared out among programs, in Gluon: what goes into a residual
-sum, whose norm adds the parts.
+"""x @ weight^T in bfloat16 for a moderate number of tokens, with the inputs divided among programs, in Gluon: for
+products added to the residual, where the next norm adds the parts.
 
-A program has 64 outputs and 512 inputs, whose weights are on their way before the kernel before has ended. The library
-gives a tile all of the inputs, so it has too few programs to ask the memory for as much as it can give.
+A program has 64 outputs and 512 inputs, whose weights are loading before the previous kernel has finished. cuBLAS
+gives each tile all inputs, so it has too few programs to saturate the memory.
 
 Shape suffixes: T tokens, O outputs, I inputs, P parts; of a program N tokens.
 """
@@ -26,7 +26,7 @@ from nmoe.worker.kernels.warps_gluon import store, store_rows
 
 _OUTPUTS, _SPAN, _DEPTH = 64, 512, 64
 _STEPS = gl.constexpr(_SPAN // _DEPTH)
-_MOST_TOKENS = 128  # every program reads its inputs of all of them: of more, the library's larger tiles read less
+_MOST_TOKENS = 128  # every program reads its inputs of all tokens; beyond this, cuBLAS's larger tiles read less
 
 
 @gluon.jit(do_not_specialize=["tokens"])
@@ -65,7 +65,7 @@ def _descriptor(matrix: torch.Tensor, rows: int) -> TensorDescriptor:
 
 
 def parts_of(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor | None:
-    """The product's parts [T, P, O], to be added in float32; None where another way is faster."""
+    """The product's parts [T, P, O], to be added in float32; None if another method is faster."""
     tokens, (outputs, inputs) = len(x_TI), weight_OI.shape
     if not FEW_TOKENS < tokens <= _MOST_TOKENS or outputs % _OUTPUTS or inputs % _SPAN:
         return None

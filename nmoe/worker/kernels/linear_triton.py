@@ -1,7 +1,7 @@
-"""x @ weight^T for few tokens, bound by reading the weights; above that, the library's product.
+"""x @ weight^T for few tokens, bound by reading the weights; for more tokens, cuBLAS.
 
-A program takes few outputs, so that there are more programs than multiprocessors whatever the shape, and its warps
-split the inputs between them. Where its weights fit, they are read while the kernel before it still runs.
+A program computes few outputs, so that any shape makes more programs than multiprocessors, and its warps divide the
+inputs among themselves. If its weights fit, they are read while the previous kernel still runs.
 
 Shape suffixes: T tokens, O outputs, I inputs.
 """
@@ -18,7 +18,7 @@ from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.products_triton import load_tiles
 
 _COLUMNS, _PARTS, _DEPTH = 16, 4, 64
-_AHEAD = 2048  # inputs; a program's weights then fit into its registers and shared memory
+_AHEAD = 2048  # inputs; up to this, a program's weights fit into its registers and shared memory
 _DEPTH_AHEAD = 256
 
 
@@ -37,7 +37,7 @@ def _few_tokens_kernel(
     DEPTH: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """`AHEAD`: all of a program's weights, which no kernel writes, are on their way before the wait."""
+    """`AHEAD`: all of a program's weights, which no kernel writes, start loading before the wait."""
     SPAN: tl.constexpr = I // PARTS
     output = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     token = tl.arange(0, ROWS)
@@ -66,7 +66,7 @@ def _few_tokens_kernel(
 
 
 def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """x @ weight^T, [T, O]. Rows of `x_TI` may lie apart."""
+    """x @ weight^T, [T, O]. Rows of `x_TI` need not be contiguous."""
     tokens, (outputs, inputs) = len(x_TI), weight_OI.shape
     if not 0 < tokens <= FEW_TOKENS or inputs % (_PARTS * _DEPTH):
         return F.linear(x_TI, weight_OI)

@@ -1,7 +1,7 @@
-"""Every expert's list of pairs, made by the kernels that learn which experts a token has, and read in tiles of rows;
-`lists.py` says what they are.
+"""Every expert's list of pairs, built by the kernels that learn a token's experts, and read in tiles of rows; see
+`lists.py` for the format.
 
-Which kernel does what: one sets the counts to zero, a later one adds pairs, and after that one they are read.
+One kernel zeroes the counts, a later one adds pairs, and kernels after that read them.
 
 Shape suffixes as in lists.py.
 """
@@ -16,7 +16,7 @@ WORDS = tl.constexpr(lists.WORDS)
 
 @triton.jit
 def clear_counts(counts_ptr, count, program, programs, BLOCK: tl.constexpr):
-    """Set so many words to zero; each of the programs takes a part."""
+    """Zero `count` words; each program takes a share."""
     for first in range(program * BLOCK, count, programs * BLOCK):
         word = first + tl.arange(0, BLOCK)
         tl.store(counts_ptr + word, tl.zeros([BLOCK], tl.int32), mask=word < count)
@@ -24,17 +24,17 @@ def clear_counts(counts_ptr, count, program, programs, BLOCK: tl.constexpr):
 
 @triton.jit
 def add_pairs(ids, pairs, exist, counts_ptr, pairs_ptr, capacity):
-    """Add these pairs to their experts' lists. Of ids that are no router's, one may come more often than a list is
-    long; what does not fit is left out."""
+    """Add these pairs to their experts' lists. If the ids are not a router's, one may occur more often than its list is
+    long; what does not fit is dropped."""
     place = tl.atomic_add(counts_ptr + ids * WORDS, 1, mask=exist, sem="relaxed")
     tl.store(pairs_ptr + ids * capacity + place, pairs, mask=exist & (place < capacity))
 
 
 @triton.jit
 def load_counts(counts_ptr, capacity, most, E: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr):
-    """Of each expert: how many pairs it has, and where its tiles end when all experts' are counted on, up to the `most`
-    that there is room for: counts of a void step may be any. Also before the wait (early.py) of a kernel behind the
-    first that reads them."""
+    """For each expert: its number of pairs, and where its tiles end when tiles are numbered across all experts, up to
+    the `most` that there is room for, because a void step's counts may be anything. A kernel after the first one that
+    reads them may call this before its wait (early.py)."""
     bins = tl.arange(0, BINS)
     counts = tl.load(counts_ptr + bins * WORDS, mask=bins < E, other=0, cache_modifier=".cg")
     counts = tl.minimum(counts, capacity)
@@ -43,7 +43,7 @@ def load_counts(counts_ptr, capacity, most, E: tl.constexpr, BINS: tl.constexpr,
 
 @triton.jit
 def find_tile(tile, counts, ends, ROWS: tl.constexpr):
-    """A tile's expert, its first place in that expert's list, and how many are left from there on."""
+    """A tile's expert, its first place in that expert's list, and how many pairs are left from there on."""
     past = ends <= tile
     expert = tl.sum(past.to(tl.int32), 0)
     first = (tile - tl.max(tl.where(past, ends, 0), 0)) * ROWS

@@ -1,9 +1,9 @@
 """Multi-head latent attention over the paged cache (arXiv 2405.04434, section 2.1), in two equivalent forms.
 
-A cache row holds the normalised latent c and the roped key k of a token, shared by all heads. The *expanded* form
-computes each head's keys [W_UK c ; k] and values W_UV c and attends as usual. The *absorbed* form moves W_UK to the
-query and W_UV behind the sum, and attends to the cache rows themselves: nothing per head is ever made of the context,
-but a query-key pair costs more. Both are the same function; only the rounding differs.
+A cache row holds a token's normalised latent c and roped key k, shared by all heads. The *expanded* form computes each
+head's keys [W_UK c ; k] and values W_UV c, then attends as usual. The *absorbed* form moves W_UK into the query and
+W_UV after the sum, and attends to the cache rows themselves: nothing per head is ever computed from the context, but
+each query-key pair costs more. Both compute the same function; only the rounding differs.
 
 Shape suffixes: T queries, R rows (requests), J positions of a context, H heads, N nope dimensions, P rope dimensions,
 Q = N + P, L latent, C = L + P, V value dimensions, X = N + V.
@@ -16,13 +16,13 @@ import torch.nn.functional as F
 
 from nmoe.architecture import Architecture
 
-LATENT_EPS = 1e-6  # of the two latent norms, whatever rms_norm_eps says; transformers' modeling_deepseek_v3.py
-_TILE = 256  # queries whose scores exist at one time
+LATENT_EPS = 1e-6  # of the two latent norms, regardless of rms_norm_eps; transformers' modeling_deepseek_v3.py
+_TILE = 256  # queries whose scores exist at a time
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Up:
-    """The two halves of kv_b_proj, views of one tensor, and the factor of the scores."""
+    """The two halves of kv_b_proj, views of one tensor, and the scale of the scores."""
 
     w_HXL: torch.Tensor
     w_uk_HNL: torch.Tensor
@@ -38,7 +38,7 @@ class Up:
 
 
 def absorbed_is_cheaper(num_queries: int, context: int, architecture: Architecture) -> bool:
-    """The cost rule: which form needs fewer multiplications for a chunk of `num_queries` that ends at `context`.
+    """The cost rule: whether the absorbed form multiplies less for a chunk of `num_queries` that ends at `context`.
 
     Per head and query-key pair the absorbed form takes C + L against Q + V; but it maps the queries through W_UK and
     their results through W_UV where the expanded form maps every position of the context.
@@ -63,16 +63,16 @@ def values_of_latents(latent_THL: torch.Tensor, up: Up) -> torch.Tensor:
 
 
 def absorbed_decode(q_RHC: torch.Tensor, context_RJC: torch.Tensor, hidden_R1J: torch.Tensor, up: Up) -> torch.Tensor:
-    """One query per row against its own context: attended latents [R, H, L].
+    """One query per row against its own context. Returns attended latents, [R, H, L].
 
-    `hidden_R1J` is 0 where the position exists and -inf where it does not; what lies there must be finite.
+    `hidden_R1J` is 0 where the position exists and -inf where it does not; what is stored there must be finite.
     """
     scores_RHJ = torch.baddbmm(hidden_R1J, q_RHC, context_RJC.transpose(1, 2), alpha=up.scale)
     return torch.bmm(_softmax(scores_RHJ), context_RJC[..., : up.w_HXL.shape[-1]])
 
 
 def absorbed_chunk(q_THC: torch.Tensor, context_JC: torch.Tensor, up: Up) -> torch.Tensor:
-    """A chunk, the last T positions of its context of J, causally: attended latents [T, H, L]."""
+    """A chunk, the last T positions of its context of J, attended causally. Returns attended latents, [T, H, L]."""
     heads = q_THC.shape[1]
     keys_HCJ = context_JC.t().expand(heads, -1, -1)
     values_HJL = context_JC[:, : up.w_HXL.shape[-1]].expand(heads, -1, -1)
@@ -82,7 +82,7 @@ def absorbed_chunk(q_THC: torch.Tensor, context_JC: torch.Tensor, up: Up) -> tor
 def expanded_chunk(
     q_nope_THN: torch.Tensor, q_rope_THP: torch.Tensor, context_JC: torch.Tensor, up: Up
 ) -> torch.Tensor:
-    """A chunk, the last T positions of its context of J, causally: attended values [T, H, V].
+    """A chunk, the last T positions of its context of J, attended causally. Returns attended values, [T, H, V].
 
     A chunk that is its whole context is a full prefill.
     """

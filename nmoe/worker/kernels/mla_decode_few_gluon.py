@@ -1,13 +1,13 @@
-"""Absorbed latent attention of one query per row over pages, for 16 heads, in Gluon: memory bounds it.
+"""Absorbed latent attention of one query per row over pages, for 16 heads, in Gluon; memory-bound.
 
-    producer, one warp   tiles of positions from the pages into a ring, and queries
-    one warpgroup        the tiles, in the order of the positions
+    producer, one warp   loads tiles of positions from the pages into a ring, and queries
+    one warpgroup        processes the tiles, in position order
 
-Two programs share a multiprocessor. The ring runs on from row to row, and its first tiles are on their way before the
-kernel before has ended: only the step's newest positions are that kernel's, so all before them may be read.
+Two programs share a multiprocessor. The ring carries over from row to row, and its first tiles are loading before the
+previous kernel has finished: only the step's newest positions are written by that kernel, so earlier ones may be read.
 
-How the rows' contexts are cut into equal parts is mla_decode_triton.py's. Shape suffixes as there; layout M of the
-matrix unit's products, heads times whatever.
+mla_decode_triton.py describes how the rows' contexts are cut into equal parts. Shape suffixes as there; layout M of the
+tensor cores' products, heads times anything.
 """
 
 import math
@@ -31,18 +31,18 @@ HEADS = 16
 _HEADS, _TILE = gl.constexpr(HEADS), gl.constexpr(TILE)
 _STAGES = 2
 _PROGRAMS = 2  # per multiprocessor
-_REGISTERS = 128  # per thread as the program begins, of all 256; the warpgroup takes most of the others'
+_REGISTERS = 128  # per thread when the program starts, all 256 of them; the warpgroup takes most of the others'
 
 
 class _Shared(NamedTuple):
-    """Shared memory. Latents lie in quarters of their columns."""
+    """Shared memory. Latents are stored in quarters of their columns."""
 
     q_latent: gl.shared_memory_descriptor  # [4, H, L / 4]
     q_rope: gl.shared_memory_descriptor  # [1, H, P]
     k_latent: gl.shared_memory_descriptor  # [stages * 4, tile, L / 4]
     k_rope: gl.shared_memory_descriptor  # [stages, tile, P]
     # Barriers
-    q_bars: gl.shared_memory_descriptor  # [2]: queries are there, free
+    q_bars: gl.shared_memory_descriptor  # [2]: queries are present; are free
     filled: gl.shared_memory_descriptor  # [stages]
     free: gl.shared_memory_descriptor  # [stages]
 
@@ -120,7 +120,7 @@ def _scores(shared, stage, M: gl.constexpr):
     A: gl.constexpr = gl.DotOperandLayout(0, M, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, M, 2)
     q_rope = shared.q_rope.reshape([_HEADS, shared.k_rope.shape[2]]).load(A)
-    # Two sums, since a product waits for the one before it in the same sum.
+    # Two accumulators, because a product waits for the previous one in the same accumulator.
     zeros = gl.zeros([_HEADS, _TILE], gl.float32, M)
     even = mma_v2(q_rope, shared.k_rope.index(stage).permute((1, 0)).load(B), zeros)
     odd = zeros
@@ -227,7 +227,7 @@ def _decode_kernel(
 
 
 def num_parts(multiprocessors: int, heads: int) -> int:
-    """Into how many parts the contexts are cut."""
+    """The number of parts that the contexts are cut into."""
     return _PROGRAMS * multiprocessors
 
 
@@ -241,8 +241,8 @@ def attend_parts(
     scale: float,
     parts: Parts,
 ) -> None:
-    """The rows' attended latents into `parts`, all but its prefix and `whole_HRL`. H is 16. Every row has a context of
-    at least one position: the warps would wait for ever for a tile of none."""
+    """The rows' attended latents into `parts`, everything but its prefix and `whole_HRL`. H is 16. Every row must have
+    a context of at least one position: the warps would wait forever for an empty tile."""
     heads, rows, latent = q_latent_HRL.shape
     rope, quarter = rows_KC.shape[1] - latent, latent // 4
     q_rope = [1, heads, rope]

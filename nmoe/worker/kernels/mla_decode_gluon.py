@@ -1,7 +1,7 @@
-"""Absorbed latent attention of one query per row over pages, for many heads: warps with roles of their own, in Gluon.
+"""Absorbed latent attention of one query per row over pages, for many heads, with specialised warps, in Gluon.
 
-Where 64 heads share a program, the matrix unit bounds it, not memory; so the work is divided as in mla_warps_gluon.py.
-How the rows' contexts are cut into equal parts is mla_decode_triton.py's; a row that lies in one is finished here.
+With 64 heads per program the tensor cores are the bound, not memory, so the work is divided as in mla_warps_gluon.py.
+mla_decode_triton.py describes how the rows' contexts are cut into equal parts; a row within one part is finished here.
 
 Shape suffixes: R rows, H heads, L latent, P rope dimensions, C = L + P, K rows of the cache, B pages of a row (padded).
 """
@@ -35,7 +35,7 @@ _M, _TILE = gl.constexpr(ROWS), gl.constexpr(TILE)
 
 @gluon.jit
 def part_of(prefix_ptr, num_rows, BLOCK_R: gl.constexpr, WARPS: gl.constexpr):
-    """The program's part of all rows' pages, laid end to end, [at, stop), and the row in which it begins."""
+    """The program's part [at, stop) of all rows' concatenated pages, and the row in which it starts."""
     total = gl.load(prefix_ptr + num_rows)
     pages = (total + gl.num_programs(0) - 1) // gl.num_programs(0)
     at = gl.program_id(0) * pages
@@ -46,8 +46,8 @@ def part_of(prefix_ptr, num_rows, BLOCK_R: gl.constexpr, WARPS: gl.constexpr):
 
 @gluon.jit
 def piece_of(contexts_ptr, prefix_ptr, row, at, stop, PAGE: gl.constexpr):
-    """The positions [begin, end) of a row that begin at page `at` of all rows' and lie before page `stop`; and the page
-    after them."""
+    """The positions [begin, end) of a row that start at page `at` of all rows' pages and precede page `stop`; and the
+    page after them."""
     first = gl.load(prefix_ptr + row)
     last = gl.minimum(gl.load(prefix_ptr + row + 1), stop)
     return (at - first) * PAGE, gl.minimum((last - first) * PAGE, gl.load(contexts_ptr + row)), last
@@ -180,7 +180,7 @@ def _decode_kernel(
 
 
 def num_parts(multiprocessors: int, heads: int) -> int:
-    """Into how many parts the contexts are cut: each has a program per 64 heads."""
+    """The number of parts that the contexts are cut into: each has a program per 64 heads."""
     return max(1, multiprocessors * ROWS // heads)
 
 
@@ -194,8 +194,8 @@ def attend_parts(
     scale: float,
     parts: Parts,
 ) -> None:
-    """The rows' attended latents into `parts`, all but its prefix. H is a multiple of 64. Every row has a context of at
-    least one position: the warps would wait for ever for a tile of none."""
+    """The rows' attended latents into `parts`, everything but its prefix. H is a multiple of 64. Every row must have a
+    context of at least one position: the warps would wait forever for an empty tile."""
     heads, rows, latent = q_latent_HRL.shape
     rope, quarter = rows_KC.shape[1] - latent, latent // 4
     _decode_kernel[(parts.num_parts, heads // ROWS)](

@@ -1,11 +1,11 @@
 """Absorbed latent attention of one query per row over pages, on the GPU; `mla.py`'s `absorbed_decode` is the reference.
 mla_decode_few_gluon.py has the kernel for 16 heads, mla_decode_gluon.py the one for multiples of 64.
 
-The rows' contexts, laid end to end in pages, are cut into as many equal parts as there are programs, wherever a row
-ends (so every program reads the same number of pages, whatever the lengths). mla_values_gluon.py puts each row's parts
-together in their order and makes values of them. Everything is derived on the device from the contexts, so the launch
-is the same for any lengths and can be replayed from a graph. The piece of row r in part p has the workspace slot r + p:
-along the cut, each piece advances the row, the part or both.
+The rows' contexts, concatenated in pages, are cut into one equal part per program, regardless of where rows end (so
+every program reads the same number of pages, whatever the lengths). mla_values_gluon.py combines each row's parts in
+order and computes its values. Everything is derived on the device from the contexts, so the launch is the same for any
+lengths and can be replayed from a graph. The piece of row r in part p uses workspace slot r + p: along the cuts, each
+piece advances the row, the part or both.
 
 Shape suffixes: R rows, H heads, L latent, P rope dimensions, C = L + P, K rows of the cache, B pages of a row (padded).
 """
@@ -52,11 +52,11 @@ def absorbed_decode(
     w_uv_HVL: torch.Tensor,
     out_RHV: torch.Tensor,
 ) -> None:
-    """The values of one query per row into `out_RHV`, a row's side by side; every row has a context of at least one
+    """The values of one query per row into `out_RHV`, contiguous per row. Every row must have a context of at least one
     position.
 
     `q_latent_HRL`: W_UK^T q_nope; the last P dimensions of `q_RHQ` are the roped queries. `pages_RB` int32 or int64.
-    `contexts_R` and `prefix` are `page_prefix`'s; they are read before this waits, so some kernel ran in between.
+    `contexts_R` and `prefix` are from `page_prefix`; they are read before the wait, so some kernel must run in between.
     """
     heads, rows, latent = q_latent_HRL.shape
     few = heads == mla_decode_few_gluon.HEADS

@@ -1,16 +1,16 @@
-"""Absorbed latent attention of the exact class for prefills: warps with roles of their own, in Gluon.
+"""Absorbed latent attention of the exact class for prefills, with specialised warps, in Gluon.
 
-The arithmetic of a query is mla_exact_triton.py's. A program takes the queries of a few neighbouring positions (64
-rows: heads times queries), which begin at a multiple of their number, so that all see the same tiles and spans; how
-its warps share the work is in mla_warps_gluon.py. After a span each warpgroup merges its half of the values with those
-before it, which wait in the program's scratch: both at once would not fit the registers.
+The arithmetic of a query is that of mla_exact_triton.py. A program takes the queries of a few neighbouring positions
+(64 rows: heads times queries), starting at a multiple of their number, so that all see the same tiles and spans; how
+its warps divide the work is described in mla_warps_gluon.py. After a span each warpgroup merges its half of the values
+with those before it, which are kept in the program's scratch: both together would not fit in registers.
 
-A program takes another group of queries whenever it has loaded one, the last of a row first: its producer asks a
-counter and tells the warpgroups. Dealt out in turn, the first programs would get the longest group of every round: over
-four prompts of 2,000 tokens a quarter more than their share.
+A program takes another group of queries whenever it has loaded one, the last group of a row first: its producer draws
+from a counter and tells the warpgroups. If they were dealt round-robin, the first programs would get the longest group
+of every round: over four prompts of 2,000 tokens, a quarter more than their share.
 
-What there is is read on the device, as in mla_prefill_triton.py: a launch for the most that a step can have serves
-every smaller one. A row with queries and no context is padding: its output is zero.
+The amount of work is read on the device, as in mla_prefill_triton.py: a launch sized for the largest possible step
+serves every smaller one. A row with queries and no context is padding: its output is zero.
 
 Shape suffixes: T tokens, R rows of the step, H heads, L latent, P rope dimensions, Q a query's, C = L + P, K rows of
 the cache, B pages of a row (padded).
@@ -51,9 +51,9 @@ class _Group(NamedTuple):
     """A program's piece of work: the queries of a few neighbouring positions."""
 
     row: gl.tensor
-    token: gl.tensor  # of the group's first position, which may lie before the row's
+    token: gl.tensor  # index of the group's first position, which may precede the row's
     first: gl.tensor  # position
-    low: gl.tensor  # positions asked for are in [low, high)
+    low: gl.tensor  # requested positions are in [low, high)
     high: gl.tensor
     context: gl.tensor  # 0: nothing to attend to
     span: gl.tensor
@@ -62,8 +62,8 @@ class _Group(NamedTuple):
 
 @gluon.jit
 def _count(cut, QUERIES: gl.constexpr, PER_TILE: gl.constexpr):
-    """How many groups there are, some of them empty: a tile of queries that begins between two groups' bounds has parts
-    of one group more than fit."""
+    """The number of groups, some of them empty: a tile of queries that starts between two groups' bounds overlaps one
+    group more than fits."""
     return gl.load(cut[4]) * (PER_TILE // QUERIES + 1)
 
 
@@ -126,7 +126,7 @@ def _produce(
 
 @gluon.jit
 def _put(value, column, group, out_ptr, HEADS: gl.constexpr, BLOCK_H: gl.constexpr, L: gl.constexpr):
-    """The result of a group's queries in some columns, from `column` on."""
+    """Store the result of a group's queries in some columns, starting at `column`."""
     lane = gl.arange(0, _M, gl.SliceLayout(1, value.type.layout))
     columns = column + gl.arange(0, value.shape[1], gl.SliceLayout(0, value.type.layout))
     position = group.first + lane // BLOCK_H
@@ -140,12 +140,12 @@ def _put(value, column, group, out_ptr, HEADS: gl.constexpr, BLOCK_H: gl.constex
 def _merge(
     acc, column, factors, begin, group, merged_ptr, out_ptr, HEADS: gl.constexpr, BLOCK_H: gl.constexpr, L: gl.constexpr
 ):
-    """A span's accumulated values of some columns, added to those before; those of the last span are the result.
-    `factors`: of those before, of the span's, and the weight of all."""
+    """Merge a span's accumulated values of some columns with those before; after the last span, store the result.
+    `factors`: of the values before, of the span's values, and the total weight."""
     before, here, weight = factors
     lane = gl.arange(0, _M, gl.SliceLayout(1, acc.type.layout))[:, None]
     nth = gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))[None, :]
-    # What a warp holds of eight rows and columns lies together in the scratch.
+    # An 8 x 8 block held by a warp is contiguous in the scratch.
     place = column * _M + nth // 8 * (8 * _M) + lane * 8 + nth % 8
     old = gl.load(merged_ptr + place, mask=(place >= 0) & (begin > 0), other=0.0)
     acc = old * before[:, None] + acc * here[:, None]
@@ -157,8 +157,8 @@ def _merge(
 
 @gluon.jit
 def _merge_factors(shared, spans, merged, span_peak, span_weight, mine: gl.constexpr, O: gl.constexpr):  # noqa: E741
-    """What `_merge` multiplies by after span number `spans`, which the first warpgroup finds for both; and the peak and
-    weight of all that is merged then, which it keeps."""
+    """The factors for `_merge` after span number `spans`, which the first warpgroup computes for both; and the peak and
+    weight of everything merged so far, which it keeps."""
     peak, weight = merged
     if mine == 0:
         new_peak = gl.maximum(peak, span_peak)

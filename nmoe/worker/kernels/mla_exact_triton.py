@@ -1,11 +1,11 @@
 """Absorbed latent attention of the exact class on the GPU: one arithmetic for every query (docs/exact.md).
 
-A query's context is cut into spans at absolute positions; a span is attended in tiles of positions, in their order, and
-the spans are merged in theirs. A position alone says how long its spans are. Here decode rows have their spans computed
-side by side, those of few rows from scores that were all computed before, and merged by another kernel; in
+A query's context is divided into spans at absolute positions; a span is attended in tiles of positions, in order, and
+spans are merged in order. A query's position alone determines the length of its spans. Here, decode rows have their
+spans computed in parallel (for few rows, from scores that were all computed before) and merged by another kernel; in
 mla_exact_prefill_gluon.py a program takes the queries of a few neighbouring positions and goes through their spans
-itself. All do the same operations in the same order, compiled without fused multiply-adds, and the sum of the weights
-is a product with ones: the matrix unit adds in the order of the positions in tiles of any shape, a reduction over
+itself. All perform the same operations in the same order, compiled without fused multiply-adds, and the sum of the
+weights is a product with ones: the tensor cores add in position order in tiles of any shape, which a reduction over
 threads would not. `mla.py`'s `absorbed_chunk` is the reference.
 
 Shape suffixes: R rows, H heads, L latent, P rope dimensions, Q a query's, C = L + P, K rows of the cache, B pages of a
@@ -24,10 +24,10 @@ from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.mla_tiles_triton import block_of_rows, cache_row, contexts_of, load_ropes, row_of, store_plan
 from nmoe.worker.kernels.mla_warps_gluon import ROWS, TILE
 
-SPAN, MOST_SPANS = 512, 16  # spans are twice as long, and twice again, where a context would have more of them
-_FEW = 8  # rows; more have spans enough to fill the multiprocessors
-_MOST_SCORES = 1 << 25  # of few rows: 128 MB
-_COLUMNS, _STAGES = 32, 6  # of few rows: of the values, and tiles of them that are under way
+SPAN, MOST_SPANS = 512, 16  # spans double in length, repeatedly, where a context would otherwise have more of them
+_FEW = 8  # rows; more have enough spans to fill the multiprocessors
+_MOST_SCORES = 1 << 25  # for few rows: 128 MiB
+_COLUMNS, _STAGES = 32, 6  # for few rows: columns of the values, and tiles of them in flight
 _SPAN, _MOST_SPANS = tl.constexpr(SPAN), tl.constexpr(MOST_SPANS)
 
 
@@ -41,8 +41,8 @@ def span_length(context):
 
 @triton.jit
 def _scores(q_latent, q_rope, rows_ptr, k_row, position, context, scale_log2):
-    """Of the queries of some heads to a tile of positions, which lie at `k_row` of the cache: [H, TILE], scaled to the
-    base 2; and the tile's latents, [TILE, L]."""
+    """Scores of some heads' queries for a tile of positions, at `k_row` of the cache: [H, TILE], scaled to base 2; and
+    the tile's latents, [TILE, L]."""
     LATENT: tl.constexpr = q_latent.shape[1]
     ROPE: tl.constexpr = q_rope.shape[1]
     k_at = rows_ptr + k_row[:, None] * (LATENT + ROPE)
@@ -56,7 +56,7 @@ def _scores(q_latent, q_rope, rows_ptr, k_row, position, context, scale_log2):
 
 @triton.jit
 def _add_tile(peak, weight, acc, scores, values):
-    """A tile of positions after those of its span before it; neither weight nor acc is normalised."""
+    """Add a tile of positions to the tiles of its span before it; neither weight nor acc is normalised."""
     new_peak = tl.maximum(peak, tl.max(scores, 1))
     alpha = tl.exp2(peak - new_peak)
     p = tl.exp2(scores - new_peak[:, None]).to(values.dtype)
@@ -66,15 +66,15 @@ def _add_tile(peak, weight, acc, scores, values):
 
 @triton.jit
 def _empty_span(M: tl.constexpr, VALUES: tl.constexpr):
-    """Peak, weight (16 times) and acc of nothing."""
+    """Initial peak, weight (16 times) and acc."""
     peak = tl.full([M], float("-inf"), tl.float32)
     return peak, tl.zeros([M, 16], tl.float32), tl.zeros([M, VALUES], tl.float32)
 
 
 @triton.jit
 def _merge(peak, weight, span_peak, span_weight):
-    """A span after those before it: peak and weight of all, and what both accs are multiplied by before they are
-    added."""
+    """Merge a span into those before it. Returns the total peak and weight, and the factors for both accs before they
+    are added."""
     new_peak = tl.maximum(peak, span_peak)
     before = tl.exp2(peak - new_peak)
     here = tl.exp2(span_peak - new_peak)
@@ -115,8 +115,8 @@ def _spans_kernel(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Decode: the spans of all rows end to end, an equal number to each program. The plan is older than the kernel
-    before this one, so it is read before the wait."""
+    """Decode: the spans of all rows, divided equally among programs. The plan is older than the previous kernel, so it
+    is read before the wait."""
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     latent = tl.arange(0, LATENT)
     token = tl.arange(0, TILE)
@@ -166,7 +166,7 @@ def _scores_kernel(
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Decode of few rows: a row's scores [R, H, positions], a tile to each program, and again from the first."""
+    """Decode of few rows: a row's scores [R, H, positions]; programs stride over tiles."""
     row = tl.program_id(0)
     head = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
     latent = tl.arange(0, LATENT)
@@ -204,7 +204,7 @@ def _weigh_kernel(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Decode of few rows: from its scores, a span of a row, some of the latent's columns to each program."""
+    """Decode of few rows: from the scores, one span of a row and some of the latent's columns per program."""
     SLICES: tl.constexpr = LATENT // COLUMNS
     row = tl.program_id(0)
     head = tl.program_id(2) // SLICES * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -231,7 +231,7 @@ def _weigh_kernel(
 
 @triton.jit
 def _merge_kernel(partial_ptr, peak_ptr, weight_ptr, prefix_ptr, out_ptr, HEADS: tl.constexpr, LATENT: tl.constexpr):
-    """Decode: a row's spans in their order, one head."""
+    """Decode: merge a row's spans in order, for one head."""
     row = tl.program_id(0)
     head = tl.program_id(1) + tl.arange(0, 1)
     latent = tl.arange(0, LATENT)
@@ -257,7 +257,7 @@ class _Queries(NamedTuple):
 
 
 class _Cache(NamedTuple):
-    """What the rows attend to, and how it is cut."""
+    """What the rows attend to, and how it is divided."""
 
     rows_KC: torch.Tensor
     pages_RB: torch.Tensor
@@ -267,9 +267,9 @@ class _Cache(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How decode is launched for a model's heads; none of it is part of the arithmetic."""
+    """How decode is launched for a given number of heads; none of this affects the arithmetic."""
 
-    heads: int  # of a program, of prefills too
+    heads: int  # per program, also for prefills
     warps: int
     stages: int
     programs: int  # per multiprocessor
@@ -301,8 +301,8 @@ def exact_decode(
     scale: float,
     out_RHL: torch.Tensor,
 ) -> None:
-    """Attended latents of one query per row into `out_RHL`. `contexts_R` and `prefix` are `span_prefix`'s; they are
-    read before this waits, so some kernel ran in between."""
+    """Attended latents of one query per row into `out_RHL`. `contexts_R` and `prefix` are from `span_prefix`; they are
+    read before the wait, so some kernel must run in between."""
     rows, heads, latent = q_latent_RHL.shape
     positions = pages_RB.shape[1] * page_size
     most = rows * min(MOST_SPANS, triton.cdiv(positions, SPAN))
@@ -330,7 +330,7 @@ def exact_decode(
 
 
 def _common(queries: _Queries, cache: _Cache) -> dict[str, int | bool]:
-    """What every kernel that attends is launched with."""
+    """Launch arguments common to all attending kernels."""
     rows, heads, latent = queries.latent_RHL.shape
     sizes = {"HEADS": heads, "BLOCK_H": form_of(heads).heads, "LATENT": latent, "ROPE": cache.rows_KC.shape[1] - latent}
     tiles = {"PAGE": cache.page_size, "TILE": TILE}
@@ -340,7 +340,7 @@ def _common(queries: _Queries, cache: _Cache) -> dict[str, int | bool]:
 def _attend_spans(
     queries: _Queries, cache: _Cache, partial: torch.Tensor, peaks: torch.Tensor, weights: torch.Tensor
 ) -> None:
-    """Each span's peak and weight, [N, H] of N spans, and acc, `partial` [N, H, L]."""
+    """Compute each span's peak and weight, [N, H] for N spans, and acc, `partial` [N, H, L]."""
     rows, heads, latent = queries.latent_RHL.shape
     rope, form = cache.rows_KC.shape[1] - latent, form_of(heads)
     blocks = heads // form.heads
@@ -370,7 +370,7 @@ def _attend_spans(
 def _attend_few(
     queries: _Queries, cache: _Cache, partial: torch.Tensor, peaks: torch.Tensor, weights: torch.Tensor
 ) -> None:
-    """The same for few rows, whose spans would be few programs: first all scores, then the columns of the values."""
+    """The same for few rows, whose spans would make few programs: all scores first, then the columns of the values."""
     rows, heads, latent = queries.latent_RHL.shape
     rope, form = cache.rows_KC.shape[1] - latent, form_of(heads)
     blocks, positions = heads // form.heads, cache.pages_RB.shape[1] * cache.page_size

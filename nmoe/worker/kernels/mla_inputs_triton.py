@@ -1,8 +1,8 @@
-"""What attention does to a token's projections before it attends, on the GPU, in one kernel: the cache row is
-normalised, roped and written, the queries are roped in place, and absorbed. `norm.py`, `rope.py` and `mla.py`'s
-`absorb_queries` are the reference.
+"""The processing of a token's projections before attention, on the GPU, in one kernel: the cache row is normalised,
+roped and written; the queries are roped in place, and absorbed. `norm.py`, `rope.py` and `mla.py`'s `absorb_queries`
+are the reference.
 
-Nobody reads here what another program writes: absorbing takes the nope dimensions, rope the others.
+No program reads what another one writes: absorbing reads the nope dimensions, roping writes the others.
 
 Shape suffixes: T tokens, R those that are absorbed, H heads, Q = N + P dimensions of a query, L latent, C = L + P, K
 rows of the cache, M positions.
@@ -17,13 +17,13 @@ import triton.language as tl
 from nmoe.worker.kernels.early import early
 
 _HEADS = 16  # per program
-_LEAST = 200  # programs that there must be, or a smaller tile is taken
+_LEAST = 200  # minimum number of programs; with fewer, a smaller tile is used
 
 
 class _Tile(NamedTuple):
     rows: int  # tokens
     columns: int  # latent dimensions
-    tiles: int = 1  # of a program
+    tiles: int = 1  # per program
 
     def programs(self, tokens: int, heads: int, latent: int) -> int:
         return heads * (latent // (self.columns * self.tiles)) * -(-tokens // self.rows)
@@ -35,14 +35,14 @@ _SMALL = _Tile(64, 128), _Tile(64, 64), _Tile(64, 32), _Tile(16, 128), _Tile(16,
 
 @triton.jit
 def _finite(x):
-    """Zero where it is not finite. Decode attention reads whole tiles of a page and weighs what another request has
-    left there, behind its own context, with zero; zero times what is not finite would be NaN."""
+    """x, or zero where it is not finite. Decode attention reads whole tiles of a page and gives zero weight to what
+    other requests have left past its own context; zero times a non-finite value would be NaN."""
     return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, tl.zeros_like(x))
 
 
 @triton.jit
 def _store_row(kv_ptr, row_ptr, weight_ptr, cos, sin, eps, LATENT: tl.constexpr, ROPE: tl.constexpr):
-    """A token's cache row [C], from its projection [C]."""
+    """Write a token's cache row [C] from its projection [C]."""
     latent = tl.arange(0, LATENT)
     half = tl.arange(0, ROPE // 2)
     x = tl.load(kv_ptr + latent).to(tl.float32)
@@ -57,7 +57,7 @@ def _store_row(kv_ptr, row_ptr, weight_ptr, cos, sin, eps, LATENT: tl.constexpr,
 
 @triton.jit
 def _rope_queries(q_ptr, head, cos, sin, HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr):
-    """A token's queries of these heads, [H, Q], in place."""
+    """Rope a token's queries of these heads, [H, Q], in place."""
     inside = (head < HEADS)[:, None]
     at = q_ptr + head[:, None] * (NOPE + ROPE) + NOPE + tl.arange(0, ROPE // 2)[None, :]
     left = tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -85,8 +85,8 @@ def _absorb(
     COLUMNS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """A head's q_nope @ W_UK, tiles of the same tokens one after the other. The first one's weights, which no kernel
-    writes, are on their way before the wait."""
+    """A head's q_nope @ W_UK, several tiles of the same tokens in turn. The first tile's weights, which no kernel
+    writes, start loading before the wait."""
     PER_HEAD: tl.constexpr = LATENT // (COLUMNS * TILES)
     head = (program % HEADS).to(tl.int64)
     column = (program // HEADS) % PER_HEAD * (COLUMNS * TILES) + tl.arange(0, COLUMNS)
@@ -137,7 +137,7 @@ def _inputs_kernel(
     COLUMNS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """The first programs absorb a tile each; of the others, one per token writes its cache row, and one its heads."""
+    """The first programs absorb a tile each; of the others, one per token writes its cache row, the rest its heads."""
     if tl.program_id(0) < num_absorbing:
         _absorb(
             q_ptr,
@@ -158,7 +158,7 @@ def _inputs_kernel(
             TILES,
         )
     else:
-        # Positions, places and the table are older than the kernel before this one, so they are read before the wait.
+        # Positions, places and the table are older than the previous kernel, so they are read before the wait.
         PARTS: tl.constexpr = 1 + (HEADS + BLOCK_H - 1) // BLOCK_H
         work = tl.program_id(0) - num_absorbing
         token = (work // PARTS).to(tl.int64)
@@ -178,7 +178,7 @@ def _inputs_kernel(
 
 
 def _tile(tokens: int, heads: int, latent: int) -> _Tile:
-    """The largest tile of which there are enough to fill the multiprocessors, or the smallest one."""
+    """The largest tile with enough programs to fill the multiprocessors, or else the smallest tile."""
     tiles = [
         tile
         for tile in (*_LARGE, *_SMALL)
@@ -199,10 +199,10 @@ def enter(
     w_uk_HNL: torch.Tensor,
     absorbed_RHL: torch.Tensor,
 ) -> None:
-    """Rope `q_THQ`'s last P dimensions in place; write each token's cache row to `rows_KC[places_T]`; and W_UK^T q_nope
-    of the first R tokens to `absorbed_RHL`, of which only the last dimension need be dense.
+    """Rope `q_THQ`'s last P dimensions in place, write each token's cache row to `rows_KC[places_T]`, and W_UK^T q_nope
+    of the first R tokens to `absorbed_RHL`, in which only the last dimension must be contiguous.
 
-    `kv_TC`: the latent before its norm and the key before its rope; a result that is not finite is written as zero.
+    `kv_TC`: the latent before its norm and the key before its rope; results that are not finite are written as zero.
     Positions and places are int32 or int64.
     """
     tokens, heads, query = q_THQ.shape
@@ -212,7 +212,7 @@ def enter(
     tile = _tile(absorbed, heads, latent)
     others = tokens * (1 + triton.cdiv(heads, _HEADS))
     programs = tile.programs(absorbed, heads, latent)
-    if tile in _LARGE:  # whose programs' registers would be too many for the others
+    if tile in _LARGE:  # its programs' register use would limit the others
         launches = [(tile, programs, 0, 8), (_SMALL[-1], 0, others, 4)]
     else:
         launches = [(tile, programs, others, 4)]

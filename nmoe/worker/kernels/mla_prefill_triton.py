@@ -1,12 +1,12 @@
 """Causal attention of chunks in the expanded form, on the GPU; `mla.py`'s `expanded_chunk` is the reference.
 
-A chunk is the last positions of its row's context. First a block of positions of one row at a time is read from the
-row's pages and multiplied by kv_b_proj into a workspace, where contexts begin at whole blocks. Then one program takes a
-tile of queries of one head: the tiles of keys that all its queries see, then the ones on the diagonal.
+A chunk is the last positions of its row's context. First, one block of positions of one row at a time is read from the
+row's pages and multiplied by kv_b_proj into a workspace, where contexts start at whole blocks. Then each program takes
+a tile of queries of one head: first the tiles of keys that all its queries see, then those on the diagonal.
 
-Which rows, tiles and blocks there are is read on the device, and programs beyond the last one end at once: so a launch
-for the most that a step can have serves every smaller one, and can be replayed from a graph. A row with queries and no
-context is padding: its output is zero.
+The rows, tiles and blocks are read on the device, and programs beyond the last one exit at once: so a launch sized for
+the largest possible step serves every smaller one, and can be replayed from a graph. A row with queries and no context
+is padding: its output is zero.
 
 Shape suffixes: T queries, J positions of all contexts in the workspace, H heads, N nope, P rope, Q = N + P, V value
 dimensions, X = N + V, L latent, C = L + P, K rows of the cache, R rows of the step, B pages of a row (padded).
@@ -21,7 +21,7 @@ import triton.language as tl
 from nmoe.worker.chunks import BLOCK, TILE, Chunks
 from nmoe.worker.kernels.mla_tiles_triton import add_tile, no_tiles
 
-_BLOCK_N = 64  # keys that a program holds at a time
+_BLOCK_N = 64  # keys per program at a time
 _BLOCK_X = 256  # columns of the expanding product
 
 
@@ -112,7 +112,7 @@ def _prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # The last tiles of a row are the longest: they go first.
+    # The last tiles of a row are the longest, so they go first.
     tile = tl.load(num_tiles_ptr) - 1 - tl.program_id(1)
     if tile < 0:
         return

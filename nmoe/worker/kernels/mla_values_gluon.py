@@ -1,9 +1,9 @@
-"""The values of few rows' attended latents, W_UV c, in Gluon. The latents are there, or they are still in the parts in
-which decode rows were attended: then a row's are put together in their order, and rounded as latents are.
+"""The values of attended latents for few rows, W_UV c, in Gluon. The latents are given, or they are still in the parts
+from decode attention: then a row's parts are combined in order, and rounded as latents are.
 
-A program has some columns of a head's values, whose weights lie in its shared memory for all its rows: they are on
-their way before the wait. It asks for all parts of a tile of rows at once, as many as its registers hold: the fewer
-rows, the more parts each has. While a tile is multiplied the next one's come.
+A program has some columns of a head's values, whose weights stay in its shared memory for all its rows: they start
+loading before the wait. It requests all parts of a tile of rows at once, as many as its registers hold: the fewer rows,
+the more parts of each. While one tile is multiplied, the next one's parts are loading.
 
 An element is added along the latent in one accumulator, as in mla_values_triton.py, so its bits are the same.
 
@@ -33,19 +33,19 @@ _HELD = 8  # parts of 512 that a warp's registers hold
 
 
 class Parts(NamedTuple):
-    """Attended latents of decode rows; mla_decode_triton.py says how their contexts are cut."""
+    """Attended latents of decode rows; see mla_decode_triton.py for how their contexts are cut."""
 
     num_parts: int
-    prefix: torch.Tensor  # [R + 1] int32: how many pages the rows before have
+    prefix: torch.Tensor  # [R + 1] int32: number of pages of the rows before
     partial: torch.Tensor  # [R + num_parts, H, L] float32
-    lse: torch.Tensor  # [R + num_parts, H] float32: the logarithm to the base 2 of the sum of weights
-    whole_HRL: torch.Tensor | None  # latents of the rows that lie in one part, if `partial` does not have them
+    lse: torch.Tensor  # [R + num_parts, H] float32: log2 of the sum of weights
+    whole_HRL: torch.Tensor | None  # latents of rows that are within one part, if not in `partial`
 
 
 @gluon.jit
 def _rows(plan, row, num_rows, SOME_WHOLE: gl.constexpr):
-    """Where the first part of each row lies; how many parts are to be put together, of a row that is whole none; which
-    rows are. The plan is older than the kernel before this one, so it is read before the wait."""
+    """The index of each row's first part; how many parts to combine, zero for a whole row; and which rows are whole.
+    The plan is older than the previous kernel, so it is read before the wait."""
     prefix_ptr, num_parts = plan
     exists = row < num_rows
     if prefix_ptr is None:
@@ -61,7 +61,7 @@ def _rows(plan, row, num_rows, SOME_WHOLE: gl.constexpr):
 
 @gluon.jit
 def _load_parts(source, rows, start, LATENT: gl.constexpr, HEADS: gl.constexpr, M: gl.constexpr, F: gl.constexpr):
-    """The rows' parts from the `start`th on, and the logarithms of their sums."""
+    """The rows' parts from the `start`th on, and log2 of their sums of weights."""
     partial_ptr, lse_ptr = source
     first, count, _ = rows
     PARTS: gl.constexpr = M.size_per_thread[1]
@@ -78,8 +78,8 @@ def _load_parts(source, rows, start, LATENT: gl.constexpr, HEADS: gl.constexpr, 
 
 @gluon.jit
 def _ask(source, whole, rows, first_row, LATENT: gl.constexpr, HEADS: gl.constexpr, M: gl.constexpr, F: gl.constexpr):
-    """What a tile of rows needs, on its way: `_load_parts`' of the first parts, latents [N, L] of the rows that are
-    whole. The first is empty where no row has parts, the second where none is whole."""
+    """Start loading what a tile of rows needs: the first parts, as by `_load_parts`, and latents [N, L] of the whole
+    rows. The former is empty if no row has parts, the latter if no row is whole."""
     whole_ptr, whole_row = whole
     parts = ()
     latents = ()
@@ -97,8 +97,8 @@ def _ask(source, whole, rows, first_row, LATENT: gl.constexpr, HEADS: gl.constex
 
 @gluon.jit
 def _add_parts(peak, weight, lse, M: gl.constexpr):
-    """Parts after those before them: peak and weight of all, [N]; the factors of what was added before, [N], and of
-    these, [N, P, 1]."""
+    """Add parts to those before them. Returns the total peak and weight, [N]; the factors for what was added before,
+    [N], and for these parts, [N, P, 1]."""
     new_peak = gl.maximum(peak, gl.max(lse, 1))
     before = gl.exp2(peak - new_peak)
     here = gl.exp2(lse - new_peak[:, None])
@@ -141,7 +141,7 @@ def _put_together(
 
 @gluon.jit
 def _store(out_ptr, out_row, row, num_rows, column, VALUES: gl.constexpr, values, REPEATS: gl.constexpr):
-    """A tile's values, [COLUMNS, REPEATS N], in rows from `row` on and columns from `column` on."""
+    """Store a tile's values, [COLUMNS, REPEATS N], to rows from `row` on and columns from `column` on."""
     COLUMNS: gl.constexpr = values.shape[0]
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [COLUMNS // 16, 1], [1, 0])
     lane = gl.arange(0, values.shape[1], gl.SliceLayout(1, STORE))
@@ -171,11 +171,11 @@ def _values_kernel(
     PARTS: gl.constexpr,
     VECTOR: gl.constexpr,
 ):
-    """Without `whole_ptr` all rows are in parts, without `prefix_ptr`, `partial_ptr` and `lse_ptr` none is."""
+    """Without `whole_ptr` all rows are in parts; without `prefix_ptr`, `partial_ptr` and `lse_ptr` none is."""
     COLUMNS: gl.constexpr = w_desc.block_type.shape[1]
     LATENT: gl.constexpr = w_desc.block_type.shape[2]
     WARPS: gl.constexpr = COLUMNS // 16
-    WIDTH: gl.constexpr = ROWS if ROWS > 8 else 8  # of a product, which repeats fewer rows
+    WIDTH: gl.constexpr = ROWS if ROWS > 8 else 8  # of the product; fewer rows are repeated
     REPEATS: gl.constexpr = WIDTH // ROWS
     WARPS_N: gl.constexpr = ROWS if ROWS < WARPS else WARPS
     LANES: gl.constexpr = PARTS if PARTS < 32 else 32
@@ -228,10 +228,10 @@ def values_of_few(latent_RHL: torch.Tensor, w_uv_HVL: torch.Tensor, out_RHV: tor
 
 
 def values_of_parts(parts: Parts, w_uv_HVL: torch.Tensor, out_RHV: torch.Tensor) -> None:
-    """Into `out_RHV`, a row's values side by side. L is dense in the weights."""
+    """Values into `out_RHV`, contiguous per row. L is contiguous in the weights."""
     whole_RHL = None if parts.whole_HRL is None else parts.whole_HRL.transpose(0, 1)
     rows, heads, values = out_RHV.shape
-    # Parts are read once per block of columns; with one row of few heads it is programs that are wanting.
+    # Parts are read once per block of columns; but one row of few heads makes too few programs.
     few = 8 * rows * heads <= multiprocessors(out_RHV.device)
     _launch(whole_RHL, parts, w_uv_HVL, out_RHV, 128 if values >= 128 and not few else 64)
 
@@ -239,7 +239,7 @@ def values_of_parts(parts: Parts, w_uv_HVL: torch.Tensor, out_RHV: torch.Tensor)
 def _launch(
     whole_RHL: torch.Tensor | None, parts: Parts | None, w_uv_HVL: torch.Tensor, out_RHV: torch.Tensor, columns: int
 ) -> None:
-    """With so many columns of values to a program."""
+    """Launch with `columns` columns of values per program."""
     (rows, heads, values), latent, warps = out_RHV.shape, w_uv_HVL.shape[2], columns // 16
     blocks = triton.cdiv(values, columns)
     groups = max(1, multiprocessors(out_RHV.device) // (heads * blocks))

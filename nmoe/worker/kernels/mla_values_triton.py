@@ -1,9 +1,9 @@
-"""The values of attended latents on the GPU, W_UV c; `mla.py`'s `values_of_latents` is the reference. Those of a few
-tokens are mla_values_gluon.py's.
+"""The values of attended latents on the GPU, W_UV c; `mla.py`'s `values_of_latents` is the reference. For few tokens,
+see mla_values_gluon.py.
 
-An element is added along the latent in one accumulator, whatever the tile: by the finding of linear_exact_triton.py its
-bits follow from its row alone. The exact class takes this; decode rows of the fast one get theirs from the parts of
-their attention.
+An element is added along the latent in one accumulator, whatever the tile: as found in linear_exact_triton.py, its bits
+then depend on its row alone. The exact class uses this; decode rows of the fast class get their values from the parts
+of their attention.
 
 Shape suffixes: T tokens, H heads, L latent, V value dimensions.
 """
@@ -54,7 +54,7 @@ def _values_kernel(
 
 
 def values_of_latents(latent_THL: torch.Tensor, w_uv_HVL: torch.Tensor, out_THV: torch.Tensor) -> None:
-    """See mla.py; into `out_THV`, a token's values side by side. L, a multiple of 128, is dense in both others."""
+    """See mla.py; into `out_THV`, contiguous per token. L, a multiple of 128, is contiguous in both inputs."""
     (tokens, heads, latent), values = latent_THL.shape, w_uv_HVL.shape[1]
     if not tokens:
         return

@@ -1,15 +1,15 @@
-"""Absorbed latent attention by warps with roles of their own, in Gluon: what mla_decode_gluon.py and
-mla_exact_prefill_gluon.py are made of. A program has 64 rows, heads times queries.
+"""Absorbed latent attention with specialised warps, in Gluon: the building blocks of mla_decode_gluon.py and
+mla_exact_prefill_gluon.py. A program has 64 rows, heads times queries.
 
-    producer, one warp   queries, and tiles of positions from the pages into a ring
-    two warpgroups       the tiles of a span in turns: while one finds a tile's weights from its scores, the other has
-                         the matrix unit; each adds up half of the columns of the values of all tiles
+    producer, one warp   loads queries, and tiles of positions from the pages into a ring
+    two warpgroups       alternate over the tiles of a span: while one turns a tile's scores into weights, the other has
+                         the tensor cores; each accumulates half of the columns of the values of all tiles
 
-Tile by tile in the order of the positions: its weights follow from the largest score so far, which comes from the
-warpgroup that had the tile before, with that tile's weights, through shared memory. A tile stays in the ring until both
-halves of its values are added. The arithmetic is mla_exact_triton.py's, operation by operation.
+Tiles go in position order: a tile's weights depend on the largest score so far, which comes from the warpgroup that had
+the previous tile, together with that tile's weights, through shared memory. A tile stays in the ring until both halves
+of its values are added. The arithmetic is that of mla_exact_triton.py, operation by operation.
 
-Shape suffixes: layouts S of scores, O of values (rows over the lanes alike), W of the sums of weights.
+Shape suffixes: layouts S of scores, O of values (with rows over lanes in the same way), W of the sums of weights.
 """
 
 from typing import NamedTuple
@@ -28,40 +28,40 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nmoe.worker.kernels.hopper_gluon import copy_tile
 
-ROWS = 64  # of a program: heads times queries
-TILE = 32  # positions that are weighed at a time
+ROWS = 64  # per program: heads times queries
+TILE = 32  # positions weighed at a time
 _M, _TILE = gl.constexpr(ROWS), gl.constexpr(TILE)
-_SHARED_BYTES = 227 << 10  # of a multiprocessor of Hopper
-_OTHER_BYTES = 11_024  # of these, what is neither queries nor ring
-_BARRIER_BYTES = 16  # of a stage of the ring
-_LEAST_STAGES = 3  # a warpgroup waits for the tile after next before it gives back its own
+_SHARED_BYTES = 227 << 10  # per multiprocessor on Hopper
+_OTHER_BYTES = 11_024  # the part of it that holds neither queries nor the ring
+_BARRIER_BYTES = 16  # per stage of the ring
+_LEAST_STAGES = 3  # a warpgroup waits for the tile after next before it releases its own
 
 
 class Shared(NamedTuple):
-    """Shared memory. Latents lie in quarters of their columns."""
+    """Shared memory. Latents are stored in quarters of their columns."""
 
     q_latent: gl.shared_memory_descriptor  # [4, M, L / 4]
     q_rope: gl.shared_memory_descriptor  # [M / heads, heads, P]
     k_latent: gl.shared_memory_descriptor  # [stages * 4, tile, L / 4]
     k_rope: gl.shared_memory_descriptor  # [stages, tile, P]
-    weights: gl.shared_memory_descriptor  # [2, M, tile]: of the positions of a tile
+    weights: gl.shared_memory_descriptor  # [2, M, tile]: of a tile's positions
     ones: gl.shared_memory_descriptor  # [tile, 8]
-    factors: gl.shared_memory_descriptor  # [2, M]: what the values so far are multiplied by before a tile's are added
-    peaks: gl.shared_memory_descriptor  # [2, M]: the largest scaled score of a span up to a tile
-    # [3, M]: factors of the values before a span and of its own, weight of all; of decode rows the last alone, inverted
+    factors: gl.shared_memory_descriptor  # [2, M]: multiply the values so far before a tile's are added
+    peaks: gl.shared_memory_descriptor  # [2, M]: the largest scaled score of a span, up to a tile
+    # [3, M]: factors of the values before a span and of its own, total weight; for decode rows the last only, inverted
     merging: gl.shared_memory_descriptor
     # Barriers
-    q_bars: gl.shared_memory_descriptor  # [2]: queries are there, free
+    q_bars: gl.shared_memory_descriptor  # [2]: queries are present; are free
     filled: gl.shared_memory_descriptor  # [stages]
     free: gl.shared_memory_descriptor  # [stages]
     weighed: gl.shared_memory_descriptor  # [2]
     weights_free: gl.shared_memory_descriptor  # [2]
-    merge_bars: gl.shared_memory_descriptor  # [2]: there, free
+    merge_bars: gl.shared_memory_descriptor  # [2]: present; free
 
 
 @gluon.jit
 def make_shared(q_desc, q_rope_desc, latent_desc, rope_desc, STAGES: gl.constexpr):
-    """The shared memory of a program, with a ring of so many stages, ready for its warps."""
+    """A program's shared memory, with a ring of STAGES stages, initialised for its warps."""
     QUARTER: gl.constexpr = latent_desc.block_type.shape[1]
     ROPE: gl.constexpr = rope_desc.block_type.shape[1]
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
@@ -86,7 +86,7 @@ def make_shared(q_desc, q_rope_desc, latent_desc, rope_desc, STAGES: gl.constexp
         weights_free=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
         merge_bars=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
     )
-    # What both warpgroups use is free when both say so.
+    # What both warpgroups use is free once both have said so.
     for i in gl.static_range(2):
         mbarrier.init(shared.q_bars.index(i), count=1 + i)
         mbarrier.init(shared.merge_bars.index(i), count=1 + i)
@@ -102,8 +102,8 @@ def make_shared(q_desc, q_rope_desc, latent_desc, rope_desc, STAGES: gl.constexp
 
 @gluon.jit
 def load_queries(shared, q_desc, q_row, q_column, nth):
-    """Producer: the latents of a program's piece of work, its `nth`; row and column of the descriptor's matrix. Their
-    ropes must follow."""
+    """Producer: load the latents of a program's piece of work, its `nth`, from a row and column of the descriptor's
+    matrix. Call `load_ropes` next."""
     QUARTER: gl.constexpr = shared.k_latent.shape[2]
     ROPE: gl.constexpr = shared.k_rope.shape[2]
     mbarrier.wait(shared.q_bars.index(1), (nth & 1) ^ 1)
@@ -115,8 +115,8 @@ def load_queries(shared, q_desc, q_row, q_column, nth):
 
 @gluon.jit
 def load_ropes(shared, q_rope_desc, token, head, NOPE: gl.constexpr):
-    """Producer: the roped part of the same queries, tokens from `token` and heads from `head` on; zeros where no tokens
-    are."""
+    """Producer: load the roped part of the same queries, tokens from `token` and heads from `head` on; zeros where
+    there are no tokens."""
     copy_tile(q_rope_desc, [token, head, NOPE], shared.q_bars.index(0), shared.q_rope)
 
 
@@ -124,8 +124,8 @@ def load_ropes(shared, q_rope_desc, token, head, NOPE: gl.constexpr):
 def load_tiles(
     shared, latent_desc, rope_desc, row_pages_ptr, begin, stop, at, PAGE: gl.constexpr, STAGES: gl.constexpr
 ):
-    """Producer: the tiles from position `begin` to `stop` of the row with these pages; how many there were so far, of
-    which `at` are older."""
+    """Producer: load the tiles from position `begin` to `stop` of the row with these pages. Returns how many there have
+    been in total; `at` of them came before."""
     QUARTER: gl.constexpr = shared.k_latent.shape[2]
     ROPE: gl.constexpr = shared.k_rope.shape[2]
     for position in range(begin, stop, _TILE):
@@ -144,7 +144,7 @@ def load_tiles(
 
 @gluon.jit
 def _scores(shared, at, STAGES: gl.constexpr):
-    """The queries times the keys of the ring's tile number `at`, [M, tile], begun."""
+    """Start multiplying the queries by the keys of the ring's tile number `at`, [M, tile]."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16])
     stage = at % STAGES
     mbarrier.wait(shared.filled.index(stage), at // STAGES & 1)
@@ -158,8 +158,8 @@ def _scores(shared, at, STAGES: gl.constexpr):
 
 @gluon.jit
 def _weigh(shared, turn, s, position, last, peak, scale_log2, mine: gl.constexpr):
-    """The weights of a tile's positions from its scores, with the new peak and the factor of what was added before,
-    where both warpgroups find them. `turn`: how many tiles this warpgroup has weighed."""
+    """Compute the weights of a tile's positions from its scores, and publish them, the new peak and the factor for what
+    was added before, to both warpgroups. `turn`: how many tiles this warpgroup has weighed."""
     key = position + gl.arange(0, _TILE, gl.SliceLayout(0, s.type.layout))
     s = gl.where(key[None, :] <= last[:, None], s * scale_log2, float("-inf"))
     new_peak = gl.maximum(peak, gl.max(s, 1))
@@ -176,8 +176,8 @@ def _weigh(shared, turn, s, position, last, peak, scale_log2, mine: gl.constexpr
 
 @gluon.jit
 def _add(shared, at, whose: gl.constexpr, mine: gl.constexpr, span_sum, acc_0, acc_1, factor, STAGES: gl.constexpr):
-    """The values of the ring's tile number `at` times the weights that warpgroup `whose` has found, in this one's half
-    of the columns, added to what was there times the tile's factor: begun. The first warpgroup adds the weights too."""
+    """Start adding tile number `at` of the ring: its values times warpgroup `whose`'s weights, in this one's half of
+    the columns, plus what was there times the tile's factor. The first warpgroup also adds the weights."""
     factor_O = gl.convert_layout(factor, gl.SliceLayout(1, acc_0.type.layout))[:, None]
     p = shared.weights.index(whose)
     if mine == 0:
@@ -193,7 +193,7 @@ def _add(shared, at, whose: gl.constexpr, mine: gl.constexpr, span_sum, acc_0, a
 
 @gluon.jit
 def _add_theirs(shared, at, factor, mine: gl.constexpr, span_sum, acc_0, acc_1, STAGES: gl.constexpr):
-    """A tile that the other warpgroup has weighed, added; then both its weights and its place are free for this one."""
+    """Add a tile weighed by the other warpgroup; then this one needs neither its weights nor its place any more."""
     adding = _add(shared, at, 1 - mine, mine, span_sum, acc_0, acc_1, factor, STAGES)
     span_sum, acc_0, acc_1 = warpgroup_mma_wait(0, deps=adding)
     mbarrier.arrive(shared.weights_free.index(1 - mine), count=1)
@@ -203,8 +203,8 @@ def _add_theirs(shared, at, factor, mine: gl.constexpr, span_sum, acc_0, acc_1, 
 
 @gluon.jit
 def _add_own(shared, at, has_next, s, factor, mine: gl.constexpr, span_sum, acc_0, acc_1, STAGES: gl.constexpr):
-    """A tile that this warpgroup has weighed, added, and the scores of its next one, if the span has one."""
-    # Nothing but products may touch their sums while any is under way: so each branch waits for its own.
+    """Add a tile weighed by this warpgroup, and compute the scores of its next one, if the span has one."""
+    # While products are in flight, only products may touch their accumulators, so each branch waits for its own.
     if has_next:
         adding, adding_0, adding_1 = _add(shared, at, mine, mine, span_sum, acc_0, acc_1, factor, STAGES)
         scoring = _scores(shared, at + 2, STAGES)
@@ -218,9 +218,9 @@ def _add_own(shared, at, has_next, s, factor, mine: gl.constexpr, span_sum, acc_
 
 @gluon.jit
 def attend_span(shared, at, begin, tiles, last, turns, scale_log2, mine: gl.constexpr, STAGES: gl.constexpr):
-    """The peak of a span of `tiles` tiles, of which the ring's number `at` is the first; the sum of its weights (of the
-    first warpgroup), and this one's half of its values, in two parts. `turns`: how many tiles this warpgroup has
-    weighed, and of those that the other one has weighed, added; given and returned."""
+    """Attend a span of `tiles` tiles, the first being the ring's number `at`. Returns the span's peak, the sum of its
+    weights (first warpgroup only), and this one's half of its values, in two parts. `turns`, passed in and returned:
+    how many tiles this warpgroup has weighed, and how many weighed by the other one it has added."""
     QUARTER: gl.constexpr = shared.k_latent.shape[2]
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUARTER, 16])  # noqa: E741
     W: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
@@ -241,7 +241,7 @@ def attend_span(shared, at, begin, tiles, last, turns, scale_log2, mine: gl.cons
         mbarrier.wait(shared.weighed.index(1 - mine), their_turn & 1)
         their_peak = shared.peaks.index(1 - mine).load(gl.SliceLayout(1, S))
         their_factor = shared.factors.index(1 - mine).load(gl.SliceLayout(1, O))
-        # First what the other warpgroup waits for.
+        # First, what the other warpgroup is waiting for.
         peak, factor = _weigh(shared, turn, s, begin + tile * _TILE, last, their_peak, scale_log2, mine)
         weight, acc_0, acc_1 = _add_theirs(shared, at + tile - 1, their_factor, mine, weight, acc_0, acc_1, STAGES)
         s, weight, acc_0, acc_1 = _add_own(
@@ -259,7 +259,7 @@ def attend_span(shared, at, begin, tiles, last, turns, scale_log2, mine: gl.cons
 
 
 def stages_of(width: int) -> int:
-    """How many tiles of cache rows of such a width the ring holds; nmoe/gpu_limits.py admits none that are too wide."""
+    """How many tiles of cache rows of this width the ring holds; nmoe/gpu_limits.py rejects rows that are too wide."""
     left = _SHARED_BYTES - _OTHER_BYTES - ROWS * width * 2
     stages = min(8, left // (TILE * width * 2 + _BARRIER_BYTES))
     assert stages >= _LEAST_STAGES, f"cache rows of {width} leave room for {stages} tiles"
@@ -267,12 +267,12 @@ def stages_of(width: int) -> int:
 
 
 def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """For copies of so many rows and columns of a bfloat16 matrix into shared memory."""
+    """For copying `rows` x `columns` pieces of a bfloat16 matrix into shared memory."""
     layout = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
     return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
 
 
 def rope_descriptor(q_THQ: torch.Tensor, heads: int, rope: int) -> TensorDescriptor:
-    """For copies of `rope` dimensions of queries: of so many heads and of as many tokens as a program has rows for."""
+    """For copying `rope` dimensions of queries: `heads` heads, and as many tokens as a program has rows for."""
     block = [ROWS // heads, heads, rope]
     return TensorDescriptor.from_tensor(q_THQ, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))

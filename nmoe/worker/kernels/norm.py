@@ -12,6 +12,6 @@ def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
 def add_rms_norm(
     x_TD: torch.Tensor, delta_TD: torch.Tensor | None, weight_D: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x + delta`, rounded to x's dtype (x itself without a delta), and its `rms_norm`. Both [T, D]."""
+    """`x + delta`, rounded to x's dtype (or x itself without a delta), and its `rms_norm`. Both [T, D]."""
     sum_TD = x_TD if delta_TD is None else x_TD + delta_TD
     return sum_TD, rms_norm(sum_TD, weight_D, eps)

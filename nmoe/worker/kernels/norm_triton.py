@@ -13,7 +13,7 @@ from nmoe.worker.kernels.experts_triton import Terms
 from nmoe.worker.kernels.fp8 import Activations, Quantised, unquantised
 from nmoe.worker.kernels.fp8_triton import room_for, store_quantised
 
-_REGISTERS = 128  # per thread; told so, the compiler has a row of up to 4096 under way before it adds anything
+_REGISTERS = 128  # per thread; with this limit, the compiler loads a row of up to 4096 before it adds anything
 
 
 @triton.jit(do_not_specialize=["scales_stride"])
@@ -40,7 +40,7 @@ def _norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inside = lane < D
-    weight = tl.load(weight_ptr + lane, mask=inside, other=0.0).to(tl.float32)  # no kernel writes it: before the wait
+    weight = tl.load(weight_ptr + lane, mask=inside, other=0.0).to(tl.float32)  # before the wait: no kernel writes it
     tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + row * x_stride + lane, mask=inside, other=0.0).to(tl.float32)
     if sum_ptr is not None:
@@ -109,7 +109,7 @@ def _result(x_TD: torch.Tensor, *, quantised: bool) -> Activations:
 
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, *, quantised: bool = False) -> Activations:
-    """See norm.py; rows of `x_TD` may lie apart. `quantised`: what products in FP8 take, besides."""
+    """See norm.py; rows of `x_TD` need not be contiguous. `quantised`: also return what products in FP8 take."""
     out = _result(x_TD, quantised=quantised)
     _launch(x_TD, None, weight_D, None, out, eps)
     return out
@@ -123,7 +123,7 @@ def add_rms_norm(
     *,
     quantised: bool = False,
 ) -> tuple[torch.Tensor, Activations]:
-    """See norm.py; an expert layer's delta may come in its terms, which are added first. `quantised` as above."""
+    """See norm.py; an expert layer's delta may be given as terms, which are added first. `quantised` as above."""
     if delta is None:
         return x_TD, rms_norm(x_TD, weight_D, eps, quantised=quantised)
     sum_TD, out = torch.empty_like(x_TD), _result(x_TD, quantised=quantised)

@@ -1,5 +1,5 @@
-"""A tile of x @ w^T on the matrix unit, plain or transposed: w @ x^T puts the weights on its wide side, which few rows
-would not fill. What is added up is [ROWS, COLUMNS] or, transposed, [COLUMNS, ROWS]: rows of x, columns of the result.
+"""A tile of x @ w^T on the tensor cores, plain or transposed: w @ x^T puts the weights on the wide side, which a few
+rows would not fill. The accumulator is [ROWS, COLUMNS] or, transposed, [COLUMNS, ROWS]: rows of x, output columns.
 """
 
 import triton
@@ -20,7 +20,7 @@ def add_product(tile, x, w, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def scaled_product(x, w, scales, TRANSPOSED: tl.constexpr):
-    """x [ROWS, DEPTH] times w [COLUMNS, DEPTH] times the rows' scales, float32 [ROWS]: to be added to a tile."""
+    """x [ROWS, DEPTH] times w [COLUMNS, DEPTH] times the rows' scales, float32 [ROWS]; to be added to a tile."""
     return tl.dot(w, tl.trans(x)) * scales[None, :] if TRANSPOSED else tl.dot(x, tl.trans(w)) * scales[:, None]
 
 
@@ -32,7 +32,7 @@ def by_rows(tile, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def load_tiles(at, there, SPAN: tl.constexpr, DEPTH: tl.constexpr):
-    """SPAN / DEPTH tiles, DEPTH apart, as a tuple: all of them are under way before the first is used."""
+    """SPAN / DEPTH tiles, DEPTH apart, as a tuple: all are loading before the first is used."""
     tiles = ()
     for k in tl.static_range(0, SPAN, DEPTH):
         tiles = tiles + (tl.load(at + k, mask=there, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005

@@ -1,8 +1,8 @@
 """Records on the GPU; `records.py` is the reference.
 
-One program goes through one row of logits. The bits do not depend on the batch, nor on the dtype in which the same
-logits come: that changes which thread holds which of them, hence the order of a sum. So the exponentials are summed as
-integers, whose sum is the same in any order; what rounding them takes is below 2**-41 of the largest.
+One program processes one row of logits. The bits depend neither on the batch nor on the dtype that the same logits come
+in: the dtype affects which thread holds which logits, and hence the order of a sum. So the exponentials are summed as
+integers, whose sum is the same in any order; the rounding error of each is below 2**-41 of the largest.
 
 Shape suffixes as in records.py.
 """
@@ -16,7 +16,7 @@ from nmoe.worker.kernels.records import HEAD
 
 _BLOCK = 4096
 _ONE = 2.0**40  # the likeliest token's exponential
-_MOST_IDS = MAX_TOP_K + MAX_SCORED  # room for all in every shape: one kernel to compile
+_MOST_IDS = MAX_TOP_K + MAX_SCORED  # room for all in every shape: only one kernel to compile
 
 
 @triton.jit(do_not_specialize=["width", "top_k", "num_ids"])
@@ -38,13 +38,13 @@ def _records_kernel(
 ):
     n = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + tl.load(rows_ptr + n) * V
-    token = tl.load(row_ptr + tl.maximum(tl.load(tokens_ptr + n), 0)).to(tl.float32)  # not NO_TOKEN
+    token = tl.load(row_ptr + tl.maximum(tl.load(tokens_ptr + n), 0)).to(tl.float32)  # in case of NO_TOKEN
     lane = tl.arange(0, BLOCK)
     peaks = tl.full([BLOCK], float("-inf"), tl.float32)
     greater = tl.zeros([BLOCK], tl.int32)
     for start in range(0, V, BLOCK):
         x = tl.load(row_ptr + start + lane, mask=start + lane < V, other=float("-inf")).to(tl.float32)
-        peaks = tl.maximum(peaks, tl.where(x == x, x, float("inf")))  # a maximum would not show a NaN
+        peaks = tl.maximum(peaks, tl.where(x == x, x, float("inf")))  # a maximum would not propagate NaN
         greater += (x > token).to(tl.int32)
     peak = tl.max(peaks, 0)
     peak = tl.where(tl.abs(peak) < float("inf"), peak, float("nan"))
@@ -73,7 +73,7 @@ def records(
     ids_NC: torch.Tensor,
     top_k: int,
 ) -> torch.Tensor:
-    """See records.py. Rows of `logits_SV` lie end to end, in any dtype."""
+    """See records.py. `logits_SV` is contiguous, in any dtype."""
     count, num_ids = ids_NC.shape
     width = HEAD + top_k + num_ids
     words_NW = torch.empty(count, width, dtype=torch.int32, device=logits_SV.device)

@@ -1,7 +1,7 @@
 """Rotary position embedding (arXiv 2104.09864) with YaRN scaling (arXiv 2309.00071).
 
-The frequencies follow transformers' modeling_rope_utils.py. Weights are reordered when they are loaded, so that here
-the dimensions that rotate together are always i and i + P/2, whatever the checkpoint's layout.
+The frequencies follow transformers' modeling_rope_utils.py. Weights are reordered at load, so that here dimensions that
+rotate together are always i and i + P/2, whatever the checkpoint's layout.
 
 Shape suffixes: T tokens, M positions of the table, H heads, P rope dimensions of a head.
 """
@@ -29,7 +29,7 @@ def inverse_frequencies(rope: Rope, dim: int) -> torch.Tensor:
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    span = high - low if high != low else 0.001  # as the reference avoids the singularity
+    span = high - low if high != low else 0.001  # avoids the singularity, as in the reference
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
     interpolated = 1.0 / (yarn.factor * rope.theta**exponents)
     return interpolated * ramp + frequencies * (1 - ramp)
@@ -38,7 +38,7 @@ def inverse_frequencies(rope: Rope, dim: int) -> torch.Tensor:
 def rope_table(
     architecture: Architecture, num_positions: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """[M, 2, P]: for each position the cosines, each twice, and the sines, the first half negated.
+    """[M, 2, P]: for each position the cosines, twice, and the sines, with the first half negated.
 
     Computed in float32 and rounded to `dtype`, YaRN's scale included.
     """
@@ -56,5 +56,5 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 def halves_from_pairs(weight_XPI: torch.Tensor) -> torch.Tensor:
-    """Reorder P from neighbouring pairs (0, 1), (2, 3), ... to halves: all first members, then all second ones."""
+    """Reorder P from adjacent pairs (0, 1), (2, 3), ... to halves: all first members, then all second ones."""
     return torch.cat((weight_XPI[..., 0::2, :], weight_XPI[..., 1::2, :]), dim=-2)

@@ -1,4 +1,4 @@
-"""The one router: `noaux_tc` of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2; transformers' modeling_deepseek_v3.py).
+"""The only router: `noaux_tc` of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2; transformers' modeling_deepseek_v3.py).
 
 Shape suffixes: T tokens, D hidden, E routed experts, G groups of experts, K experts per token.
 """
@@ -18,11 +18,11 @@ def route(
     *,
     listed: bool = False,
 ) -> Routes:
-    """The experts of each token and their weights; on the GPU also by expert, if they are to be `listed`.
+    """The experts of each token and their weights; on the GPU also grouped by expert, if `listed`.
 
-    Sigmoid scores in float32. The bias decides who is chosen, never by how much it counts: first the groups whose two
-    best biased scores sum highest, then the best biased scores within them. Of equal scores the lower id wins. Slots
-    are in descending order of biased score. `weight_ED` and `bias_E` are float32.
+    Sigmoid scores in float32. The bias affects which experts are chosen, never their weights: first choose the groups
+    whose two best biased scores have the highest sums, then the best biased scores within them. Ties go to the lower
+    id. Slots are in descending order of biased score. `weight_ED` and `bias_E` are float32.
     """
     a = architecture
     scores_TE = F.linear(x_TD.float(), weight_ED).sigmoid_()
@@ -34,7 +34,7 @@ def route(
 
 
 def choose(scores_TE: torch.Tensor, bias_E: torch.Tensor, architecture: Architecture) -> torch.Tensor:
-    """The experts by their scores, int64 [T, K]."""
+    """Choose experts by their scores, int64 [T, K]."""
     a = architecture
     biased_TE = scores_TE + bias_E
     if a.topk_group < a.n_group:

@@ -1,12 +1,12 @@
 """The router on the GPU; `router.py` is the reference.
 
-The float32 weight is held as bfloat16 terms that add up to it, so every product with a bfloat16 input is exact and only
-sums round, in float32. There is one order of addition, so a token's bits are the same in any batch (docs/exact.md): the
-matrix unit adds up a piece of the hidden size, 64 inputs at a time and of these the smallest term first; then a span's
-pieces are added one after the other; then the spans. For few tokens a program takes a piece, and the choosing kernel
-adds them; for many it takes a span, so that weights are read seldom and little is written in between.
+The float32 weight is stored as bfloat16 terms that add up to it, so every product with a bfloat16 input is exact and
+only sums round, in float32. There is a single order of addition, so a token's bits are the same in any batch
+(docs/exact.md): the tensor cores sum a piece of the hidden size, 64 inputs at a time and, within those, smallest term
+first; then a span's pieces are added in order; then the spans. For few tokens a program computes a piece, and the
+choosing kernel adds them; for many it computes a span, so that weights are read rarely and little is written between.
 
-Who has chosen for a token also adds it to its experts' lists (lists_triton.py).
+The kernel that chooses a token's experts also adds it to their lists (lists_triton.py).
 
 Shape suffixes: T tokens, D hidden, E routed experts, N terms of a weight, P parts of a logit, K experts per token.
 """
@@ -22,35 +22,35 @@ from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.lists import Lists, Routes, empty_lists
 from nmoe.worker.kernels.lists_triton import add_pairs, clear_counts
 
-# The order of addition. To change any of these changes bits.
-_DEPTH = 64  # inputs of which the matrix unit takes all terms in turn
-_PIECE = 128  # inputs that it adds up; it truncates sums, so these are few
-_SPANS = 4  # at most; of 8,000 tokens in tiles of 256 they make 128 programs
+# The order of addition. Changing any of these changes bits.
+_DEPTH = 64  # inputs for which the tensor cores take all terms in turn
+_PIECE = 128  # inputs per accumulation; the tensor cores truncate sums, so it is short
+_SPANS = 4  # at most; 8,000 tokens in tiles of 256 make 128 programs
 
-_FEW = 512  # tokens of which a program takes one piece
-_TAKEN = tl.constexpr(-(2**31))  # the key of an expert that is chosen: below all others
+_FEW = 512  # tokens up to which a program computes one piece
+_TAKEN = tl.constexpr(-(2**31))  # the key of an expert already chosen: below all others
 
 
 class _Tile(NamedTuple):
-    """How the logits are shared out; no bits depend on it."""
+    """How the logits are divided among programs; no bits depend on it."""
 
     rows: int  # tokens
     columns: int  # experts, at most
     warps: int
     stages: int
-    span: bool  # a program takes a span, not a piece
+    span: bool  # a program computes a span instead of a piece
 
 
 def _tile(tokens: int, experts: int) -> _Tile:
-    """By what is to be filled: few tokens need many programs, many tokens large tiles, within 255 registers a thread
-    for the piece and the total before it, and within 227 KB for the stages."""
+    """Few tokens need many programs, many tokens large tiles, within 255 registers per thread for the piece and the
+    running total, and within 227 KB for the stages."""
     if tokens <= 16 or (tokens <= 64 and experts <= 64):
         return _Tile(16, 32, 4, 3, span=False)
     if tokens <= _FEW:
         return _Tile(64, 64 if experts > 64 else 32, 4, 3, span=False)
     if experts > 64:
         return _Tile(128, 128, 8, 3, span=True)
-    if tokens <= 7424:  # tiles of 256 would leave multiprocessors idle; of these, two share one
+    if tokens <= 7424:  # tiles of 256 would leave multiprocessors idle; two of these share one
         return _Tile(128, 64, 8, 2, span=True)
     return _Tile(256, 64, 16, 3, span=True)
 
@@ -89,7 +89,7 @@ def _logits_kernel(
     piece = tl.zeros([ROWS, COLUMNS], tl.float32)
     for k in tl.range(part * WIDTH, tl.minimum(D, (part + 1) * WIDTH), DEPTH, num_stages=STAGES):
         x = tl.load(x_at + k, mask=exists, other=0.0)
-        piece = tl.where(k % PIECE == 0, 0.0, piece)  # not under `if`, or ptxas runs the matrix unit step by step
+        piece = tl.where(k % PIECE == 0, 0.0, piece)  # not an `if`, or ptxas serialises the tensor cores
         for term in tl.static_range(TERMS):
             weight = tl.load(gate_at + (term * E * D + k), mask=routed, other=0.0)
             piece = tl.dot(x, weight, piece)
@@ -101,7 +101,7 @@ def _logits_kernel(
 
 @triton.jit
 def _of_best_groups(biased, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr):
-    """Biased scores [N, E], -inf outside the groups of experts whose two largest have the largest sums."""
+    """Biased scores [N, E], -inf outside the groups of experts whose two largest scores have the largest sums."""
     ROWS: tl.constexpr = biased.shape[0]
     SIZE: tl.constexpr = biased.shape[1] // GROUPS
     in_group = tl.arange(0, SIZE)[None, None, :]
@@ -157,15 +157,15 @@ def _choose_kernel(
     biased = tl.where(routed, score + bias, float("-inf"))
     if TOP_GROUPS < GROUPS:
         biased = _of_best_groups(biased, GROUPS, TOP_GROUPS)
-    # As integers in the same order, of which a warp finds the largest at once. Whatever they are, also NaN, an expert
-    # that exists and is not chosen yet comes before what does not.
+    # Mapped to integers in the same order, of which a warp finds the largest at once. Whatever the scores, even NaN, an
+    # expert that exists and is not yet chosen precedes those that do not exist.
     bits = biased.to(tl.int32, bitcast=True)
     key = tl.where(routed, tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), _TAKEN + 1), _TAKEN)
     score_bits = score.to(tl.int32, bitcast=True)
     slot = tl.arange(0, BLOCK_K)[None, :]
     ids = tl.zeros([ROWS, BLOCK_K], tl.int32)
     weights = tl.zeros([ROWS, BLOCK_K], tl.float32)
-    total = tl.zeros([ROWS, 1], tl.float32)  # slot by slot: how a reduction adds follows the number of rows
+    total = tl.zeros([ROWS, 1], tl.float32)  # slot by slot: how a reduction adds depends on the number of rows
     for k in tl.static_range(K):
         best = key == tl.max(key, 1)[:, None]
         chosen = tl.min(tl.where(best, expert, BLOCK_E), 1)[:, None]
@@ -184,16 +184,16 @@ def _choose_kernel(
 
 
 def split_gate(weight_ED: torch.Tensor) -> torch.Tensor:
-    """A float32 weight as `route` takes it: bfloat16 terms [N, E, D] whose sum it is, smallest first, N from 1 to 3.
+    """Convert a float32 weight for `route`: bfloat16 terms [N, E, D] that sum to it, smallest first, N from 1 to 3.
 
-    Three terms hold every normal number of 2^-110 or more exactly. It has 24 significant bits; a term takes the upper 8
-    of what is left, rounded, so what is left then has 16 or fewer, and after the second term 8 or fewer, which are the
-    third; each difference is exact, as both sides are multiples of the number's last bit. bfloat16 has float32's
-    exponents, so nothing overflows but the last half step below infinity, 3.39e38, which becomes NaN. Below 2^-110 bits
-    under bfloat16's smallest number, 2^-133, are lost: at most 2^-134.
+    Three terms represent every normal number of at least 2^-110 exactly. It has 24 significant bits; each term takes
+    the top 8 of what is left, rounded, so 16 or fewer remain, then 8 or fewer, which are the third term; each
+    difference is exact, as both operands are multiples of the number's last bit. bfloat16 has float32's exponents, so
+    nothing overflows except the last half step below infinity, 3.39e38, which becomes NaN. Below 2^-110, bits under
+    bfloat16's smallest number, 2^-133, are lost: at most 2^-134.
 
-    Terms that are zero throughout are left out, which changes no sum. A checkpoint whose weights are bfloat16, as
-    DeepSeek's are, needs one term: half of the float32 weight's memory; others need one and a half times it.
+    Terms that are zero throughout are dropped, which changes no sum. A checkpoint with bfloat16 weights, like
+    DeepSeek's, needs one term: half the float32 weight's memory; others need one and a half times as much.
     """
     terms, rest_ED = [], weight_ED
     for _ in range(3):
@@ -205,10 +205,10 @@ def split_gate(weight_ED: torch.Tensor) -> torch.Tensor:
 
 
 def logits_in_parts(x_TD: torch.Tensor, gate_NED: torch.Tensor, lists: Lists | None = None) -> tuple[torch.Tensor, int]:
-    """The logits' parts, float32 [P, T, E], and how many of them in a row make a span; T is not 0.
+    """The logits' parts, float32 [P, T, E], and how many consecutive parts make a span; T is not 0.
 
-    The logits are the sum of the spans, which are the sums of their parts: each from zero, one after the other. Sets
-    the counts of the `lists` to zero.
+    The logits are the sum of the spans, which are the sums of their parts: each starts from zero and is added in order.
+    Also zeroes the counts of the `lists`.
     """
     (tokens, hidden), (terms, experts, _) = x_TD.shape, gate_NED.shape
     tile = _tile(tokens, experts)
@@ -247,8 +247,8 @@ def route(
     *,
     listed: bool = False,
 ) -> Routes:
-    """See router.py; the weight is `split_gate`'s, the ids are int32. D is a multiple of 128; with several groups,
-    experts and groups are powers of two."""
+    """See router.py. The weight is `split_gate`'s; the ids are int32. D is a multiple of 128; with several groups, the
+    numbers of experts and of groups are powers of two."""
     a, tokens, device = architecture, len(x_TD), x_TD.device
     ids_TK = torch.empty(tokens, a.num_experts_per_tok, dtype=torch.int32, device=device)
     weights_TK = torch.empty(tokens, a.num_experts_per_tok, dtype=torch.float32, device=device)
@@ -257,7 +257,7 @@ def route(
         return Routes(ids_TK, weights_TK, lists)
     logits_PTE, span = logits_in_parts(x_TD, gate_NED, lists)
     block_e = triton.next_power_of_2(a.num_experts)
-    rows = max(1, 256 // block_e) if tokens > _FEW else 1  # eight scores a thread
+    rows = max(1, 256 // block_e) if tokens > _FEW else 1  # eight scores per thread
     _choose_kernel[(triton.cdiv(tokens, rows),)](
         logits_PTE,
         bias_E,
@@ -274,11 +274,11 @@ def route(
         GROUPS=a.n_group,
         TOP_GROUPS=a.topk_group,
         K=a.num_experts_per_tok,
-        BLOCK_K=max(32 // rows, triton.next_power_of_2(a.num_experts_per_tok)),  # no slot twice in a warp
+        BLOCK_K=max(32 // rows, triton.next_power_of_2(a.num_experts_per_tok)),  # no slot occurs twice in a warp
         NORM=a.norm_topk_prob,
         ROWS=rows,
         num_warps=1,
-        enable_fp_fusion=False,  # whether a sum takes in a product would be each form's own choice
+        enable_fp_fusion=False,  # otherwise each form could fuse multiply-adds differently
         launch_pdl=early(tokens),
     )
     return Routes(ids_TK, weights_TK, lists)

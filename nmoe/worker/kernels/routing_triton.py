@@ -24,7 +24,7 @@ def _scatter_kernel(
 
 
 def scatter(ids_TLK: torch.Tensor, write_T: torch.Tensor, routing_NSLK: torch.Tensor) -> None:
-    """Write each token's ids, of any integer type, to its place."""
+    """Store each token's ids, of any integer type, in its place."""
     tokens, size = len(ids_TLK), ids_TLK[0].numel()
     _scatter_kernel[(triton.cdiv(tokens, _BLOCK_T),)](
         ids_TLK, write_T, routing_NSLK, tokens, SIZE=size, BLOCK=triton.next_power_of_2(size), BLOCK_T=_BLOCK_T

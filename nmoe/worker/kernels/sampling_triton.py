@@ -1,12 +1,12 @@
-"""Sampling on the GPU in a few launches; `nmoe/worker/sampler.py` is the reference, and says what is drawn.
+"""Sampling on the GPU in a few launches; `nmoe/worker/sampler.py` is the reference and specifies what is drawn.
 
-A row's vocabulary is cut into blocks. Peaks of all blocks, then sums of their integer weights, give the block where the
-row's uniform number falls, and there the token. Rows with top-k or top-p have their least weight found in between, by
-bisection over the order of the logits: nothing is sorted. Integer sums are the same in any order, so a row's token does
-not depend on other rows. The parameters of the draws lie in a table by slot, so a captured step serves any rows.
+A row's vocabulary is divided into blocks. All blocks' peaks, then the sums of their integer weights, determine in which
+block the row's uniform number falls, and there the token. For rows with top-k or top-p, the smallest weight kept is
+found in between, by bisection over the order of the logits: nothing is sorted. Integer sums are the same in any order,
+so a row's token does not depend on other rows. Parameters are in a table by slot, so a captured step serves any rows.
 
-A logit that is no number counts as infinity in a row's peak, as a maximum would not show it; a row whose peak is not
-finite has NO_TOKEN. What else is computed of such a row means nothing and stays within bounds.
+In a row's peak a NaN logit counts as infinity, because a maximum would not propagate it; a row whose peak is not finite
+gets NO_TOKEN. Anything else computed for such a row is meaningless but stays within bounds.
 
 Shape suffixes: S rows that sample, V vocabulary, B blocks, N slots.
 """
@@ -18,9 +18,9 @@ from triton.language.extra.cuda import libdevice
 
 from nmoe.worker.sampler import NO_TOKEN
 
-BLOCK = 4096  # logits of a program
+BLOCK = 4096  # logits per program
 _ONE = tl.constexpr(2.0**40)  # the weight of a row's likeliest token
-PARAMETERS = 5  # int64 of a slot: temperature and top_p as float64, then these
+PARAMETERS = 5  # int64 words per slot: temperature, then those below; temperature and top_p are float64
 _LEAST, _TOP_K, _TOP_P, _SEED = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
 _WIDTH = tl.constexpr(PARAMETERS)
 _NO_TOKEN = tl.constexpr(NO_TOKEN)
@@ -36,14 +36,14 @@ def _weights(logits, peak, temperature, least):
 
 @triton.jit
 def _parameters(table_ptr, slot):
-    """Temperature, float32, and the least weight that min-p leaves."""
+    """Temperature, float32, and the least weight that min-p keeps."""
     at = table_ptr + slot.to(tl.int64) * _WIDTH
     return tl.load(at.to(tl.pointer_type(tl.float64))).to(tl.float32), tl.load(at + _LEAST)
 
 
 @triton.jit(do_not_specialize=["vocab"])
 def _peaks_kernel(logits_ptr, peaks_ptr, places_ptr, vocab, row_stride, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    """Each block's largest logit and the first place that has it."""
+    """Each block's largest logit and the first position that has it."""
     row, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
     token = block * BLOCK + tl.arange(0, BLOCK)
     logits = tl.load(logits_ptr + row * row_stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
@@ -87,7 +87,7 @@ def _key(logits):
 
 @triton.jit
 def _weight_of(key, SHIFT: tl.constexpr, peak, temperature, least):
-    """The weight of the logit with this key, `_key` without the bits that no logit has."""
+    """The weight of the logit with this key: `_key` without the low bits that the logits' dtype does not have."""
     whole = (key << SHIFT) | tl.where(key < 0, (1 << SHIFT) - 1, 0)
     bits = whole.to(tl.int32)
     logit = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
@@ -108,8 +108,8 @@ def _reach(
     SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The largest key in [low, high) such that the tokens from there on are `wanted` in number, or in weight; `low` is
-    known to be small enough. A pass over the row cuts the interval in four."""
+    """The largest key in [low, high) such that the tokens from it on are `wanted` in number, or in weight; `low` must
+    be small enough. Each pass over the row divides the interval by four."""
     lane = tl.arange(0, BLOCK)
     while high - low > 1:
         quarter = tl.maximum((high - low) >> 2, 1)
@@ -145,7 +145,7 @@ def _reach(
 
 @triton.jit
 def _load_weights(logits_row, start, vocab, peak, temperature, least, BLOCK: tl.constexpr):
-    """The weights of the tokens from `start` on, int64 [BLOCK]. `logits_row` [BLOCK]: where a row's first ones lie."""
+    """The weights of the tokens from `start` on, int64 [BLOCK]. `logits_row` [BLOCK] points to the row's first ones."""
     exists = start + tl.arange(0, BLOCK) < vocab
     logits = tl.load(logits_row + start, mask=exists, other=float("-inf"))
     return _weights(logits.to(tl.float32), peak, temperature, least)
@@ -153,7 +153,7 @@ def _load_weights(logits_row, start, vocab, peak, temperature, least, BLOCK: tl.
 
 @triton.jit
 def _heavier(logits_row, vocab, floor, peak, temperature, least, BLOCK: tl.constexpr):
-    """The weights above `floor`, int64, and their number, int32: of every lane [BLOCK], to be summed."""
+    """The weights above `floor`, int64, and their number, int32: one per lane [BLOCK], to be summed."""
     above = tl.zeros([BLOCK], tl.int64)
     counts = tl.zeros([BLOCK], tl.int32)
     for start in range(0, vocab, BLOCK):
@@ -165,10 +165,10 @@ def _heavier(logits_row, vocab, floor, peak, temperature, least, BLOCK: tl.const
 
 @triton.jit
 def _times(weight, kept, enough):
-    """How often a weight must be added to those `kept` until they are `enough`, float64."""
+    """How many times a weight must be added to `kept` to reach `enough`, float64."""
     missing = tl.maximum(enough - kept.to(tl.float64), 0.0)
     times = tl.ceil(missing / tl.maximum(weight, 1).to(tl.float64)).to(tl.int64)
-    # The quotient may be rounded; the reference compares sums.
+    # The quotient may be rounded, but the reference compares sums.
     one_less = (kept + (times - 1) * weight).to(tl.float64)
     times = tl.where((times > 0) & (one_less >= enough), times - 1, times)
     return tl.where((kept + times * weight).to(tl.float64) < enough, times + 1, times)
@@ -176,7 +176,7 @@ def _times(weight, kept, enough):
 
 @triton.jit
 def _store_kept(sums_row, ties_row, logits_row, vocab, floor, allowed, peak, temperature, least, BLOCK: tl.constexpr):
-    """The blocks' sums of the weights that are kept, and how many in the blocks before have just the weight `floor`."""
+    """Store each block's sum of kept weights, and the number of weights equal to `floor` in the blocks before it."""
     tied = tl.zeros([], tl.int32)
     for start in range(0, vocab, BLOCK):
         weights = _load_weights(logits_row, start, vocab, peak, temperature, least, BLOCK)
@@ -204,8 +204,8 @@ def _filter_kernel(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program per row: above which weight tokens are kept, how many of those that have just that weight, the lower
-    ids first, and the blocks' sums over what is kept."""
+    """One program per row: the weight above which all tokens are kept, how many with exactly that weight are kept,
+    lower ids first, and the blocks' sums of kept weights."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row)
     temperature, least = _parameters(table_ptr, slot)
@@ -221,13 +221,13 @@ def _filter_kernel(
         base = logits_ptr + row * row_stride
         logits_row = base + lane
         SHIFT: tl.constexpr = 16 if logits_ptr.dtype.element_ty == tl.bfloat16 else 0
-        # Below this every weight is zero.
+        # Below this key every weight is zero.
         low = (_key(peak - 28 * temperature) >> SHIFT).to(tl.int64)
         high = (_key(peak) >> SHIFT).to(tl.int64) + 1
         if top_k < vocab:
             wanted = top_k.to(tl.float64)
             low = _reach(base, vocab, low, high, wanted, peak, temperature, least, True, SHIFT, BLOCK)
-        # What is above its weight and how often the weight itself counts.
+        # The sum of the greater weights, and how many times the weight itself counts.
         floor = _weight_of(low, SHIFT, peak, temperature, least)
         above, counts = _heavier(logits_row, vocab, floor, peak, temperature, least, BLOCK)
         allowed = tl.where(floor > 0, top_k - tl.sum(counts, 0), 0)
@@ -266,7 +266,7 @@ def _pick_kernel(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program per row: its token, which becomes its slot's last, and the logarithm of its share of the weights."""
+    """One program per row: its token, which becomes its slot's last, and the log of its share of the weights."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row)
     temperature, least = _parameters(table_ptr, slot)
@@ -306,7 +306,7 @@ def _pick_kernel(
         logprob = libdevice.log(weight.to(tl.float64) / total.to(tl.float64)).to(tl.float32)
     tl.store(tokens_ptr + row, tl.where(tl.abs(peak) < float("inf"), token, _NO_TOKEN))
     tl.store(logprobs_ptr + row, logprob)
-    tl.store(last_ptr + slot, token)  # one that exists: the next step may be on its way with it
+    tl.store(last_ptr + slot, token)  # a valid one: the next step may already be in flight and read it
 
 
 def sample_rows(
@@ -318,9 +318,9 @@ def sample_rows(
     *,
     filtered: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens, int32 [S], which become their slots' last ones, and their log-probabilities under the distributions that
-    they were drawn from, float32 [S], 0 of greedy ones. NO_TOKEN where the logits are not finite; the slot's last is
-    any token there.
+    """Tokens, int32 [S], which become their slots' last ones, and their log-probabilities under the distributions they
+    were drawn from, float32 [S], 0 for greedy ones. NO_TOKEN where the logits are not finite; the slot's last token is
+    then arbitrary.
 
     `slots_S` and `ends_S` int32: the rows' slots and the positions of their tokens. `table_NP` int64: see PARAMETERS.
     `filtered`: whether any row has top-k or top-p.

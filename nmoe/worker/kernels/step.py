@@ -1,7 +1,7 @@
-"""From what the host says of a step's rows to what the model takes of its tokens, by the device's own tables.
+"""Turns what the host says about a step's rows into the model's per-token inputs, using the device's own tables.
 
-Shape suffixes: T tokens, R rows, S slots, P pages of a slot. There is a row more than R, the padding's, which takes all
-tokens that no other row does.
+Shape suffixes: T tokens, R rows, S slots, P pages of a slot. There is one row more than R, the padding's, which gets
+all tokens that no other row does.
 """
 
 import torch
@@ -20,9 +20,9 @@ def locate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ids, positions and cache places (page * page_size + offset) of the tokens, each int32 [T].
 
-    Row r has the tokens from `starts_R[r]` to `starts_R[r + 1]` and begins at position `firsts_R[r]`; R + 1 rows, with
-    a start more. Positions below `floors_R[r]` go to the reserved page, the first of the last slot. The first
-    `continued_1` tokens are their slots' last ones, the others `ids_T`. All int32.
+    Row r has the tokens from `starts_R[r]` to `starts_R[r + 1]` and starts at position `firsts_R[r]`; there are R + 1
+    rows and one more start. Positions below `floors_R[r]` go to the reserved page, the first one of the last slot. The
+    first `continued_1` tokens are their slots' last tokens, the others are from `ids_T`. All int32.
     """
     token_T = torch.arange(len(ids_T), dtype=torch.int32, device=ids_T.device)
     row_T = torch.searchsorted(starts_R[1:-1], token_T, right=True)

@@ -1,6 +1,6 @@
 """A step's tokens on the GPU, in one kernel; `step.py` is the reference.
 
-Shape suffixes as there.
+Shape suffixes as in step.py.
 """
 
 import torch
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 _TOKENS = 32  # per program
-_PAGES = 1024  # that a program copies at a time
+_PAGES = 1024  # copied by a program at a time
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "max_pages", "nobody"])
@@ -34,7 +34,7 @@ def _step_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """The first programs take a block of tokens each, the others a row of the page table."""
+    """The first programs process a block of tokens each, the others a row of the page table."""
     blocks = tl.cdiv(num_tokens, BLOCK_T)
     if tl.program_id(0) < blocks:
         token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -73,7 +73,7 @@ def locate_and_copy(
     pages_SP: torch.Tensor,
     page_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`locate`'s three, and `rows_of_table` of all rows but the padding's."""
+    """`locate`'s three results, and `rows_of_table` for all rows but the padding's."""
     tokens, rows, (slots, max_pages) = len(ids_T), len(slots_R) - 1, pages_SP.shape
     ids, positions, places = (torch.empty_like(ids_T) for _ in range(3))
     pages_RP = pages_SP.new_empty(rows, max_pages)

@@ -1,14 +1,14 @@
-"""Products of experts by warps with roles of their own, in Gluon: what experts_gluon.py and experts_fp8_gluon.py are
-made of.
+"""The experts' products with specialised warps, in Gluon: the building blocks of experts_gluon.py and
+experts_fp8_gluon.py.
 
-A program computes tiles of 2 x 128 outputs for some rows of activations, one after the other. The weights are the wide
-side of the matrix unit's products, the rows the narrow one.
+A program computes tiles of 2 x 128 outputs for some rows of activations, one after another. The weights are the wide
+side of the tensor cores' products, the rows the narrow side.
 
-    producer, one warp    weights, by TMA, into a ring of 128 bytes of inputs a stage: 64 in bfloat16, 128 in FP8
-    loader, two warps     the rows, in FP8 with their scales, from wherever they lie, into the same ring
-    two warpgroups        the products, each a half of the tile
+    producer, one warp    loads weights by TMA into a ring of 128 bytes of inputs per stage: 64 in bfloat16, 128 in FP8
+    loader, two warps     loads the rows, in FP8 with their scales, from wherever they are, into the same ring
+    two warpgroups        compute the products, half of the tile each
 
-The ring runs on from tile to tile, so the memory is busy while results are stored.
+The ring carries over from tile to tile, so the memory stays busy while results are stored.
 
 Shape suffixes: N rows of a tile, I inputs of a stage, C stages of a tile.
 """
@@ -24,16 +24,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from nmoe.worker.kernels.device import multiprocessors
 from nmoe.worker.kernels.hopper_gluon import copy_tile, gather
 
-OUTPUTS = 256  # of a tile: two blocks of 128, which need not be neighbours
+OUTPUTS = 256  # per tile: two blocks of 128, not necessarily adjacent
 LOADERS = gl.constexpr(2)  # warps
 WORKER_WARPS = gl.constexpr([4, 1, 2])  # the second warpgroup, the producer, the loader
 
 
 class Form(NamedTuple):
-    """What a program takes of a multiprocessor, for tiles of so many rows. Registers are a thread's: as the program
-    begins, when all 384 have as many; of the warpgroups, which take some of the others'; of producer and loader.
-    Weights are asked for so many stages at a time, of which the memory then reads neighbouring bytes together. Some
-    multiprocessors are left to the shared experts."""
+    """A program's share of a multiprocessor, for tiles of `rows` rows. Registers are per thread: at the start, when all
+    384 have the same; for the warpgroups, which take some from the others; for producer and loader. Weights are
+    requested for `together` stages at once, so that the memory reads adjacent bytes together. `left` multiprocessors
+    are left to the shared experts."""
 
     rows: int
     stages: int
@@ -44,11 +44,11 @@ class Form(NamedTuple):
     left: int = 0
 
     def programs(self, pieces: int, device: torch.device) -> int:
-        """How many to launch for at most so many pieces of work."""
+        """How many programs to launch for at most this many pieces of work."""
         return min(pieces, multiprocessors(device) - self.left)
 
     def options(self, stages_of_tile: int) -> dict[str, int]:
-        """Of a kernel's launch."""
+        """Options for launching a kernel."""
         registers = {"WORKER_REGISTERS": self.worker_registers, "OTHER_REGISTERS": self.other_registers}
         together = self.together if stages_of_tile % self.together == 0 else 1
         ring = {"ROWS": self.rows, "STAGES": self.stages, "TOGETHER": together}
@@ -56,7 +56,7 @@ class Form(NamedTuple):
 
 
 class Ring(NamedTuple):
-    """Shared memory of a program."""
+    """A program's shared memory."""
 
     w: gl.shared_memory_descriptor  # [stages * 4, 64, I]: halves of the first block, halves of the second
     x: gl.shared_memory_descriptor  # [stages, N, I]
@@ -69,13 +69,13 @@ class Work(NamedTuple):
 
     tile: gl.tensor
     block: gl.tensor  # the first one
-    first: gl.tensor  # the same, counted over all weights
+    first: gl.tensor  # the same, counted over all experts' weights
     second: gl.tensor
 
 
 @gluon.jit
 def make_ring(w_desc, ROWS: gl.constexpr, STAGES: gl.constexpr):
-    """The shared memory of a program, ready for its warps; `w_desc` is `descriptor`'s."""
+    """A program's shared memory, initialised for its warps; `w_desc` is from `descriptor`."""
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     INPUTS: gl.constexpr = w_desc.block_type.shape[1]
     X: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, INPUTS], w_desc.dtype)
@@ -86,7 +86,7 @@ def make_ring(w_desc, ROWS: gl.constexpr, STAGES: gl.constexpr):
         free=gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
     )
     for i in gl.static_range(STAGES):
-        # The producer and every thread of the loader; both warpgroups.
+        # Arrivals from the producer and every thread of the loader; from both warpgroups.
         mbarrier.init(ring.filled.index(i), count=1 + 32 * LOADERS)
         mbarrier.init(ring.free.index(i), count=2)
     fence_async_shared()
@@ -95,13 +95,13 @@ def make_ring(w_desc, ROWS: gl.constexpr, STAGES: gl.constexpr):
 
 @gluon.jit
 def make_scales(ROWS: gl.constexpr, STAGES: gl.constexpr):
-    """What the ring of an FP8 program has besides: the rows' scales, [stages, N]."""
+    """The additional part of an FP8 program's ring: the rows' scales, [stages, N]."""
     return gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
 
 
 @gluon.jit
 def produce(ring, w_desc, work, at, C: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr):
-    """Producer: a tile's weights, C a multiple of TOGETHER; `at`: how many stages there were so far, given and
+    """Producer: load a tile's weights; C is a multiple of TOGETHER. `at` is the number of stages so far, passed in and
     returned."""
     INPUTS: gl.constexpr = ring.w.shape[2]
     for c in range(0, C, TOGETHER):
@@ -132,8 +132,8 @@ def row_lanes(ring):
 
 @gluon.jit
 def load_rows(ring, scales, rows, row_scales, block_stride, at, C: gl.constexpr, STAGES: gl.constexpr):
-    """Loader: a tile's rows. `rows`: where the first inputs of each lie, and which exist; `row_scales` the same of the
-    scales in FP8, which lie `block_stride` apart; in bfloat16 `scales` is None. `at` as in `produce`."""
+    """Loader: load a tile's rows. `rows`: pointers to each row's first inputs, and which rows exist; `row_scales`: the
+    same for their scales in FP8, which are `block_stride` apart; in bfloat16 `scales` is None. `at` as in `produce`."""
     INPUTS: gl.constexpr = ring.x.shape[2]
     x_ptr, exists = rows
     scale_ptr, has_scale = row_scales
@@ -154,8 +154,8 @@ def load_rows(ring, scales, rows, row_scales, block_stride, at, C: gl.constexpr,
 
 @gluon.jit
 def store(out_ptr, exists, column, columns, values):
-    """64 outputs of some rows, `values` [64, rows], from `column` on where they are below `columns`, in the rows that
-    begin at `out_ptr` and exist; both have the layout `store_rows` gives."""
+    """Store 64 outputs of some rows, `values` [64, rows], to columns from `column` on that are below `columns`, in the
+    rows at `out_ptr` that exist; both are in the layout of `store_rows`."""
     LAYOUT: gl.constexpr = out_ptr.type.layout.parent
     lane = column + gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))
     values = gl.convert_layout(gl.permute(values.to(out_ptr.dtype.element_ty), (1, 0)), LAYOUT)
@@ -164,14 +164,14 @@ def store(out_ptr, exists, column, columns, values):
 
 @gluon.jit
 def store_rows(first, ROWS: gl.constexpr, BYTES: gl.constexpr):
-    """So many rows from `first` on, as a warpgroup stores values of so many bytes."""
+    """ROWS rows from `first` on, in the layout in which a warpgroup stores values of BYTES bytes."""
     PER_ROW: gl.constexpr = 64 * BYTES // 16
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16 // BYTES], [32 // PER_ROW, PER_ROW], [4, 1], [1, 0])
     return first + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
 
 
 def descriptor(weight_OI: torch.Tensor) -> TensorDescriptor:
-    """For copies of half a block of outputs, of all weights' outputs, and a stage's inputs."""
+    """For copying half a block of outputs, over all weights' outputs, and a stage's inputs."""
     fp8 = weight_OI.dtype == torch.float8_e4m3fn
     block = [64, 128 if fp8 else 64]
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv if fp8 else gl.bfloat16)
