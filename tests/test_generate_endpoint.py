@@ -191,6 +191,15 @@ async def send(rig, body, content_type="application/msgpack"):
         return response.status, (await response.json())["error"]
 
 
+@pytest.mark.parametrize("prompt", [bytes((1 << 22) + 4), [bytes(1 << 22), bytes(4)]])
+def test_packed_ids_are_bounded(prompt):
+    with pytest.raises(RequestError, match="more than 1048576 token ids in one body") as refusal:
+        packed.unpack_object(msgspec.msgpack.encode({"prompt": prompt}))
+    assert refusal.value.status == 413
+    ids = packed.unpack_object(msgspec.msgpack.encode({"prompt": bytes(1 << 22)}))["prompt"]
+    assert ids == [0] * (1 << 20)
+
+
 @pytest.mark.parametrize(
     ("body", "status", "told"),
     [

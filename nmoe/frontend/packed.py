@@ -13,6 +13,7 @@ from nmoe.frontend.body import MAX_VALUES
 from nmoe.keys import count_keys, inside
 
 _SMALL = 1 << 15  # bytes; a body up to this size is harmless
+_MOST_IDS = 1 << 20  # of a body; to make and check as many takes some 50 ms
 # How many bytes a value of each type takes beside what its length says; and how many of these are the length.
 # Source: the specification of msgpack.
 _PLAIN = {0xC0: 1, 0xC2: 1, 0xC3: 1, 0xCA: 5, 0xCB: 9, 0xCC: 2, 0xCD: 3, 0xCE: 5, 0xCF: 9, 0xD0: 2, 0xD1: 3, 0xD2: 5}
@@ -36,14 +37,24 @@ def unpack_object(body: bytes) -> dict[str, Any]:
         raise RequestError("the body is nested too deeply") from None
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         raise RequestError("the body must be a map whose keys are strings")
+    _read_ids(document)
+    return document
+
+
+def _read_ids(document: dict[str, Any]) -> None:
+    """Ids that came as bytes become lists. Each list is made, and later checked, in one call that nothing else can
+    interrupt, so their number is bounded."""
     prompt = document.get("prompt")
+    packed = [item for item in (prompt if isinstance(prompt, list) else [prompt]) if isinstance(item, bytes)]
+    if sum(map(len, packed)) > 4 * _MOST_IDS:
+        message = f"prompt: more than {_MOST_IDS} token ids in one body; send fewer prompts at once"
+        raise RequestError(message, status=413, param="prompt", code="body_too_large")
     if isinstance(prompt, bytes):
         document["prompt"] = _ids(prompt, "prompt")
     elif isinstance(prompt, list):
         for place, item in enumerate(prompt):
             if isinstance(item, bytes):
                 prompt[place] = _ids(item, f"prompt[{place}]")
-    return document
 
 
 def _ids(data: bytes, field: str) -> list[int]:
