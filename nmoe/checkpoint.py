@@ -31,6 +31,8 @@ _WEIGHT_DTYPES = ("F32", "BF16", "F16", _FP8)
 _SCALE_DTYPES = ("F32", "BF16", "F16")
 _MAX_HEADER_BYTES = 100_000_000
 _HEAD = "lm_head.weight"
+# The layers' weights that are quantised in an FP8 checkpoint; a GPU keeps them so.
+_QUANTISED = re.compile(r".*\.(q|q_a|q_b|o|gate|up|down)_proj\.weight|.*\.kv_a_proj_with_mqa\.weight")
 _HARMLESS = re.compile(r".*\.rotary_emb\.inv_freq")
 _FEWEST_TOKENS = 2  # of prompt and answer together
 _SHOWN = 3  # names of a list that an error message spells out
@@ -79,6 +81,8 @@ def open_checkpoint(config: Config) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     if config.model.weights == "checkpoint":
         tensors, architecture = _checked_tensors(path, architecture)
+        if config.parallel.device == "cuda" and architecture.quant_block:
+            _check_all_quantised(tensors)
     return Checkpoint(
         path, architecture, tensors, _compute_dtype(config, architecture), _max_seq_len(config, architecture)
     )
@@ -195,6 +199,15 @@ def _check_tensor(
             f"{scale.file}: {name + SCALE_SUFFIX} has shape {list(scale.shape)}, but blocks of"
             f" {list(architecture.quant_block)} make {list(blocks)}; check weight_block_size in config.json"
         )
+
+
+def _check_all_quantised(tensors: dict[str, TensorInfo]) -> None:
+    for name, info in tensors.items():
+        if _QUANTISED.fullmatch(name) and info.dtype != _FP8:
+            raise CheckpointError(
+                f"{info.file}: {name} is {info.dtype}, but config.json's quantization_config says FP8, and a GPU takes"
+                " all such weights in FP8 or none; quantise this one too, or set [parallel] device = 'cpu'"
+            )
 
 
 def _check_dtype(name: str, info: TensorInfo, supported: tuple[str, ...]) -> None:

@@ -48,9 +48,9 @@ def fp8(originals, tmp_path):
     return pathlib.Path(shutil.copytree(originals["fp8"], tmp_path / "fp8"))
 
 
-def opened(folder, world_size=1, **model):
+def opened(folder, world_size=1, device="cpu", **model):
     return open_checkpoint(
-        Config(model=Model(path=str(folder), **model), parallel=Parallel(world_size=world_size, device="cpu"))
+        Config(model=Model(path=str(folder), **model), parallel=Parallel(world_size=world_size, device=device))
     )
 
 
@@ -360,6 +360,14 @@ def test_fp8_needs_its_scales_and_its_block(fp8):
     edit(fp8, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
     change_tensors(fp8, lambda tensors: tensors.pop(name))
     refused(fp8, name, "are not there")
+
+
+def test_a_gpu_takes_an_fp8_checkpoint_that_is_quantised_throughout(fp8):
+    name = "model.layers.1.mlp.experts.0.up_proj.weight"
+    assert opened(fp8, device="cuda").tensors[name].dtype == "F8_E4M3"
+    change_tensors(fp8, lambda tensors: tensors.update({name: tensors[name].bfloat16()}))
+    refused(fp8, f"{name} is BF16", "all such weights in FP8 or none", "device = 'cpu'", device="cuda")
+    assert opened(fp8).tensors[name].dtype == "BF16"
 
 
 def test_an_end_that_is_no_token_of_the_model(single):
