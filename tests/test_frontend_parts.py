@@ -19,7 +19,7 @@ import zmq
 from nmoe import ipc, trace
 from nmoe.config import Config, Model, Parallel, Trace
 from nmoe.errors import CheckpointError, NmoeError, RequestError
-from nmoe.frontend import sse
+from nmoe.frontend import server, sse
 from nmoe.frontend.health import Health
 from nmoe.frontend.link import Link
 from nmoe.frontend.openai import parse_call
@@ -148,6 +148,24 @@ async def test_what_comes_after_the_end_of_a_stream_is_dropped():
     assert stream.take() == ("xz", [*b"xz"]) and stream.num_tokens == 2
     streams.close(stream)
     assert sent[1:] == [Abort(1, 7)]
+
+
+async def test_what_the_scheduler_did_not_take_is_sent_without_further_traffic(tmp_path, monkeypatch):
+    """A frontend that falls idle while its link is full still gives back what the scheduler lent it."""
+    full, sent = [True], []
+
+    def send(message):
+        if full:
+            raise RequestError("full")
+        sent.append(message)
+
+    streams = Streams(0, 1, send, Board(3).rows[0])
+    streams.release([5])
+    full.clear()
+    monkeypatch.setattr(server, "_HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(Streams, "catch_up", lambda _, real=Streams.catch_up: real(streams))
+    async with Rig(write_model(tmp_path)):
+        assert [message.cells for message in sent] == [array.array("i", [5]).tobytes()]
 
 
 # ------------------------------------------------------------------------------------------------------------- template

@@ -116,6 +116,7 @@ class Frontend:
         while True:
             self._row.set("nmoe:heartbeat_seconds", time.monotonic())
             self._row.set("nmoe:num_tasks", len(asyncio.all_tasks()))
+            self._streams.catch_up()  # without traffic nothing else would
             await asyncio.sleep(_HEARTBEAT_S)
 
     def _receive(self, message: SchedulerToFrontend) -> None:

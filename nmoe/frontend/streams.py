@@ -179,7 +179,7 @@ class Streams:
     def submit(self, streams: Sequence[Stream], submit: Submit) -> None:
         """Hand a request to the scheduler; a stream for each sibling. Whoever calls this closes them, however they
         end."""
-        self._catch_up()
+        self.catch_up()
         self._send(submit)
         for stream in streams:
             self._live[stream.uid] = stream
@@ -200,7 +200,7 @@ class Streams:
 
     def deliver(self, message: Tokens, now: float) -> None:
         """Tokens of one step, and the requests that ended with it. `now` is on CLOCK_MONOTONIC."""
-        self._catch_up()
+        self.catch_up()
         uids = memoryview(message.uids).cast("q").tolist()
         tokens = memoryview(message.tokens).cast("i").tolist()
         with_outputs = self._add_outputs(uids, message) if message.block_sizes is not None else ()
@@ -285,11 +285,12 @@ class Streams:
     def _tell(self, message: Abort | Finish | Release) -> None:
         """Send now, or when the scheduler takes messages again."""
         self._untold.append(message)
-        self._catch_up()
+        self.catch_up()
         if len(self._untold) == 1:
             _log.warning("the scheduler takes no messages: what it must hear waits")
 
-    def _catch_up(self) -> None:
+    def catch_up(self) -> None:
+        """Send what waits for the scheduler, as far as it takes messages again."""
         while self._untold:
             try:
                 self._send(self._untold[0])
