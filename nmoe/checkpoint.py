@@ -1,7 +1,7 @@
 """A checkpoint folder, checked without reading its weights and without torch.
 
-`open_checkpoint` compares what config.json promises with what the safetensors headers hold, so a model that cannot be
-served is refused within seconds, with the file or tensor at fault and the remedy. The format of a header (an 8-byte
+`open_checkpoint` compares what config.json describes with what the safetensors headers contain, so a model that cannot
+be served is refused within seconds, with the file or tensor at fault and the remedy. The header format (an 8-byte
 little-endian length, then JSON) is that of https://github.com/huggingface/safetensors.
 """
 
@@ -31,17 +31,17 @@ _WEIGHT_DTYPES = ("F32", "BF16", "F16", _FP8)
 _SCALE_DTYPES = ("F32", "BF16", "F16")
 _MAX_HEADER_BYTES = 100_000_000
 _HEAD = "lm_head.weight"
-# The layers' weights that are quantised in an FP8 checkpoint; a GPU keeps them so.
+# The layers' weights that are quantised in an FP8 checkpoint; on a GPU they stay quantised.
 _QUANTISED = re.compile(r".*\.(q|q_a|q_b|o|gate|up|down)_proj\.weight|.*\.kv_a_proj_with_mqa\.weight")
 _HARMLESS = re.compile(r".*\.rotary_emb\.inv_freq")
-_FEWEST_TOKENS = 2  # of prompt and answer together
-_SHOWN = 3  # names of a list that an error message spells out
+_FEWEST_TOKENS = 2  # prompt and answer together
+_SHOWN = 3  # how many names of a list an error message spells out
 _MOST_SHOWN = 200  # characters of each
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies and what it is; `dtype` as safetensors spells it."""
+    """A tensor's file, dtype and shape; `dtype` as safetensors spells it."""
 
     file: pathlib.Path
     dtype: str
@@ -55,7 +55,7 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint that passed every check. `tensors` is empty where the weights are random."""
+    """A checkpoint that passed every check. `tensors` is empty if the weights are random."""
 
     path: pathlib.Path
     architecture: Architecture
@@ -116,7 +116,7 @@ def _max_seq_len(config: Config, architecture: Architecture) -> int:
 
 
 def _checked_tensors(folder: pathlib.Path, architecture: Architecture) -> tuple[dict[str, TensorInfo], Architecture]:
-    """The tensors, and the architecture that they are of."""
+    """The tensors, and the architecture adjusted to them."""
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder}: is a single file, which holds no weights; set [model] path to the checkpoint's folder,"
@@ -124,7 +124,7 @@ def _checked_tensors(folder: pathlib.Path, architecture: Architecture) -> tuple[
         )
     found = _read_tensors(folder)
     if architecture.tie_word_embeddings and _HEAD in found:
-        # As in transformers 5 (`tie_weights`) what the checkpoint has counts, whether or not it equals the embedding.
+        # As in transformers 5 (`tie_weights`), the checkpoint's tensor wins, whether or not it equals the embedding.
         log.info("%s: has %s, which is used although config.json says tie_word_embeddings = true", folder, _HEAD)
         architecture = msgspec.structs.replace(architecture, tie_word_embeddings=False)
     wanted = dict(expected_tensors(architecture))
@@ -158,7 +158,7 @@ def _is_scale(name: str, wanted: dict[str, tuple[int, ...]]) -> bool:
 
 
 def _drop_unused(folder: pathlib.Path, a: Architecture, found: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Without the MTP layers, and without what transformers ignores too."""
+    """The tensors, without MTP layers and without those that transformers also ignores."""
     mtp = tuple(f"model.layers.{a.num_layers + index}." for index in range(a.num_mtp_layers))
     skipped = [name for name in found if name.startswith(mtp)] if mtp else []
     if skipped:
@@ -224,7 +224,7 @@ _Size = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class _Entry(msgspec.Struct):
-    """What a header says of a tensor; the offsets count from its end."""
+    """A tensor's entry in a header; the offsets count from the end of the header."""
 
     dtype: str
     shape: tuple[_Size, ...]
@@ -232,7 +232,7 @@ class _Entry(msgspec.Struct):
 
 
 def _read_tensors(folder: pathlib.Path) -> dict[str, TensorInfo]:
-    """Every tensor of the folder, by the index where there is one."""
+    """Every tensor in the folder, taken from the index if there is one."""
     if not (folder / INDEX).exists():
         if (folder / SINGLE).is_file():
             return _read_header(folder / SINGLE)
@@ -259,7 +259,7 @@ def _read_tensors(folder: pathlib.Path) -> dict[str, TensorInfo]:
 def _is_file(path: pathlib.Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a name that is too long for one
+    except OSError:  # a name that is too long
         return False
 
 
@@ -272,7 +272,7 @@ def _no_weights(folder: pathlib.Path) -> str:
 
 
 def _read_header(file: pathlib.Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, whose length must be what its header says."""
+    """The tensors of one safetensors file. Raises CheckpointError unless its length matches its header."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -297,7 +297,7 @@ def _read_header(file: pathlib.Path) -> dict[str, TensorInfo]:
 
 
 def _entries(file: pathlib.Path, header: bytes) -> dict[str, _Entry]:
-    """The tensors of a header, each as large as its shape says."""
+    """The tensors in a header. Raises CheckpointError unless each one's size matches its shape."""
     try:
         document = msgspec.json.decode(header, type=dict[str, Any])
         document.pop("__metadata__", None)
@@ -318,7 +318,7 @@ def _entries(file: pathlib.Path, header: bytes) -> dict[str, _Entry]:
 
 
 def eos_ids(path: str | pathlib.Path, architecture: Architecture) -> tuple[int, ...]:
-    """The token ids that end an answer: generation_config.json's, or else config.json's. Raises CheckpointError."""
+    """The token ids that end an answer, from generation_config.json or else config.json. Raises CheckpointError."""
     source, ids = config_file(path), architecture.eos_token_ids
     file = source.parent / "generation_config.json"
     if file.exists() and (value := read_json(file).get("eos_token_id")) is not None:
@@ -345,7 +345,7 @@ _OTHER_TOKENIZERS = {
 
 
 def tokenizer_file(path: str | pathlib.Path) -> pathlib.Path:
-    """The checkpoint's tokenizer.json; CheckpointError says what is there instead and how to convert it."""
+    """The checkpoint's tokenizer.json. Raises CheckpointError saying what is there instead and how to convert it."""
     folder = config_file(path).parent
     file = folder / "tokenizer.json"
     if file.is_file():

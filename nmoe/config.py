@@ -1,7 +1,7 @@
-"""The one TOML file: sections, keys, defaults and every check that needs nothing but the file.
+"""The TOML file: sections, keys, defaults and every check that needs only the file itself.
 
-`load_config` reports all problems at once, each with what to set. Checks that look at the machine or the checkpoint
-are the doctor's (`nmoe/doctor.py`).
+`load_config` reports all problems at once, each with its remedy. Checks that look at the machine or the checkpoint
+belong to the doctor (`nmoe/doctor.py`).
 """
 
 import difflib
@@ -15,7 +15,7 @@ import tomli
 from nmoe.errors import ConfigError
 
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
-_MOST = (1 << 31) - 1  # of anything that is counted: pages, slots and positions are int32
+_MOST = (1 << 31) - 1  # of any count: pages, slots and positions are int32
 AtLeast0 = Annotated[int, msgspec.Meta(ge=0, le=_MOST)]
 AtLeast1 = Annotated[int, msgspec.Meta(ge=1, le=_MOST)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -98,13 +98,13 @@ class Config(msgspec.Struct, frozen=True):
 
     @property
     def steps_in_flight(self) -> int:
-        """How many steps may be launched before the first one's result is back."""
+        """How many steps may be launched before the result of the first one is back."""
         return 2 if self.engine.enable_overlap else 1
 
     @property
     def num_slots(self) -> int:
         """Rows of a worker's slot table. A request that was launched to its end keeps its slot until its last result is
-        back, two steps later at most, so twice the batch is always enough."""
+        is back, at most two steps later, so twice the batch is always enough."""
         return 2 * self.engine.max_batch_size
 
     @property
@@ -119,7 +119,7 @@ def _nearest(word: str, known: list[str], what: str) -> str:
 
 
 def _unknown(name: str, given: Any, kinds: dict[str, type[msgspec.Struct]]) -> str:
-    """What is wrong with something at the top that is no section."""
+    """Explain what is wrong with a top-level name that is not a section."""
     if isinstance(given, dict):
         return f"[{name}]: unknown section; {_nearest(name, list(kinds), '[{}]')}"
     homes = [section for section, kind in kinds.items() if name in kind.__struct_fields__]
@@ -128,7 +128,7 @@ def _unknown(name: str, given: Any, kinds: dict[str, type[msgspec.Struct]]) -> s
 
 
 def _section(name: str, kind: type[msgspec.Struct], given: Any, problems: list[str]) -> Any:
-    """The section's Struct from its TOML table; what is wrong is appended to `problems`."""
+    """Build the section's Struct from its TOML table; append problems to `problems`."""
     if not isinstance(given, dict):
         problems.append(f"[{name}] must be a table, not {type(given).__name__}")
         return kind()
@@ -200,7 +200,7 @@ def load_config(path: str | pathlib.Path) -> Config:
     problems = [_unknown(name, document[name], kinds) for name in unknown]
     sections = {name: _section(name, kind, document.get(name, {}), problems) for name, kind in kinds.items()}
     config = Config(**sections)
-    # A key that failed to convert has its default here; only then would a contradiction be news about a wrong value.
+    # A key that failed to convert has its default here, so a contradiction could be an artefact of the wrong value.
     problems += _contradictions(config) if not problems else []
     if problems:
         raise ConfigError(str(path), problems)
@@ -211,7 +211,7 @@ def load_config(path: str | pathlib.Path) -> Config:
 
 
 def _anchor(config: Config, folder: pathlib.Path, problems: list[str]) -> Config:
-    """Make the paths of the configuration absolute; what is not a path is appended to `problems`."""
+    """Make the configuration's paths absolute; append unusable ones to `problems`."""
 
     def absolute(key: str, name: str) -> str:
         try:

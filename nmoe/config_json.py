@@ -1,8 +1,8 @@
 """A checkpoint's Hugging Face config.json, read and checked.
 
-Keys and defaults are those of transformers' configuration_deepseek_v3.py; a checkpoint that transformers loads with
-other semantics than ours (attention bias, another activation, another router, another rope) is refused by name instead
-of being served wrongly. A family member with its own keys is one more entry of `_READERS`.
+Keys and defaults follow transformers' configuration_deepseek_v3.py. A checkpoint that transformers loads with
+semantics other than ours (attention bias, another activation, another router, another rope) is refused by name instead
+of being served incorrectly. To support a family member with its own keys, add an entry to `_READERS`.
 """
 
 import json
@@ -18,7 +18,7 @@ from nmoe.errors import CheckpointError
 
 
 class _Keys:
-    """config.json's keys with their types checked; an absent key takes its default, and has none if that is `...`."""
+    """config.json's keys, with type checks. An absent key takes its default; a default of `...` makes it required."""
 
     def __init__(self, source: str, document: dict[str, Any]) -> None:
         self.source = source
@@ -44,7 +44,7 @@ class _Keys:
         return value
 
     def only(self, key: str, supported: Any, what: str) -> None:
-        """Refuse every value of `key` but the supported one, which is also what an absent key means."""
+        """Refuse every value of `key` except the supported one, which is also what an absent key means."""
         if (value := self.document.get(key, supported)) != supported:
             raise self.fail(f"{key} = {value!r}: {what}; only {supported!r} is supported")
 
@@ -82,7 +82,7 @@ def _rope(keys: _Keys) -> Rope:
 
 
 def _check_yarn(keys: _Keys, theta: float, yarn: Yarn) -> None:
-    """What logarithms are taken of, and what is divided by."""
+    """Check the values that logarithms are taken of and the divisors."""
     if theta <= 1:
         raise keys.fail(f"rope_theta = {theta}: must be above 1 with YaRN")
     for key in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
@@ -186,7 +186,7 @@ _NOT_YET = {"deepseek_v32": "its sparse attention (attention_type = 'dsa') does 
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file of the checkpoint; CheckpointError names the file and what is wrong with it."""
+    """Read a JSON object from a checkpoint file. Raises CheckpointError naming the file and what is wrong with it."""
     try:
         document = json.loads(path.read_bytes())
     except OSError as error:
@@ -206,11 +206,11 @@ def is_lfs_pointer(path: pathlib.Path) -> bool:
 
 
 def config_file(path: str | pathlib.Path) -> pathlib.Path:
-    """The config.json of a checkpoint folder, or `path` itself where it names a JSON file."""
+    """The config.json of a checkpoint folder, or `path` itself if it names a JSON file."""
     path = pathlib.Path(path)
     try:
         is_file, is_folder = path.is_file(), path.is_dir()
-    except OSError as error:  # who may not look into the folder above, or a name that is too long for one
+    except OSError as error:  # no permission to look into the parent folder, or a name that is too long
         raise CheckpointError(
             f"{path}: cannot be read: {error.strerror}; check [model] path and its permissions"
         ) from None

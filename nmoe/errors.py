@@ -1,17 +1,17 @@
-"""Every error nmoe raises on purpose.
+"""Every error that nmoe raises on purpose.
 
 NmoeError                    a message for the operator: what is wrong and what to set
 ├── ConfigError              the TOML file: every problem at once
 ├── CheckpointError          the model folder: config.json, shards, shapes, tokenizer
 ├── LaunchError              a process failed to start or died
-├── PeerSilent               a worker waited in vain for another; names it
+├── PeerSilent               a worker waited in vain for others; names them
 └── RequestError             one request is refused; carries the HTTP status and the field
 Anything else that escapes is a defect and keeps its traceback.
 """
 
 
 class NmoeError(Exception):
-    """Base of the tree; `str(error)` is the whole message for the operator, remedy included."""
+    """Base class; `str(error)` is the whole message for the operator, remedy included."""
 
 
 class ConfigError(NmoeError):
@@ -23,7 +23,7 @@ class ConfigError(NmoeError):
 
 
 class CheckpointError(NmoeError):
-    """The model folder cannot be served; says which file or tensor and what to do."""
+    """The model folder cannot be served; says which file or tensor is at fault and what to do."""
 
 
 class LaunchError(NmoeError):
@@ -31,7 +31,7 @@ class LaunchError(NmoeError):
 
 
 class PeerSilent(NmoeError):
-    """Worker `rank` waited in vain for the ranks `silent`; what it computed since is void."""
+    """Worker `rank` waited in vain for the ranks `silent`; everything it has computed since is void."""
 
     def __init__(self, rank: int, silent: list[int], seconds: float) -> None:
         self.silent = silent
@@ -56,7 +56,7 @@ class RequestError(NmoeError):
 
     @property
     def type(self) -> str:
-        """OpenAI's word for the kind of the error."""
+        """OpenAI's name for this kind of error."""
         if self.status >= 500:
             return "server_error"
         return {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, "invalid_request_error")

@@ -1,29 +1,29 @@
-"""Keys that an object has twice, of which parsers keep the last without a word.
+"""Finds keys that appear twice in an object. Parsers silently keep the last one.
 
-They are found by counting, which costs a fraction of a second parser, and named only once there are some.
+Counting detects them at a fraction of the cost of a second parser; they are located only if there are any.
 """
 
 import json
 import re
 from typing import Any
 
-# Also one that does not end, and nothing is tried twice: looking for strings takes linear time, whatever the bytes.
+# An unterminated string matches too, and there is no backtracking: the search takes linear time, whatever the bytes.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _CONTAINERS = {dict, list}
 _MOST_SHOWN = 64  # characters of a key
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """An object as it is written."""
+    """An object as written, repeated keys included."""
 
 
 def written_keys(data: bytes) -> int:
-    """How many keys JSON has at any depth: outside of strings a colon stands for a key and nothing else."""
+    """Count the keys in JSON at any depth: outside strings, every colon belongs to a key."""
     return _STRING.sub(b"", data).count(b":")
 
 
 def count_keys(document: dict[str, Any]) -> int:
-    """How many keys are left of them."""
+    """Count the keys that remain after parsing, at any depth."""
     count = 0
     containers: list[Any] = [document]  # not recursive: the nesting is the client's
     while containers:
@@ -31,7 +31,7 @@ def count_keys(document: dict[str, Any]) -> int:
         if isinstance(container, dict):
             count += len(container)
             container = container.values()
-        if not _CONTAINERS.isdisjoint(map(type, container)):  # a prompt's ids are passed by fast
+        if not _CONTAINERS.isdisjoint(map(type, container)):  # a quick way past a prompt's ids
             containers.extend(item for item in container if type(item) in _CONTAINERS)
     return count
 
@@ -42,9 +42,9 @@ def inside(path: str, key: Any) -> str:
 
 
 def repeated_key(data: bytes) -> str | None:
-    """The path of a key that valid JSON has twice; None where it cannot be told.
+    """The path of a key that appears twice in valid JSON; None if it cannot be determined.
 
-    The standard library is slow, and does not nest as deep as other parsers.
+    The standard library's parser is slow and does not nest as deeply as others.
     """
     try:
         left = [("", json.loads(data, object_pairs_hook=_Pairs, parse_int=str, parse_float=str))]

@@ -1,4 +1,4 @@
-"""What the engine can hold, and which requests it refuses at once."""
+"""What the engine can hold, and which requests are refused immediately."""
 
 from collections.abc import Container
 
@@ -12,11 +12,11 @@ from nmoe.outputs import MAX_SCORED, MAX_TOP_K, Returns, RoutingLayout
 from nmoe.profiles import PROFILES
 
 _RECORDS_BYTES = 1 << 20  # that one request may return in one step
-_FEWEST_CELLS = 16  # that one request may have whatever the others need
+_FEWEST_CELLS = 16  # that one request may always have, whatever the others need
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """The sizes the policy works with; per rank where not said otherwise."""
+    """The sizes that the policy works with; per rank unless noted otherwise."""
 
     world_size: int
     num_pages: int  # the smallest of all ranks
@@ -70,20 +70,20 @@ class Limits(msgspec.Struct, frozen=True):
         return -(-num_tokens // self.page_size)
 
     def chunk(self, decoding: bool) -> int:
-        """The prefill tokens of one rank in one step: an even share of the budget.
+        """The prefill token budget of one rank in one step: an even share of the total.
 
-        While streams run it is a quarter of that (but a page, if the share has one), since every stream waits for the
-        step's chunks.
+        While streams run, it is a quarter of that (but at least a page, if the share has one), since every stream waits
+        for the step's chunks.
         """
         share = max(1, self.max_prefill_tokens // self.world_size)
         return min(share, max(self.page_size, share // 4)) if decoding else share
 
     def chunk_of(self, returns: Returns) -> int:
-        """The most prompt tokens of one request in one step, so that its records stay within a message's size."""
+        """The most prompt tokens of one request in one step, so that its records fit in a message."""
         return max(1, _RECORDS_BYTES // returns.record_bytes) if returns.prompt else self.max_prefill_tokens
 
     def refusal(self, submit: Submit, live: Container[int], waiting: int, generation: int) -> Rejected | None:
-        """Why `submit` cannot be accepted, if so; `live` has the uids in use, `waiting` is the queue's length."""
+        """Why `submit` cannot be accepted, or None; `live` holds the uids in use, `waiting` is the queue length."""
         problem = _malformed(submit, live) or self._unknown_ids(submit) or self._too_large(submit)
         if problem:
             return Rejected(generation, submit.uid, 400, problem)
@@ -110,7 +110,7 @@ class Limits(msgspec.Struct, frozen=True):
         both = f"the prompt's {prompt_len} tokens and max_tokens = {submit.max_tokens}"
         if prompt_len + submit.max_tokens > self.max_seq_len:
             return f"{both} together exceed the limit of {self.max_seq_len} tokens"
-        # The last sampled token is never computed on, so it needs no room.
+        # The last sampled token is never fed back in, so it needs no room.
         need = self.pages(max(prompt_len, prompt_len + submit.max_tokens - 1))
         if need > self.num_pages:
             return f"{both} need {need} pages of {self.page_size} tokens; the cache has {self.num_pages} per rank"
