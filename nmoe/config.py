@@ -103,8 +103,8 @@ class Config(msgspec.Struct, frozen=True):
 
     @property
     def num_slots(self) -> int:
-        """Rows of a worker's slot table. A request that was launched to its end keeps its slot until its last result is
-        is back, at most two steps later, so twice the batch is always enough."""
+        """Rows of a worker's slot table. A request whose last step was launched keeps its slot until its last result is
+        back, at most two steps later, so twice the batch is always enough."""
         return 2 * self.engine.max_batch_size
 
     @property

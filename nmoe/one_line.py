@@ -4,7 +4,7 @@ _LINE_ENDS = tuple((chr(code).encode(), rb"\u%04x" % code) for code in (0x85, 0x
 
 
 def on_one_line(data: bytes) -> bytes:
-    """Escape characters that may end a line in UTF-8 JSON without line feeds; the document stays the same."""
+    """Escape non-ASCII line separators in UTF-8 JSON that has no line feeds; the document's meaning is unchanged."""
     if not data.isascii():
         for character, escaped in _LINE_ENDS:
             data = data.replace(character, escaped)

@@ -1,11 +1,11 @@
-"""From the bytes of a request body to a JSON object, whatever the bytes are.
+"""Parses the bytes of a request body, whatever they are, into a JSON object.
 
-orjson refuses deep nesting, invalid UTF-8, NaN and infinities; keys that appear twice are found by counting
+orjson refuses deep nesting, invalid UTF-8, NaN and infinities; repeated keys are found by counting
 (nmoe/keys.py).
 
-Parsing holds the interpreter, and with it every stream of this process, for as long as it takes. Text is fast (32 MiB
-take some 50 ms), many small values are not, so a large body is looked through first, piece by piece: what is not text
-is bounded, in bytes and in values.
+Parsing holds the interpreter, and with it every stream of this process, until it is done. Text is fast (32 MiB take
+about 50 ms) but many small values are not. So a large body is scanned first, piece by piece, and whatever is not text
+is limited, in bytes and in values.
 """
 
 import re
@@ -18,9 +18,9 @@ from nmoe.keys import count_keys, repeated_key, written_keys
 
 _INSIDE = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
 _SMALL = 1 << 15  # bytes; a body up to this size is harmless
-_PIECE = 1 << 14  # bytes that are looked at without letting go of the interpreter
-MAX_VALUES = 1 << 18  # in a body: the numbers, strings and so on, above all a prompt's token ids
-MAX_OUTSIDE = 4 << 20  # bytes of a body outside of its strings
+_PIECE = 1 << 14  # bytes scanned without releasing the interpreter
+MAX_VALUES = 1 << 18  # in a body: numbers, strings and so on, above all a prompt's token ids
+MAX_OUTSIDE = 4 << 20  # bytes of a body outside its strings
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def _look_through(body: bytes) -> int:
-    """The colons outside of strings. Raises RequestError (413) when there is too much outside of strings."""
+    """Count the colons outside strings. Raises RequestError (413) if there is too much outside strings."""
     colons = values = outside = place = 0
     while place < len(body):
         quote = body.find(b'"', place)
@@ -59,11 +59,11 @@ def _look_through(body: bytes) -> int:
 
 
 def _after_string(body: bytes, place: int) -> int:
-    """Where the string ends that `place` is inside of, its closing quote included."""
+    """The position just after the closing quote of the string that `place` is inside."""
     while place < len(body):
         match = _INSIDE.match(body, place, place + _PIECE)
         assert match is not None
-        if match.end() == place:  # a quote, or a backslash that ends the body
+        if match.end() == place:  # a quote, or a backslash at the end of the body
             return place + 1
         place = match.end()
     return place

@@ -1,8 +1,8 @@
-"""The answers of `POST /v1/generate` (nmoe/native.py): one msgpack object, or logits in frames while they are computed.
+"""The answers of `POST /v1/generate` (nmoe/native.py): one msgpack object, or frames of logits as they are computed.
 
-Logits lie in the arena until they are written to the client, a frame at a time, so this process holds no more than one
-frame and what its transport holds. A client that reads slowly keeps its cells, and with them its own request, waiting.
-Since cells are few, it does so for a bounded time: then it is dropped, and its cells go to others.
+Logits stay in the arena until they are written to the client, one frame at a time, so this process holds no more than
+one frame plus its transport's buffer. A client that reads slowly holds on to its cells and so stalls its own request.
+Since cells are scarce, this is limited in time: then the client is dropped and its cells go to others.
 """
 
 import array
@@ -32,12 +32,12 @@ from nmoe.native import Choice as Packed
 from nmoe.outputs import Returns, RoutingLayout
 
 _log = logging.getLogger("nmoe.frontend")
-_FRAME_BYTES = 1 << 20  # of logits in a frame; one row at least
+_FRAME_BYTES = 1 << 20  # of logits in a frame, but at least one row
 _UNREAD_S = 30.0  # how long cells may wait for a client to read
 
 
 class Bulk:
-    """Answers what one frontend is asked in bulk."""
+    """Answers the bulk requests of one frontend."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Bulk:
         self._rows = max(1, _FRAME_BYTES // layout.cell_bytes)
 
     async def respond_whole(self, call: Call, choices: Sequence[Choice], headers: Headers) -> web.StreamResponse:
-        """The answer of streams that have ended."""
+        """The answer, once all streams have ended."""
         body = await self._requests.run(lambda: pack(self._answer(call, choices)), 0)
         return web.Response(body=body, content_type=CONTENT_TYPE, headers=headers)
 
@@ -98,16 +98,16 @@ class Bulk:
     async def _send(response: web.StreamResponse, data: bytes) -> None:
         async with asyncio.timeout(_UNREAD_S):
             await response.write(data)
-        await asyncio.sleep(0)  # a client that reads fast must not keep others waiting
+        await asyncio.sleep(0)  # a client that reads fast must not starve the others
 
     def _copy(self, cells: Sequence[int]) -> Tensor:
-        """The logits in some cells, which are free from now on."""
+        """Copy the logits out of some cells and release the cells."""
         data = b"".join(self._arena[self._layout.cell(cell)] for cell in cells)
         self._streams.release(cells)
         return Tensor("float32", (len(cells), self._layout.vocab_size), data)
 
     def _answer(self, call: Call, choices: Sequence[Choice]) -> Answer[Tensor]:
-        """Of streams that have ended."""
+        """Build the answer, once all streams have ended."""
         first = choices[0]
         return Answer(
             id=f"gen-{first.stream.uid:x}",
@@ -151,7 +151,7 @@ class _Flow:
 
     def __init__(self, choices: Sequence[Choice]) -> None:
         self._choices = choices
-        self._taken = [0] * len(choices)  # cells
+        self._taken = [0] * len(choices)  # cells taken, per choice
         self._arrivals: list[collections.deque[tuple[int, float]]] = [collections.deque() for _ in choices]
         self._changed = asyncio.Event()
         for place, choice in enumerate(choices):
@@ -165,11 +165,11 @@ class _Flow:
 
     @property
     def is_over(self) -> bool:
-        """Whether every choice has ended; `parts` may still have some."""
+        """Whether every choice has ended; `parts` may still yield some rows."""
         return all(choice.stream.ended.done() for choice in self._choices)
 
     async def news(self) -> None:
-        """Wait until something has come, or ended."""
+        """Wait until something arrives or ends."""
         await self._changed.wait()
         self._changed.clear()
 
@@ -206,7 +206,7 @@ class _Flow:
         self._changed.set()
 
     def check_age(self) -> None:
-        """Raises TimeoutError when cells have waited for too long."""
+        """Raises TimeoutError if cells have waited too long."""
         for taken, arrivals in zip(self._taken, self._arrivals, strict=True):
             while arrivals and arrivals[0][0] <= taken:
                 arrivals.popleft()
@@ -220,7 +220,7 @@ async def _open(request: web.BaseRequest, headers: Headers) -> web.StreamRespons
     if request.version >= HttpVersion11:
         response.enable_chunked_encoding()
     else:
-        response.force_close()  # HTTP/1.0 has no chunks: the end of the connection ends the response
+        response.force_close()  # HTTP/1.0 has no chunked encoding: closing the connection ends the response
     await response.prepare(request)
     return response
 

@@ -1,7 +1,7 @@
-"""Token ids to text, one at a time.
+"""Turns token ids into text, one at a time.
 
-Invariant: the texts returned for a stream of ids, joined and followed by `flush()`, are what the tokenizer's decoder
-makes of all the ids together with the hidden ones left out; and every piece is final: never half a UTF-8 character,
+Invariant: the texts returned for a stream of ids, joined and followed by `flush()`, equal what the tokenizer's decoder
+makes of all the ids at once, hidden ones left out. Every piece is final: never half a UTF-8 character,
 never something that a later token would change.
 """
 
@@ -22,14 +22,14 @@ class Detokenizer(Protocol):
     """The state of one stream."""
 
     def feed(self, token: int) -> str:
-        """The text that is certain now that `token` has come; often all of its own, "" when some of it must wait."""
+        """The text that has become final with `token`; often all of its own, "" if some of it must wait."""
 
     @property
     def holds(self) -> bool:
         """Whether some text must wait."""
 
     def flush(self) -> str:
-        """The rest, once no more tokens come."""
+        """The remaining text, once there are no more tokens."""
 
 
 def _bytes_of_letters() -> dict[str, int]:
@@ -44,25 +44,25 @@ _BYTES = _bytes_of_letters()
 
 
 def token_bytes(piece: str) -> bytes:
-    """The bytes of a token of byte-level BPE."""
+    """The bytes of a byte-level BPE token."""
     try:
         return bytes(map(_BYTES.__getitem__, piece))
-    except KeyError:  # an added token is written as it is, not in the byte alphabet
+    except KeyError:  # an added token is written literally, not in the byte alphabet
         return piece.encode()
 
 
 def begins_character(raw: bytes) -> bool:
-    """Whether these bytes of UTF-8 do not go on with a character that was begun before."""
+    """Whether these UTF-8 bytes do not continue a character begun earlier."""
     return bool(raw) and raw[0] & 0xC0 != 0x80
 
 
 def whole_characters(raw: bytes) -> str:
-    """Their text, but of a character that is yet to be completed."""
+    """Their text, without a final incomplete character."""
     return _Utf8Decoder("replace").decode(raw)
 
 
 class BytePieces(dict[int, str | bytes]):
-    """Token id -> its text, or its bytes where they are no text of their own; filled as ids are met."""
+    """Maps a token id to its text, or to its bytes if they are not valid text alone; filled as ids are seen."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, hidden: Collection[int]) -> None:
         super().__init__(dict.fromkeys(hidden, ""))
@@ -85,7 +85,7 @@ class ByteLevelDetokenizer:
     def __init__(self, pieces: BytePieces) -> None:
         self._pieces = pieces
         self._decoder = _Utf8Decoder("replace")
-        self._inside = False  # a character
+        self._inside = False  # in the middle of a character
 
     def feed(self, token: int) -> str:
         """See Detokenizer."""
@@ -109,7 +109,7 @@ class ByteLevelDetokenizer:
 
 
 class WindowDetokenizer:
-    """For other decoders: decode the last visible tokens with and without the new ones; the difference is new text.
+    """For other decoders: decode the last visible tokens with and without the new ones; the difference is the new text.
 
     What a decoder does at the start of a text (strip a space) then happens in both. Byte tokens (`<0xE4>`) wait until
     their run ends, because decoders judge a run as a whole: one wrong byte makes all of it replacement characters.
@@ -118,8 +118,8 @@ class WindowDetokenizer:
     def __init__(self, tokenizer: tokenizers.Tokenizer, hidden: Collection[int]) -> None:
         self._tokenizer = tokenizer
         self._hidden = hidden
-        self._shown: list[int] = []  # the window: tokens whose text is out already
-        self._shown_length = 0  # characters that they decode to on their own
+        self._shown: list[int] = []  # the window: tokens whose text has been returned
+        self._shown_length = 0  # characters they decode to on their own
         self._waiting: list[int] = []
 
     def feed(self, token: int) -> str:

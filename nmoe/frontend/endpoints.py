@@ -1,4 +1,4 @@
-"""The endpoints beside completions and chat: models, tokens, health, metrics, version, the API's description."""
+"""The endpoints other than completions and chat: models, tokens, health, metrics, version and the API description."""
 
 import time
 from collections.abc import Iterator
@@ -22,11 +22,11 @@ from nmoe.frontend.requests import Requests
 from nmoe.ipc import Boot
 from nmoe.metrics import Board
 
-_MOST_TOKENS = 1 << 18  # that /tokenize returns
+_MOST_TOKENS = 1 << 18  # the most that /tokenize returns
 
 
 class _Named:
-    """The board's metrics with the label that vLLM's dashboards select by."""
+    """The board's metrics, with the label that vLLM's dashboards select on."""
 
     def __init__(self, board: Board, model_name: str) -> None:
         self._board = board
@@ -84,7 +84,7 @@ class Endpoints:
         return json_response(body, headers)
 
     def _tokens(self, asked: ToTokenize) -> bytes:
-        """The answer's body; made in a thread, because it may be large."""
+        """Build the answer's body; runs in a thread, because it may be large."""
         prompts, special = self._prompts, asked.add_special_tokens
         if isinstance(asked.text, str):
             ids = prompts.text_ids(asked.text, "prompt", _MOST_TOKENS, add_special_tokens=special, may_be_empty=True)

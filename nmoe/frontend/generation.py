@@ -1,4 +1,4 @@
-"""Completions and chats: from a request's body to the end of its answer."""
+"""Completions and chats, from the request's body to the end of the answer."""
 
 import asyncio
 import logging
@@ -36,17 +36,17 @@ _Respond = Callable[["Generation", web.BaseRequest, Headers], Awaitable[web.Stre
 
 
 class Generation(msgspec.Struct):
-    """One request on its way: what was asked, what the scheduler gets, and what comes back."""
+    """A request in progress: what was asked, what is sent to the scheduler, and what comes back."""
 
     call: Call
     arrived: float  # seconds, CLOCK_MONOTONIC
     submits: list[Submit]  # one per prompt
     choices: list[Choice]  # `n` per prompt
-    is_streaming: bool = False  # its status has been sent, so whatever comes ends a stream
+    is_streaming: bool = False  # the status has been sent, so an error can only end the stream
 
 
 class Generations:
-    """All requests of one frontend that generate. `on_idle` is called when the last open one has ended."""
+    """All generating requests of one frontend. `on_idle` is called when the last open one has ended."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Generations:
         self.num_open = 0
 
     async def answer(self, endpoint: Endpoint, request: web.BaseRequest, headers: Headers) -> web.StreamResponse:
-        """The whole of a request."""
+        """Handle a whole request."""
         arrived = time.monotonic()
         self._health.require_serving()
         self.num_open += 1
@@ -90,7 +90,7 @@ class Generations:
                 self._on_idle()
 
     async def _prepare(self, endpoint: Endpoint, request: web.BaseRequest, arrived: float) -> Generation:
-        """Everything up to the scheduler. Raises RequestError."""
+        """Everything before the scheduler. Raises RequestError."""
         read = self._requests.read_packed if endpoint == "generate" else self._requests.read
         call = await read(request, partial(openai.parse_call, endpoint, vocab_size=self._vocab_size))
         self._requests.check_model(call.model)
@@ -104,7 +104,7 @@ class Generations:
         else:
             prompts = make_prompts()
         check_returned(call, prompts, self._config.server.max_body_mb << 20)
-        max_seq_len = self._health.require_serving()  # asked again, because time has passed
+        max_seq_len = self._health.require_serving()  # checked again, because time has passed
         limits = [output_limit(call, prompt, max_seq_len) for prompt in prompts]
         check_answer(call, prompts, limits, self._routing)
         generation = Generation(call, arrived, [], [])
@@ -115,7 +115,7 @@ class Generations:
         return generation
 
     def _check_number(self, prompts: int, n: int) -> None:
-        """Raises RequestError (400) for more answers than may ever wait: asking again would not help."""
+        """Raises RequestError (400) for more answers than can ever queue: retrying would not help."""
         if prompts * n > (most := self._config.server.max_queue):
             field = "n" if prompts == 1 else "prompt"
             message = f"{field}: {prompts} prompts with n = {n} exceed [server] max_queue = {most}; ask for fewer"
@@ -124,7 +124,7 @@ class Generations:
     def _add(
         self, generation: Generation, prompt: Prompt, max_tokens: int, sampling: Sampling, ends: tuple[int, ...]
     ) -> None:
-        """One prompt's Submit, and a stream for each of its choices."""
+        """Add one prompt's Submit, and a stream for each of its choices."""
         call, tokenizer = generation.call, self._prompts.tokenizer
         silent = frozenset(call.stop_token_ids)
         uids = self._streams.new_uids(call.n)
@@ -139,7 +139,7 @@ class Generations:
                 choice.seed = submit.sampling.seed
 
     async def _run(self, generation: Generation, request: web.BaseRequest, headers: Headers) -> web.StreamResponse:
-        """From the scheduler to the end of the response, whoever ends it."""
+        """From submission to the end of the response, whoever ends it."""
         streams = [choice.stream for choice in generation.choices]
         timeout = self._config.server.request_timeout_s
         timer = None
@@ -179,7 +179,7 @@ class Generations:
         return await self._bulk.respond_whole(call, choices, headers)
 
     def _add_formats(self, call: Call, siblings: Sequence[Choice]) -> None:
-        """What renders the outputs of one prompt's choices."""
+        """Set up rendering of the outputs of one prompt's choices."""
         formats = Formats(call, self._vocabulary, self._routing)
         first = siblings[0].stream.outputs
         assert first is not None
@@ -193,14 +193,14 @@ class Generations:
     ) -> web.StreamResponse:
         await _any_error(generation.choices, [choice.stream.ended for choice in generation.choices])
         make_body = partial(replies.whole_body, generation.call, self._config.model_name, generation.choices)
-        # Outputs take long to render, so a thread does it.
+        # Outputs are slow to render, so a thread does it.
         body = await self._requests.run(make_body, 0) if generation.call.returns else make_body()
         return json_response(body, headers)
 
     async def _respond_in_events(
         self, generation: Generation, request: web.BaseRequest, headers: Headers
     ) -> web.StreamResponse:
-        # Only when something has started is the status known.
+        # The status is not known until something has started.
         started = [choice.stream.started for choice in generation.choices]
         if len(started) == 1:
             await started[0]
@@ -217,14 +217,14 @@ class Generations:
             return await events.follow()
         except ConnectionError:
             raise
-        except RequestError as error:  # of the tokenizer, where outputs are shown
+        except RequestError as error:  # from the tokenizer, while outputs are rendered
             return events.give_up(error)
         except Exception:
             _log.exception("request %x failed in its stream", generation.choices[0].stream.uid)
             return events.give_up(RequestError("internal error", status=500))
 
     async def _render_prompts(self, generation: Generation) -> None:
-        """What is told of prompts takes long to render, so a thread does it, once all of them are computed."""
+        """Render the prompts' outputs once all prompts are computed; this is slow, so a thread does it."""
         first = generation.choices[:: generation.call.n]
         await asyncio.wait([choice.stream.started for choice in first])
         _raise_error(generation.choices)
@@ -233,7 +233,7 @@ class Generations:
             await self._requests.run(choice.formats.prompt.render, 0)
 
     def _finished(self, generation: Generation, choice: Choice) -> None:
-        """Count and record a choice that is complete."""
+        """Count and record a completed choice."""
         stream, submit = choice.stream, generation.submits[choice.index // generation.call.n]
         if stream.error is not None or stream.reason is None:
             return
@@ -245,7 +245,7 @@ class Generations:
             self._recorder.add(partial(_record, generation.call, choice, submit, time.time() - latency, latency))
 
     def _observe(self, stream: Stream, submit: Submit, prompt_len: int) -> None:
-        """Sizes and times of a complete answer."""
+        """Observe the sizes and times of a completed answer."""
         observe = self._row.observe
         if stream.scheduled_at and stream.first_token_at:
             decode = stream.last_token_at - stream.first_token_at
@@ -260,7 +260,7 @@ class Generations:
 
 
 def _record(call: Call, choice: Choice, submit: Submit, arrived: float, latency: float) -> Record:
-    """What the trace says of a choice that is complete; `arrived` is seconds since the epoch."""
+    """The trace record of a completed choice; `arrived` is in seconds since the epoch."""
     stream = choice.stream
     assert stream.reason is not None
     return Record(
@@ -283,7 +283,7 @@ def _raise_error(choices: Sequence[Choice]) -> None:
 
 
 async def _any_error(choices: Sequence[Choice], ended: Sequence["asyncio.Future[None]"]) -> None:
-    """Wait until all have ended; raises the first error as soon as there is one."""
+    """Wait until all have ended. Raises the first error as soon as there is one."""
     if len(choices) == 1:
         await ended[0]
     else:
@@ -297,7 +297,7 @@ async def _any_error(choices: Sequence[Choice], ended: Sequence["asyncio.Future[
 
 
 def _expire(generation: Generation, timeout: float) -> None:
-    """The request's time is over. An answer that is on its way in a stream ends there, with what it has."""
+    """The request has timed out. An answer that is already streaming ends with what it has."""
     streams = [choice.stream for choice in generation.choices]
     for stream in streams:
         if stream.reason is None and generation.is_streaming:

@@ -1,4 +1,4 @@
-"""Whether the server serves: what /health says, and what refuses requests before and after."""
+"""Whether the server is healthy: what /health reports, and what refuses requests before and after serving."""
 
 import time
 from collections.abc import Iterator
@@ -21,27 +21,27 @@ class Health:
         self._board = board
         self.max_seq_len: int | None = None  # None until the engine serves
         self.draining = False
-        self._workers = 0  # the generation of workers that serve, or did last
-        self._dead_workers = -1  # the newest generation of workers known to be dead
-        self._deaths: dict[int, float] = {}  # row on the board -> when its process was said to be dead
+        self._workers = 0  # the generation of workers that is serving, or was last
+        self._dead_workers = -1  # the newest generation of workers known to have died
+        self._deaths: dict[int, float] = {}  # row on the board -> when its process was reported dead
 
     def begin(self, serving: Serving) -> None:
-        """The engine serves, unless its workers have died since this was said."""
+        """The engine is serving, unless its workers have died since this was sent."""
         if serving.workers > self._dead_workers:
             self._workers = serving.workers
             self.max_seq_len = serving.max_seq_len
 
     def note_death(self, gone: Gone) -> None:
-        """A process is gone; its next life has to show itself before the server is healthy again."""
+        """A process has died; its next life must send a heartbeat before the server is healthy again."""
         self._deaths[row_index(gone.role, gone.index, self._config.parallel.world_size)] = time.monotonic()
         if gone.role == "worker":
             self._dead_workers = max(self._dead_workers, gone.generation)
-        # The workers' next life may serve already: it is the scheduler who says so, and this comes from the launcher.
+        # The workers' next life may already serve: the scheduler reports that, whereas this comes from the launcher.
         if gone.role == "scheduler" or self._dead_workers >= self._workers:
             self.max_seq_len = None
 
     def require_serving(self) -> int:
-        """max_seq_len. Raises RequestError (503) when requests cannot be accepted now."""
+        """Returns max_seq_len. Raises RequestError (503) if requests cannot be accepted now."""
         if self.draining:
             raise RequestError("the server is shutting down", status=503, code="shutting_down")
         if self.max_seq_len is None:
@@ -49,7 +49,7 @@ class Health:
         return self.max_seq_len
 
     def check(self) -> None:
-        """Raises RequestError (503) with the reason when the server is not healthy."""
+        """Raises RequestError (503) with the reason if the server is not healthy."""
         now = time.monotonic()
         for title, index in self._rows():
             beat = self._board.rows[index].get("nmoe:heartbeat_seconds")
@@ -60,7 +60,7 @@ class Health:
                     f"{title} has not answered for {now - beat:.0f} s" if beat else f"{title} has not started"
                 )
         self.require_serving()
-        due = self._board.total("nmoe:step_deadline_seconds")  # the scheduler alone sets it
+        due = self._board.total("nmoe:step_deadline_seconds")  # only the scheduler sets it
         if 0 < due < now:
             raise _unhealthy(f"a step is {now - due:.1f} s overdue")
 

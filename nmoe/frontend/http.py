@@ -1,5 +1,5 @@
-"""HTTP around the endpoints: routes, authentication, request bodies, error responses. What is not right gets OpenAI's
-error object and never a traceback.
+"""HTTP around the endpoints: routes, authentication, request bodies, error responses. Every failure gets OpenAI's
+error object, never a traceback.
 """
 
 import asyncio
@@ -24,30 +24,30 @@ _log = logging.getLogger("nmoe.frontend")
 _RETRY_AFTER = {429: "1", 503: "2"}  # seconds, by status
 _MAX_REQUEST_ID = 128  # characters
 _HEAD_S = 60.0  # within which a new connection's first head must have arrived
-_BODY_S = 60.0  # within which a body must have arrived
-_IDLE_S = 75.0  # after which a connection is closed that has not begun, or not completed the head of, a request
+_BODY_S = 60.0  # within which a body must have arrived in full
+_IDLE_S = 75.0  # after which a connection that has not started a request, or not completed its head, is closed
 _UNREAD_S = 60  # after which a client that reads nothing of what was sent to it is dropped
-_PROBE_S = 60  # of silence, after which the kernel asks whether the other end of a connection still exists
+_PROBE_S = 60  # of silence, after which the kernel probes whether the peer still exists
 
 
 class _Connection(web.RequestHandler):
-    """Answers what is no HTTP the way everything else is answered, and does not wait for ever.
+    """Answers invalid HTTP with the usual error object, and never waits forever.
 
-    A first request's head has a deadline of its own; between requests the keep-alive time is one.
+    The first request's head has its own deadline; between requests, the keep-alive timeout applies.
     """
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """A client is there."""
+        """A client has connected."""
         super().connection_made(transport)
         sock = transport.get_extra_info("socket")
-        if sock.family != socket.AF_UNIX:  # whose other end cannot vanish unseen
+        if sock.family != socket.AF_UNIX:  # the other end of a Unix socket cannot vanish unnoticed
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _PROBE_S)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_S // 4)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(_UNREAD_S * 1000))
         self._head_due = self._loop.call_later(_HEAD_S, self._give_up_on_head)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """The client has left."""
+        """The client has disconnected."""
         self._head_due.cancel()
         super().connection_lost(exc)
 
@@ -62,7 +62,7 @@ class _Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """OpenAI's error object, and the end of the connection."""
+        """Return OpenAI's error object and close the connection."""
         if status >= 500:
             _log.error("a connection failed", exc_info=exc)
         if request.writer is not None and request.writer.output_size > 0:
@@ -77,7 +77,7 @@ class _Connection(web.RequestHandler):
 
 
 class HttpServer(web.Server):
-    """aiohttp's server with `router` as its handler; a client that leaves cancels its request."""
+    """aiohttp's server with `router` as its handler; when a client disconnects, its request is cancelled."""
 
     def __init__(self, router: "Router") -> None:
         super().__init__(
@@ -90,9 +90,9 @@ class HttpServer(web.Server):
 
 
 class Router:
-    """The handler of aiohttp's server: finds the endpoint and answers for everything that goes wrong.
+    """The handler of aiohttp's server: finds the endpoint and turns every failure into a response.
 
-    `routes` maps a path to its method and endpoint; a path that ends in "/" stands for all below it.
+    `routes` maps a path to its method and endpoint; a path ending in "/" matches everything below it.
     """
 
     def __init__(self, server: Server, routes: dict[str, tuple[str, Endpoint]]) -> None:
@@ -106,7 +106,7 @@ class Router:
             return await self._endpoint(request, headers)(request, headers)
         except RequestError as error:
             return error_response(error, headers)
-        except ConnectionError:  # the client left: nobody reads this, and the log does not need a traceback of it
+        except ConnectionError:  # the client left: nobody reads this, and the log needs no traceback
             if request.transport is not None:
                 request.transport.abort()
             return web.Response(status=499, headers=headers)
@@ -119,7 +119,7 @@ class Router:
     def _endpoint(self, request: web.BaseRequest, headers: Headers) -> Endpoint:
         path = request.path
         route = self._routes.get(path) or self._route_below(path)
-        if path.startswith("/v1/") or (route is not None and route[0] == hdrs.METH_POST):  # all that costs something
+        if path.startswith("/v1/") or (route is not None and route[0] == hdrs.METH_POST):  # everything that is costly
             self._authenticate(request)
         if route is None:
             raise RequestError(f"{path[:200]}: no such path; there are {', '.join(self._routes)}", status=404)
@@ -138,25 +138,25 @@ class Router:
             return
         scheme, _, key = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
         given = key.strip().encode("utf-8", "surrogateescape")
-        # All keys are compared, each in constant time, so that the time says nothing about them.
+        # All keys are compared, each in constant time, so that timing reveals nothing about them.
         if scheme.lower() != "bearer" or not sum(hmac.compare_digest(given, known) for known in self._keys):
             message = "send one of the server's API keys: Authorization: Bearer KEY"
             raise RequestError(message, status=401, code="invalid_api_key")
 
 
 async def read_body(request: web.BaseRequest, max_bytes: int, content_type: str) -> bytes:
-    """The body of a request. Raises RequestError: 415 for another type, 413 above `max_bytes`, 408 when slow."""
+    """The body of a request. Raises RequestError: 415 for another type, 413 above `max_bytes`, 408 if it is slow."""
     if request.content_type != content_type:
         raise RequestError(f"Content-Type is {request.content_type!r}; send {content_type}", status=415)
     if (encoding := request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()) != "identity":
-        # A small compressed body may be a large one that takes long to unpack.
+        # A small compressed body may expand to a large one that takes long to decompress.
         raise RequestError(f"Content-Encoding is {encoding[:40]!r}; send the body as it is", status=415)
     if (request.content_length or 0) > max_bytes:
         raise _too_large(max_bytes)
     if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue" and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     try:
-        if request.content.is_eof():  # as most are, which come with their heads
+        if request.content.is_eof():  # as for most, which arrive with their heads
             body = request.content.read_nowait()
         else:
             body = await _arriving(request.content, max_bytes)
@@ -200,7 +200,7 @@ def error_response(error: RequestError, headers: Headers) -> web.Response:
 
 
 def _request_id(request: web.BaseRequest) -> str:
-    """The client's own id when it is fit for a header and a log line, else a new one."""
+    """The client's own id if it is fit for a header and a log line, else a new one."""
     given = request.headers.get("X-Request-Id", "")
     return (
         given if 0 < len(given) <= _MAX_REQUEST_ID and given.isascii() and given.isprintable() else os.urandom(16).hex()

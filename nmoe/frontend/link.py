@@ -1,7 +1,7 @@
 """The frontend's end of the link to the scheduler, on the event loop.
 
 ZeroMQ's descriptor is edge-triggered: it becomes readable when the socket's state changes, and any use of the socket
-may swallow that. So every wake-up receives until nothing is left, and every send looks again.
+may consume that edge. So every wake-up receives until nothing is left, and every send checks again.
 """
 
 import asyncio
@@ -18,11 +18,11 @@ from nmoe.messages import FrontendToScheduler, SchedulerToFrontend
 _log = logging.getLogger("nmoe.frontend")
 # As plain numbers: zmq's enumerations take longer than the calls.
 _NOWAIT, _EVENTS, _READABLE = int(zmq.NOBLOCK), int(zmq.EVENTS), int(zmq.POLLIN)
-_BURST = 16  # messages per turn of the event loop: HTTP gets its turn in between
+_BURST = 16  # messages per turn of the event loop, so that HTTP gets turns in between
 
 
 class Link:
-    """A DEALER whose messages go to `receive`, in the event loop's thread."""
+    """A DEALER socket that passes its messages to `receive`, in the event loop's thread."""
 
     def __init__(self, address: str, index: int, receive: Callable[[SchedulerToFrontend], None]) -> None:
         self._receive = receive
@@ -31,12 +31,12 @@ class Link:
         self._address = address
         self._index = index
         self._loop = asyncio.get_running_loop()
-        self._again: asyncio.Handle | None = None  # the one call of `_drain` that is due
+        self._again: asyncio.Handle | None = None  # the only pending call of `_drain`
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._connect()
 
     def send(self, message: FrontendToScheduler) -> None:
-        """Send without waiting. Raises RequestError (503) when the scheduler has not taken messages for long."""
+        """Send without waiting. Raises RequestError (503) if the scheduler has not taken messages for a long time."""
         try:
             self._socket.send(self._encode(message), _NOWAIT)
         except zmq.Again:
@@ -45,12 +45,12 @@ class Link:
             self._drain_soon()
 
     def reconnect(self) -> None:
-        """The scheduler died: what is queued for it must not reach its next life."""
+        """The scheduler died: messages queued for it must not reach its next life."""
         self._disconnect()
         self._socket = self._connect()
 
     def close(self) -> None:
-        """Drop the link and what is still queued on it."""
+        """Close the link, dropping what is still queued on it."""
         self._disconnect()
         self._context.term()
 
@@ -67,7 +67,7 @@ class Link:
         self._socket.close()
 
     def _drain(self) -> None:
-        if self._again is not None:  # called for the descriptor's sake, before it was its turn
+        if self._again is not None:  # called by the reader, before its scheduled turn
             self._again.cancel()
             self._again = None
         for _ in range(_BURST):
@@ -77,7 +77,7 @@ class Link:
                 return
             try:
                 self._handle(data)
-            except BaseException:  # nothing would say again that there are messages behind this one
+            except BaseException:  # nothing would signal the messages behind this one again
                 self._drain_soon()
                 raise
         self._drain_soon()
@@ -87,7 +87,7 @@ class Link:
             self._again = self._loop.call_soon(self._drain)
 
     def _handle(self, data: bytes) -> None:
-        """A message that fails must not take the ones behind it along."""
+        """Handle a message. One that fails must not affect those behind it."""
         try:
             self._receive(self._decode(data))
         except Exception:

@@ -1,6 +1,6 @@
-"""A request's outputs beside its text, in the formats of the API's fields (docs/api.md).
+"""A request's outputs other than its text, in the formats of the API's fields (docs/api.md).
 
-Log-probabilities are of exactly the tokens that `usage` counts: the end token and those of a stop string included.
+Log-probabilities cover exactly the tokens that `usage` counts, including the end token and those of a stop string.
 """
 
 import base64
@@ -19,15 +19,15 @@ from nmoe.frontend.prompt import Prompt
 from nmoe.frontend.tokenizer import Tokenizer
 from nmoe.outputs import Record, RoutingLayout, read_records
 
-_LEAST = -9999.0  # OpenAI's number for what JSON has none for
-_AT_ONCE = 256  # positions; with the likeliest 20 they are written in 1 ms
+_LEAST = -9999.0  # OpenAI's number for values that JSON cannot express
+_AT_ONCE = 256  # positions; with the 20 likeliest tokens each, writing them takes 1 ms
 _LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "token_ids", "drawn_logprobs")
 
 
 def fragment(value: Any) -> orjson.Fragment:
-    """A value's JSON, written piece by piece: orjson keeps the interpreter, and with it the event loop, to the end.
+    """A value's JSON, written piece by piece, because orjson holds the interpreter, and so the event loop, until done.
 
-    An iterator becomes a list, of which no more than a piece exists at a time.
+    An iterator becomes a list, of which only one piece exists at a time.
     """
     return orjson.Fragment(b"".join(_pieces(value)))
 
@@ -55,27 +55,27 @@ def _list_pieces(values: Iterable[Any]) -> Iterator[bytes]:
 
 
 class Vocabulary:
-    """Tokens as the formats show them. Without a tokenizer there are only ids."""
+    """Renders tokens for the formats. Without a tokenizer there are only ids."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
 
     def raw(self, token: int) -> bytes | None:
-        """The bytes that a token stands for."""
+        """The bytes of a token; None without a tokenizer."""
         return self._tokenizer.token_bytes(token) if self._tokenizer is not None else None
 
     def text(self, token: int) -> str:
-        """The text of a token, with replacement characters for a part of one."""
+        """The text of a token, with replacement characters for an incomplete character."""
         raw = self.raw(token)
         return f"token_id:{token}" if raw is None else raw.decode(errors="replace")
 
     def detokenizer(self) -> Detokenizer | None:
-        """One at the start of a text."""
+        """A detokenizer at the start of a text."""
         return self._tokenizer.detokenizer() if self._tokenizer is not None else None
 
 
 class Offsets:
-    """Where in a text its tokens begin, in characters."""
+    """The character offsets at which tokens begin in a text."""
 
     def __init__(self, vocabulary: Vocabulary, start: int, silent_ids: Sequence[int] = ()) -> None:
         self._vocabulary = vocabulary
@@ -84,27 +84,27 @@ class Offsets:
         self._at = start
 
     def of(self, ids: Sequence[int]) -> list[int]:
-        """Of the next tokens; those within a character begin where it does."""
+        """The offsets of the next tokens; a token within a character begins where the character does."""
         found = []
         for token in ids:
             start = self._at
             if self._detokenizer is not None and token not in self._silent_ids:
                 held = self._detokenizer.holds
                 text = self._detokenizer.feed(token)
-                if held and text:  # perhaps a character that was never completed comes first
+                if held and text:  # a character that was never completed may come first
                     start += self._length_before(token, text)
                 self._at += len(text)
             found.append(start)
         return found
 
     def _length_before(self, token: int, text: str) -> int:
-        """Of what came with a token: how much is not its own, if it begins a character."""
+        """How many characters of the text that came with a token precede its own, if the token begins a character."""
         raw = self._vocabulary.raw(token) or b""
         return max(0, len(text) - len(whole_characters(raw))) if begins_character(raw) else 0
 
 
 class Formats(msgspec.Struct, frozen=True):
-    """What all choices of a request have in common."""
+    """What all choices of a request share."""
 
     call: Call
     vocabulary: Vocabulary
@@ -112,7 +112,7 @@ class Formats(msgspec.Struct, frozen=True):
 
 
 class PromptFormats:
-    """What a prompt's tokens returned: it came with the first of the siblings, and is rendered once for all."""
+    """A prompt's outputs: they come with the first sibling and are rendered once for all of them."""
 
     def __init__(self, formats: Formats, prompt: Prompt, outputs: Outputs) -> None:
         self._formats = formats
@@ -120,7 +120,7 @@ class PromptFormats:
         self._outputs = outputs
 
     def render(self) -> None:
-        """Make all that is cached; the prompt must have been computed."""
+        """Compute everything that is cached; the prompt must have been computed."""
         _ = self.fields, self.echoed_json
 
     @functools.cached_property
@@ -129,7 +129,7 @@ class PromptFormats:
 
     @functools.cached_property
     def fields(self) -> dict[str, orjson.Fragment]:
-        """The fields whose names begin with prompt_. The first token has nothing before it, so null stands for it."""
+        """The fields whose names begin with prompt_. The first token has no predecessors, so its entry is null."""
         call = self._formats.call
         if call.prompt_logprobs is None:
             return {}
@@ -155,7 +155,7 @@ class PromptFormats:
 
     @functools.cached_property
     def echoed(self) -> dict[str, list[Any]] | None:
-        """The echoed tokens in OpenAI's format of completions."""
+        """The echoed tokens in OpenAI's completions format."""
         call, ids = self._formats.call, self._prompt.ids
         if not call.echo or call.logprobs is None:
             return None
@@ -169,12 +169,12 @@ class PromptFormats:
 
     @functools.cached_property
     def echoed_json(self) -> orjson.Fragment:
-        """The same, for an answer that has nothing else in these lists."""
+        """The same as JSON, for an answer with nothing else in these lists."""
         return fragment(self.echoed)
 
 
 class ChoiceFormats:
-    """What the output's tokens of one choice returned."""
+    """The outputs of one choice's tokens."""
 
     def __init__(self, formats: Formats, prompt: PromptFormats, text_start: int, outputs: Outputs) -> None:
         self.prompt = prompt
@@ -205,7 +205,7 @@ class ChoiceFormats:
         return {"routed_experts": {"dtype": dtype, "shape": shape, "data": base64.b64encode(data).decode()}}
 
     def _entry(self, token: int, record: Record) -> dict[str, Any]:
-        """One token in OpenAI's format of chats, with `drawn_logprob`."""
+        """One token in OpenAI's chat format, plus `drawn_logprob`."""
         number = self._formats.call.logprobs
         likeliest = zip(record.top_ids[:number], record.top_logprobs[:number], strict=True)
         return self._shown(token, record.logprob) | {
@@ -229,11 +229,11 @@ def joined(first: dict[str, list[Any]] | None, then: dict[str, list[Any]] | None
 def _completion_lists(
     formats: Formats, ids: Sequence[int], records: Sequence[Record], offsets: list[int]
 ) -> dict[str, list[Any]]:
-    """OpenAI's format of completions, with `token_ids` and `drawn_logprobs`."""
+    """OpenAI's completions format, plus `token_ids` and `drawn_logprobs`."""
     text = formats.vocabulary.text
     tops = []
     for token, record in zip(ids, records, strict=True):
-        # By text, of which two tokens may have the same: the likelier counts. The token itself is always there.
+        # Keyed by text, which two tokens may share: the likelier one wins. The token itself is always included.
         likeliest = zip(record.top_ids, record.top_logprobs, strict=True)
         top: dict[str, float] = {}
         for _, (each, logprob) in zip(range(formats.call.logprobs or 0), likeliest, strict=False):
@@ -251,7 +251,7 @@ def _completion_lists(
 
 
 def _own_fields(call: Call, records: Sequence[Record]) -> dict[str, Any]:
-    """nmoe's own formats."""
+    """The fields in nmoe's own formats."""
     fields: dict[str, Any] = {}
     if k := call.top_k_logprobs:
         fields["top_k_logprobs"] = {

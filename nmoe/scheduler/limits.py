@@ -57,7 +57,7 @@ class Limits(msgspec.Struct, frozen=True):
 
     @property
     def cells_share(self) -> int:
-        """How many cells the frontend may keep of one request before it gets more: who reads slowly leaves some."""
+        """How many cells a frontend may hold for one request before it gets more; slow readers must leave some."""
         return max(_FEWEST_CELLS, self.cells_per_rank // 4)
 
     @property
