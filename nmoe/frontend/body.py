@@ -24,7 +24,7 @@ MAX_OUTSIDE = 4 << 20  # bytes of a body outside its strings
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in `body`. Raises RequestError that says what is wrong with it: 413 for too much, else 400."""
+    """The JSON object in `body`. Raises RequestError saying what is wrong: 413 if there is too much, else 400."""
     keys = written_keys(body) if len(body) <= _SMALL else _look_through(body)
     try:
         document = orjson.loads(body)

@@ -64,7 +64,7 @@ class Bulk:
     async def respond_in_frames(
         self, call: Call, choices: Sequence[Choice], request: web.BaseRequest, headers: Headers
     ) -> web.StreamResponse:
-        """The answer of streams that have begun, with their logits. Raises RequestError before any has come."""
+        """The answer of running streams, with logits. Raises RequestError if one fails before any have come."""
         flow = _Flow(choices)
         await flow.news()
         error = flow.error
@@ -147,7 +147,7 @@ class Bulk:
 
 
 class _Flow:
-    """The logits of a request's choices on their way through: what has come, what is next, what waits for how long."""
+    """The logits of a request's choices: what has arrived, what is next, and how long cells have been waiting."""
 
     def __init__(self, choices: Sequence[Choice]) -> None:
         self._choices = choices
@@ -174,7 +174,7 @@ class _Flow:
         self._changed.clear()
 
     def parts(self, most: int, copy: Callable[[Sequence[int]], Tensor]) -> Iterator[Logits[Tensor]]:
-        """What has come, at most so many rows at a time, each choice in its turn; up to the first error."""
+        """The rows that have arrived, at most `most` at a time, choices taking turns; stops at the first error."""
         found = True
         while found and self.error is None:
             found = False

@@ -111,8 +111,8 @@ class ByteLevelDetokenizer:
 class WindowDetokenizer:
     """For other decoders: decode the last visible tokens with and without the new ones; the difference is the new text.
 
-    What a decoder does at the start of a text (strip a space) then happens in both. Byte tokens (`<0xE4>`) wait until
-    their run ends, because decoders judge a run as a whole: one wrong byte makes all of it replacement characters.
+    What a decoder does at the start of a text (strip a space) then happens in both. Byte tokens (`<0xE4>`) wait for
+    their run to end, because decoders judge a run as a whole: one bad byte makes all of it replacement characters.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, hidden: Collection[int]) -> None:

@@ -1,7 +1,7 @@
-"""OpenAI's requests: a JSON object becomes a `Call`, or a 400 that names the field.
+"""OpenAI's requests: turns a JSON object into a `Call`, or into a 400 that names the field.
 
-Every field is checked on its own against `schema.py`, then the contradictions between them. null means absent, as
-OpenAI's clients send it. What does not exist here is refused, never ignored.
+Every field is checked on its own against `schema.py`; then contradictions between fields are. null means absent, as
+OpenAI's clients send it. What is not supported here is refused, never ignored.
 """
 
 import difflib
@@ -39,7 +39,7 @@ _NUMBERS_OF_LIKELIEST = ("logprobs", "top_logprobs", "prompt_logprobs", "top_k_l
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
-    """A checked request to generate. Defaults are OpenAI's."""
+    """A validated generation request. Defaults are OpenAI's."""
 
     endpoint: Endpoint
     model: str = ""  # empty: not given
@@ -65,26 +65,26 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     include_usage: bool = False
     continuous_usage: bool = False
     return_token_ids: bool = False
-    logprobs: int | None = None  # of the output's tokens, and of so many likeliest ones at each; None: not wanted
-    prompt_logprobs: int | None = None  # the same of the prompt
-    top_k_logprobs: int = 0  # so many likeliest tokens in nmoe's own format
+    logprobs: int | None = None  # of output tokens, plus this many likeliest tokens at each; None: not wanted
+    prompt_logprobs: int | None = None  # the same for the prompt
+    top_k_logprobs: int = 0  # this many likeliest tokens in nmoe's own format
     logprob_token_ids: tuple[int, ...] = ()
     return_routed_experts: bool = False
-    logits: bool = False  # behind all log-probabilities
+    logits: bool = False  # for every position that has log-probabilities
     priority: int = 0
     profile: str = "production_generate"
     user: str = ""
     metadata: dict[str, str] = {}
-    text_length: int = 0  # characters that may have to be tokenized, without the template's own
+    text_length: int = 0  # characters that may have to be tokenized, excluding the template's own
 
     @property
     def is_repeatable(self) -> bool:
-        """Whether the client gets to know the seed that was drawn for it."""
+        """Whether the client is told the seed that was drawn for it."""
         return self.seed is None and self.profile == "rl_sample"
 
     @property
     def returns(self) -> Returns:
-        """What has to come back with the tokens, for all fields together."""
+        """What must come back with the tokens, for all fields together."""
         prompt = self.prompt_logprobs is not None or (self.echo and self.logprobs is not None)
         records = prompt or self.logprobs is not None or self.top_k_logprobs > 0 or bool(self.logprob_token_ids)
         records = records or self.logits
@@ -95,7 +95,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ToTokenize(msgspec.Struct, frozen=True):
-    """A checked request for the ids of a text or a conversation."""
+    """A validated request for the ids of a text or a conversation."""
 
     model: str
     text: str | Conversation
@@ -105,16 +105,16 @@ class ToTokenize(msgspec.Struct, frozen=True):
 
 
 class ToDetokenize(msgspec.Struct, frozen=True):
-    """A checked request for the text of ids."""
+    """A validated request for the text of ids."""
 
     model: str
     tokens: list[int]
 
 
 def parse_call(endpoint: Endpoint, document: dict[str, Any], vocab_size: int = MAX_TOP_K) -> Call:
-    """Check a request to generate. Raises RequestError (400) for the first field that is wrong.
+    """Check a generation request. Raises RequestError (400) for the first invalid field.
 
-    `vocab_size`: of a smaller vocabulary there are fewer likeliest tokens than the fields allow.
+    `vocab_size`: a smaller vocabulary has fewer likeliest tokens than the fields allow.
     """
     values = _read(document, FIELDS[endpoint])
     _require(values, REQUIRED[endpoint])
@@ -167,11 +167,11 @@ def _characters(texts: Iterable[Any]) -> int:
 
 
 def _written(conversation: Conversation) -> int:
-    """How many characters of a conversation its template may write: of all that the client says in it."""
+    """The most characters of a conversation that its template may write: everything the client sent in it."""
     count = _characters(message.text for message in conversation.messages)
     for call in (call for message in conversation.messages for call in message.tool_calls):
         count += len(call.id) + len(call.function.name) + len(call.function.arguments)
-    containers: list[Any] = [conversation.template_kwargs]  # not recursive: the nesting is the client's
+    containers: list[Any] = [conversation.template_kwargs]  # not recursive: the client controls the nesting
     while containers:
         container = containers.pop()
         items = container.values() if isinstance(container, dict) else container
@@ -220,7 +220,7 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
 
 
 def _was_long_integer(value: Any, path: str) -> bool:
-    """Whether what is at `path` in `value` is an integer of more than 64 bits, which JSON's parser reads as a float."""
+    """Whether the value at `path` in `value` is an integer of over 64 bits, which the JSON parser reads as a float."""
     if not _PLACES.fullmatch(path):
         return False
     for place in _PLACE.findall(path):
@@ -229,7 +229,7 @@ def _was_long_integer(value: Any, path: str) -> bool:
 
 
 def _without_nulls(messages: Any) -> Any:
-    """Clients send back an answer's message as they got it, with nulls for what it does not have."""
+    """Drop nulls: clients return an answer's message as they received it, with nulls for absent fields."""
     if not isinstance(messages, list):
         return messages
     return [
@@ -246,7 +246,7 @@ def _require(values: dict[str, Any], name: str, *, may_be_empty: bool = False) -
 
 
 def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
-    """The prompts of a completion: the field is one or a list of them."""
+    """The prompts of a completion: the field holds one prompt or a list of them."""
     if isinstance(prompt, str):
         return [prompt]
     kinds = set(map(type, prompt))
@@ -263,7 +263,7 @@ def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
 
 
 def _conversation(values: dict[str, Any]) -> Conversation:
-    """Takes a conversation's fields out of `values`."""
+    """Build a conversation, removing its fields from `values`."""
     _require(values, "messages")
     messages = values.pop("messages")
     goes_on = values.pop("continue_final_message", False)
@@ -290,7 +290,7 @@ def _conversation(values: dict[str, Any]) -> Conversation:
 
 
 def _settle_lengths(values: dict[str, Any]) -> None:
-    """`max_completion_tokens` is the newer name of `max_tokens`."""
+    """`max_completion_tokens` is the newer name for `max_tokens`."""
     newer = values.pop("max_completion_tokens", None)
     if newer is not None and values.setdefault("max_tokens", newer) != newer:
         raise RequestError(
@@ -330,7 +330,7 @@ def _settle_profile(values: dict[str, Any]) -> Profile:
 
 
 def _settle_outputs(endpoint: Endpoint, values: dict[str, Any], profile: Profile, vocab_size: int) -> None:
-    """What comes back besides the tokens: what was asked for, or what the profile brings unasked."""
+    """What is returned besides the tokens: what was asked for, plus what the profile includes by default."""
     for name in _NUMBERS_OF_LIKELIEST:
         if (number := values.get(name, 0)) > vocab_size:
             raise RequestError(f"{name} = {number}: the model's vocabulary has {vocab_size} tokens", param=name)
@@ -349,7 +349,7 @@ def _settle_outputs(endpoint: Endpoint, values: dict[str, Any], profile: Profile
 
 
 def _settle_chat_logprobs(values: dict[str, Any], profile: Profile) -> None:
-    """A chat has a switch, and a number beside it."""
+    """A chat has a switch and, separately, a number."""
     is_on, number = values.pop("logprobs", profile.scores), values.pop("top_logprobs", None)
     if number is not None and not is_on:
         raise RequestError("top_logprobs: only together with logprobs: true", param="top_logprobs")
@@ -375,7 +375,7 @@ def _settle_streaming(values: dict[str, Any], profile: Profile) -> None:
 
 
 def _check_scoring(values: dict[str, Any]) -> None:
-    """Nothing is generated: then something must be asked of the prompt."""
+    """If nothing is generated, something must be asked of the prompt."""
     asked = ("echo", "return_routed_experts")
     if values.get("max_tokens") == 0 and values.get("prompt_logprobs") is None and not any(map(values.get, asked)):
         raise RequestError(

@@ -1,6 +1,6 @@
-"""From a msgpack body's bytes to the object that JSON's checks take (nmoe/frontend/openai.py): ids that came as bytes
-become lists. As with JSON (nmoe/frontend/body.py) the values of a large body are counted before they are made, piece by
-piece.
+"""Parses a msgpack body into the object that the JSON checks take (nmoe/frontend/openai.py): ids sent as bytes
+become lists. As with JSON (nmoe/frontend/body.py), the values of a large body are counted before they are created,
+piece by piece.
 """
 
 import array
@@ -13,8 +13,8 @@ from nmoe.frontend.body import MAX_VALUES
 from nmoe.keys import count_keys, inside
 
 _SMALL = 1 << 15  # bytes; a body up to this size is harmless
-_MOST_IDS = 1 << 20  # of a body; to make and check as many takes some 50 ms
-# How many bytes a value of each type takes beside what its length says; and how many of these are the length.
+_MOST_IDS = 1 << 20  # in a body; creating and checking this many takes about 50 ms
+# How many bytes a value of each type takes beyond those its length counts, and how many of them hold the length.
 # Source: the specification of msgpack.
 _PLAIN = {0xC0: 1, 0xC2: 1, 0xC3: 1, 0xCA: 5, 0xCB: 9, 0xCC: 2, 0xCD: 3, 0xCE: 5, 0xCF: 9, 0xD0: 2, 0xD1: 3, 0xD2: 5}
 _PLAIN |= {0xD3: 9, 0xD4: 3, 0xD5: 4, 0xD6: 6, 0xD7: 10, 0xD8: 18}
@@ -24,7 +24,7 @@ _HOLDING = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}  # bytes of 
 
 
 def unpack_object(body: bytes) -> dict[str, Any]:
-    """The object in `body`. Raises RequestError that says what is wrong with it: 413 for too much, else 400."""
+    """The object in `body`. Raises RequestError saying what is wrong: 413 if there is too much, else 400."""
     if len(body) > _SMALL:
         _look_through(body)
     try:
@@ -42,8 +42,8 @@ def unpack_object(body: bytes) -> dict[str, Any]:
 
 
 def _read_ids(document: dict[str, Any]) -> None:
-    """Ids that came as bytes become lists. Each list is made, and later checked, in one call that nothing else can
-    interrupt, so their number is bounded."""
+    """Turn ids sent as bytes into lists. Each list is created, and later checked, in a call that nothing else can
+    interrupt, so their number is limited."""
     prompt = document.get("prompt")
     packed = [item for item in (prompt if isinstance(prompt, list) else [prompt]) if isinstance(item, bytes)]
     if sum(map(len, packed)) > 4 * _MOST_IDS:
@@ -64,14 +64,14 @@ def _ids(data: bytes, field: str) -> list[int]:
 
 
 def _num_keys(body: bytes) -> int:
-    """Of the map that the body is."""
+    """The number of keys of the map that the body is."""
     return _head(body, 0)[1] // 2
 
 
 def _refuse_repeated_key(body: bytes, place: int, path: str = "") -> int:
-    """Look at the value at `place` of valid msgpack; where it ends.
+    """Check the value at `place` of valid msgpack. Returns where it ends.
 
-    Raises RequestError (400) for a key that a map has twice, and RecursionError.
+    Raises RequestError (400) for a key that appears twice in a map, and RecursionError.
     """
     place, held, is_map = _head(body, place)
     if not is_map:
@@ -91,7 +91,7 @@ def _refuse_repeated_key(body: bytes, place: int, path: str = "") -> int:
 
 
 def _look_through(body: bytes) -> None:
-    """Raises RequestError (413) when there are too many values. What is malformed is left to the parser."""
+    """Raises RequestError (413) if there are too many values. Malformed bytes are left to the parser."""
     left, values, place = 1, 0, 0
     while left and place < len(body):
         values += 1
@@ -103,7 +103,7 @@ def _look_through(body: bytes) -> None:
 
 
 def _head(body: bytes, place: int) -> tuple[int, int, bool]:
-    """Where the value at `place` ends, or what it holds begins; how many values it holds; whether it is a map."""
+    """Where the value at `place` ends, or its contents begin; how many values it holds; whether it is a map."""
     kind = body[place]
     if kind < 0x80 or kind >= 0xE0:  # a small number
         return place + 1, 0, False
@@ -119,4 +119,4 @@ def _head(body: bytes, place: int) -> tuple[int, int, bool]:
     if kind in _HOLDING:
         length, each = _HOLDING[kind]
         return place + 1 + length, each * int.from_bytes(body[place + 1 : place + 1 + length]), each == 2
-    return place + _PLAIN.get(kind, len(body)), 0, False  # behind the end, if there is no such type
+    return place + _PLAIN.get(kind, len(body)), 0, False  # past the end, if there is no such type

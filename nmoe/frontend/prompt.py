@@ -1,4 +1,4 @@
-"""From a checked request to its prompts' token ids and its Submits, within the model's limits.
+"""Turns a checked request into its prompts' token ids and its Submits, within the model's limits.
 
 `Prompts.of` is the expensive part (template, tokenizer) and runs in a thread.
 """
@@ -19,8 +19,8 @@ from nmoe.frontend.template import ChatTemplate, load_template
 from nmoe.frontend.tokenizer import Tokenizer
 from nmoe.messages import Sampling, Submit, bias_fields
 
-_FEW_IDS = 8192  # are checked faster than a thread is reached
-_COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may go on to the context's end
+_FEW_IDS = 8192  # this many are checked faster than a thread can be reached
+_COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may fill the context
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -42,7 +42,7 @@ class Prompts:
         self._vocab_size = vocab_size
 
     def of(self, call: Call, max_seq_len: int) -> list[Prompt]:
-        """The prompts of a request, each of at least one token and with room for an output. Raises RequestError."""
+        """The prompts of a request, each with at least one token and room for output. Raises RequestError."""
         self._check_named_ids(call)
         most = _longest(call, max_seq_len)
         if call.conversation is not None:
@@ -62,13 +62,13 @@ class Prompts:
         return prompts
 
     def is_long_work(self, call: Call) -> bool:
-        """Whether `of` takes longer than a thread is reached."""
+        """Whether `of` takes longer than handing it to a thread."""
         return bool(call.conversation or call.echo or call.text_length) or sum(map(len, call.prompts)) > _FEW_IDS
 
     def text_ids(
         self, text: str, field: str, most: int, *, add_special_tokens: bool = True, may_be_empty: bool = False
     ) -> list[int]:
-        """The ids of a text, `most` at most. Raises RequestError."""
+        """The ids of a text, at most `most`. Raises RequestError."""
         return self._encoding(text, field, most, add_special_tokens, may_be_empty).ids
 
     def _encoding(
@@ -99,7 +99,7 @@ class Prompts:
         return self.text_ids(text, "messages", most, add_special_tokens=add_special_tokens)
 
     def check_ids(self, ids: list[int], field: str) -> None:
-        """Raises RequestError when one of `ids` is not in the vocabulary."""
+        """Raises RequestError if any of `ids` is not in the vocabulary."""
         if not ids or (min(ids) >= 0 and max(ids) < self._vocab_size):
             return
         place, wrong = next((i, x) for i, x in enumerate(ids) if not 0 <= x < self._vocab_size)
@@ -124,7 +124,7 @@ class Prompts:
 
 
 def load_prompts(config: Config, eos: tuple[int, ...], vocab_size: int) -> Prompts:
-    """Tokenizer and chat template of the checkpoint; random weights may do without. Raises CheckpointError."""
+    """Load the checkpoint's tokenizer and chat template; optional with random weights. Raises CheckpointError."""
     folder = config_file(config.model.path).parent
     if config.model.weights == "random" and not (folder / "tokenizer.json").exists():
         return Prompts(None, None, vocab_size)
@@ -138,8 +138,8 @@ def load_prompts(config: Config, eos: tuple[int, ...], vocab_size: int) -> Promp
 
 
 def _beginnings(encoding: tokenizers.Encoding) -> list[int]:
-    """Where in the text each token begins. What is not in it (BOS) lies between its neighbours, and space that no token
-    stands for belongs to the next one."""
+    """Where in the text each token begins. Tokens not in it (BOS) lie between their neighbours, and space that no token
+    covers belongs to the next one."""
     found, end = [], 0
     for (start, stop), sequence in zip(encoding.offsets, encoding.sequence_ids, strict=True):
         found.append(end if sequence is None else min(start, end))
@@ -157,12 +157,12 @@ def _check_length(num_tokens: int, field: str, most: int) -> None:
 
 
 def _longest(call: Call, max_seq_len: int) -> int:
-    """How long a prompt may be: some output must fit behind it, if any is wanted."""
+    """The longest prompt allowed: some output must fit after it, if any is wanted."""
     return max_seq_len if call.max_tokens == 0 else max_seq_len - 1
 
 
 def output_limit(call: Call, prompt: Prompt, max_seq_len: int) -> int:
-    """How many tokens a prompt's answer may have. Raises RequestError when what is asked for does not fit."""
+    """The most tokens that a prompt's answer may have. Raises RequestError if the request does not fit."""
     _check_length(len(prompt.ids), prompt.field, _longest(call, max_seq_len))
     room = max_seq_len - len(prompt.ids)
     limit = call.max_tokens
@@ -189,7 +189,7 @@ def end_ids(call: Call, eos_ids: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def make_sampling(call: Call, ends: tuple[int, ...]) -> Sampling:
-    """How all of a request's tokens are drawn. Made once, because a request may have many prompts and many biases."""
+    """How all of a request's tokens are sampled. Built once: a request may have many prompts and many biases."""
     return Sampling(
         temperature=call.temperature,
         top_k=call.top_k,
@@ -209,7 +209,7 @@ def make_submit(
     call: Call, generation: int, uid: int, prompt: Prompt, max_tokens: int, sampling: Sampling, ends: tuple[int, ...]
 ) -> Submit:
     """The message to the scheduler. Each prompt of a request without a seed gets a random one, which JSON's readers
-    can repeat: many of them know integers below 2**53 only."""
+    can repeat it: many JSON readers cannot represent larger integers exactly."""
     if call.seed is None:
         sampling = msgspec.structs.replace(sampling, seed=random.getrandbits(53))
     ids = array.array("i", prompt.ids).tobytes()
