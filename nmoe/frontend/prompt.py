@@ -208,8 +208,8 @@ def make_sampling(call: Call, ends: tuple[int, ...]) -> Sampling:
 def make_submit(
     call: Call, generation: int, uid: int, prompt: Prompt, max_tokens: int, sampling: Sampling, ends: tuple[int, ...]
 ) -> Submit:
-    """The message to the scheduler. Each prompt of a request without a seed gets a random one, which JSON's readers
-    can repeat it: many JSON readers cannot represent larger integers exactly."""
+    """The message to the scheduler. Each prompt of a request without a seed gets a random one below 2**53, so that
+    clients can repeat it: many JSON readers cannot represent larger integers exactly."""
     if call.seed is None:
         sampling = msgspec.structs.replace(sampling, seed=random.getrandbits(53))
     ids = array.array("i", prompt.ids).tobytes()

@@ -1,7 +1,7 @@
 """OpenAI's response bodies: whole answers, errors, the list of models, and the frames of a stream's chunks.
 
-A chunk with text is the commonest thing that a frontend writes, so all of it but the text and the ids is rendered once
-per choice: `Chunks.text` puts them between ready bytes.
+Chunks with text are what a frontend writes most, so everything in them but the text and the ids is rendered once
+per choice, and `Chunks.text` fills in the rest.
 """
 
 import time
@@ -21,7 +21,7 @@ _OBJECTS = {"completions": ("text_completion", "text_completion"), "chat": ("cha
 _ID_PREFIX = {"completions": "cmpl-", "chat": "chatcmpl-"}
 _MAX_MESSAGE, _MAX_PARAM = 1000, 100  # characters; both may quote the client
 _encode = msgspec.json.Encoder().encode
-# Stand-ins for what changes from chunk to chunk; none can occur in a rendered body, where quotes are escaped.
+# Placeholders for what changes between chunks; they cannot occur in a rendered body, where quotes are escaped.
 _TEXT, _IDS = "\u0001text\u0001", "\u0001ids\u0001"
 
 
@@ -31,8 +31,8 @@ class Choice(msgspec.Struct):
     index: int
     prompt: Prompt
     stream: Stream
-    formats: ChoiceFormats | None = None  # unless the request wants nothing but tokens
-    seed: int | None = None  # of its prompt, if it was drawn and the client is to know it
+    formats: ChoiceFormats | None = None  # None if the request wants only tokens
+    seed: int | None = None  # its prompt's, if it was drawn and the client is to be told
 
 
 def error_body(error: RequestError) -> bytes:
@@ -50,12 +50,12 @@ def error_body(error: RequestError) -> bytes:
 
 
 def models_body(name: str, created: int, max_seq_len: int | None) -> dict[str, Any]:
-    """The one model, in the list's form."""
+    """The one model, as a list."""
     return {"object": "list", "data": [model_body(name, created, max_seq_len)]}
 
 
 def model_body(name: str, created: int, max_seq_len: int | None) -> dict[str, Any]:
-    """The model itself; `max_model_len` as vLLM has it, None until the engine serves."""
+    """The model itself; `max_model_len` as in vLLM, None until the engine serves."""
     return {"id": name, "object": "model", "created": created, "owned_by": "nmoe", "max_model_len": max_seq_len}
 
 
@@ -67,7 +67,7 @@ def _counts(choices: Sequence[Choice], n: int) -> dict[str, Any]:
 
 
 def usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
-    """Token counts of a request whose streams have ended; of siblings the first says what was cached."""
+    """Token counts of a request whose streams have ended; cached tokens are those of the first sibling."""
     cached = sum(choice.stream.cached_tokens for choice in choices[::n])
     return _counts(choices, n) | {"prompt_tokens_details": {"cached_tokens": cached}}
 
@@ -82,7 +82,7 @@ def _header(call: Call, model: str, uid: int, *, chunk: bool) -> dict[str, Any]:
 
 
 def whole_body(call: Call, model: str, choices: Sequence[Choice]) -> bytes:
-    """The answer of a request without `stream`, from its finished streams."""
+    """The answer of a request without `stream`, built from its finished streams."""
     body = _header(call, model, choices[0].stream.uid, chunk=False)
     if call.return_token_ids and call.endpoint == "chat":
         body["prompt_token_ids"] = choices[0].prompt.ids
@@ -99,7 +99,7 @@ def whole_body(call: Call, model: str, choices: Sequence[Choice]) -> bytes:
 
 
 def _rendered(entry: dict[str, Any], choice: Choice) -> dict[str, Any] | orjson.Fragment:
-    """Outputs as bytes at once, which take a tenth of the memory: the objects of one choice at a time."""
+    """Render outputs to bytes at once, a tenth of the memory: only one choice's objects exist at a time."""
     return entry if choice.formats is None else fragment(entry)
 
 
@@ -125,7 +125,7 @@ def _whole(call: Call, choice: Choice) -> dict[str, Any]:
 
 
 class Answer:
-    """What the chunks of a streamed answer have in common."""
+    """What the chunks of a streamed answer share."""
 
     def __init__(self, call: Call, model: str, choices: Sequence[Choice]) -> None:
         self.call = call
@@ -133,11 +133,11 @@ class Answer:
         self.header = _header(call, model, choices[0].stream.uid, chunk=True)
 
     def counts(self) -> dict[str, Any] | None:
-        """The usage in every chunk; None unless `continuous_usage_stats`."""
+        """The usage to put in every chunk; None unless `continuous_usage_stats`."""
         return _counts(self.choices, self.call.n) if self.call.continuous_usage else None
 
     def usage(self) -> bytes:
-        """The chunk that `include_usage` asks for."""
+        """The final chunk that `include_usage` asks for."""
         return orjson.dumps(self.header | {"choices": [], "usage": usage(self.choices, self.call.n)})
 
 
@@ -157,13 +157,13 @@ class Chunks:
             self._between, self._after = rest.split(orjson.dumps(_IDS)) if call.return_token_ids else (rest, b"")
 
     def opening(self) -> bytes | None:
-        """The chunk before the first text: a chat's role, or the prompt that is to be echoed."""
+        """The chunk before the first text: a chat's role, or the prompt to be echoed."""
         if not self._is_chat and not self._choice.prompt.text:
             return None
         return orjson.dumps(self._opening())
 
     def text(self, text: str, ids: list[int]) -> bytes:
-        """A chunk with new text and, when asked for, the ids it came with."""
+        """A chunk with new text and, if requested, the ids it came with."""
         if self._prompt_due or not self._before:
             some_ids = ids if self._call.return_token_ids else None
             return orjson.dumps(self._with_prompt(self._chunk(text, some_ids, None)))
@@ -172,7 +172,7 @@ class Chunks:
         return b"".join((self._before, _encode(text), self._between))
 
     def closing(self, text: str, ids: list[int]) -> bytes:
-        """The chunk with the finish reason, and what was held back until now."""
+        """The chunk with the finish reason and everything held back so far."""
         chunk = self._chunk(text, ids if self._call.return_token_ids else None, self._choice.stream.reason)
         if self._is_chat and not text:
             chunk["choices"][0]["delta"] = {}
@@ -214,7 +214,7 @@ class OutputChunks(Chunks):
         self._opened = False
 
     def opening(self) -> bytes | None:
-        """The chunk before the first text, with what is told of the prompt; only the first time."""
+        """The chunk before the first text, with the prompt's outputs; None after the first call."""
         if self._opened:
             return None
         self._opened = True
@@ -227,13 +227,13 @@ class OutputChunks(Chunks):
         return orjson.dumps(chunk)
 
     def text(self, text: str, ids: list[int]) -> bytes:
-        """A chunk with the text of some tokens, and what they returned."""
+        """A chunk with the text of some tokens and their outputs."""
         chunk = self._chunk(text, ids if self._call.return_token_ids else None, None)
         chunk["choices"][0] |= self._formats.take(ids)
         return orjson.dumps(self._with_prompt(chunk))
 
     def closing(self, text: str, ids: list[int]) -> bytes:
-        """The chunk with the finish reason, the rest, and where all was computed."""
+        """The chunk with the finish reason, everything held back, and the routing."""
         chunk = self._chunk(text, ids if self._call.return_token_ids else None, self._choice.stream.reason)
         if self._is_chat and not text:
             chunk["choices"][0]["delta"] = {}

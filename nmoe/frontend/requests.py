@@ -1,4 +1,4 @@
-"""From a request's bytes to a checked request, without holding up the event loop."""
+"""Turns a request's bytes into a checked request without blocking the event loop."""
 
 import asyncio
 from collections.abc import Callable
@@ -16,15 +16,15 @@ from nmoe.native import CONTENT_TYPE
 
 T = TypeVar("T")
 
-_INLINE_BYTES = 1 << 15  # a body up to this size is decoded faster than a thread is reached
-_LONG_TEXT = 1 << 18  # characters; from here on tokenizing takes long enough to be kept apart
+_INLINE_BYTES = 1 << 15  # a body up to this size is decoded faster than a thread can be reached
+_LONG_TEXT = 1 << 18  # characters; longer texts take long enough to tokenize that they get their own thread
 
 
 class Requests:
-    """What every endpoint with a body does first.
+    """The first steps of every endpoint that takes a body.
 
-    `threads` runs what would hold up the event loop, `slow_thread` what would hold up the threads: a few huge texts
-    must not keep everybody else's short ones waiting.
+    `threads` runs work that would block the event loop, `slow_thread` work that would block the threads: a few huge
+    texts must not hold up everybody else's short ones.
     """
 
     def __init__(self, model_name: str, max_body_bytes: int, threads: Executor, slow_thread: Executor) -> None:
@@ -34,11 +34,11 @@ class Requests:
         self._slow_thread = slow_thread
 
     async def read(self, request: web.BaseRequest, parse: Callable[[dict[str, Any]], T]) -> T:
-        """The checked request, which came as JSON. Raises RequestError."""
+        """Read and check a JSON request. Raises RequestError."""
         return await self._read(request, "application/json", parse_object, parse)
 
     async def read_packed(self, request: web.BaseRequest, parse: Callable[[dict[str, Any]], T]) -> T:
-        """The checked request, which came as msgpack. Raises RequestError."""
+        """Read and check a msgpack request. Raises RequestError."""
         return await self._read(request, CONTENT_TYPE, unpack_object, parse)
 
     async def _read(
@@ -55,11 +55,11 @@ class Requests:
         return await self._in(thread, lambda: parse(load(body)))
 
     async def run(self, work: Callable[[], T], text_length: int) -> T:
-        """The result of `work`, which is too long for the event loop and tokenizes so many characters."""
+        """Run `work`, which takes too long for the event loop and tokenizes `text_length` characters."""
         return await self._in(self._slow_thread if text_length > _LONG_TEXT else self._threads, work)
 
     def check_model(self, name: str) -> None:
-        """Raises RequestError (404) for a model that this server does not have."""
+        """Raises RequestError (404) for a model that this server does not serve."""
         if name not in ("", self._model_name):
             message = f"model {name[:200]!r} does not exist; this server has {self._model_name!r}"
             raise RequestError(message, status=404, param="model", code="model_not_found")

@@ -1,5 +1,5 @@
-"""The fields of every request, with their types and ranges: what requests are checked against, and what /openapi.json
-shows. Sources: OpenAI's API reference; vLLM for what OpenAI does not have.
+"""The fields of every request, with types and ranges: what requests are validated against, and what /openapi.json
+documents. Sources: OpenAI's API reference; vLLM for what OpenAI does not have.
 """
 
 from typing import Annotated, Any, Literal
@@ -12,10 +12,10 @@ from nmoe.outputs import MAX_SCORED, MAX_TOP_K
 Endpoint = Literal["completions", "chat", "generate"]
 
 MAX_STOPS = 4
-MAX_STOP_IDS = 16  # every token of every request is compared with so many
+MAX_STOP_IDS = 16  # every token of every request is compared with all of them
 MAX_BIASES = 1024
 MAX_LIKELIEST = 20  # tokens at each position in OpenAI's and vLLM's formats
-MAX_CHOICES = 1024  # of one request, all prompts together
+MAX_CHOICES = 1024  # in one request, over all prompts
 
 
 class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -26,14 +26,14 @@ class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Function(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the assistant called; `arguments` is JSON, as the model wrote it."""
+    """The function called; `arguments` is JSON, as the model wrote it."""
 
     name: str
     arguments: str
 
 
 class ToolCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A call in a message of the assistant's."""
+    """A tool call in an assistant message."""
 
     id: str
     function: Function
@@ -44,7 +44,7 @@ Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One message of a conversation. The content may only be absent beside `tool_calls`."""
+    """One message of a conversation. Content may be absent only if there are `tool_calls`."""
 
     role: Role
     content: str | list[TextPart] | None = None
@@ -60,7 +60,7 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Conversation(msgspec.Struct, frozen=True):
-    """What a chat template makes a prompt of."""
+    """The input of a chat template."""
 
     messages: list[ChatMessage]
     add_generation_prompt: bool = True
@@ -77,7 +77,7 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 Length = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Likeliest = Annotated[int, Meta(ge=0, le=MAX_LIKELIEST)]
-StopString = Annotated[str, Meta(max_length=1024)]  # each new text is compared with all of its beginnings
+StopString = Annotated[str, Meta(max_length=1024)]  # each new text is compared with all of its prefixes
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 
 _CONVERSATION: dict[str, Any] = {
@@ -130,7 +130,7 @@ FIELDS: dict[Endpoint, dict[str, Any]] = {
         **_SHARED,
     },
 }
-# Token ids are always returned, and logits are streamed without being asked.
+# Token ids are always returned, and logits, if requested, are always streamed.
 FIELDS["generate"] = {
     name: kind
     for name, kind in FIELDS["completions"].items()
@@ -146,7 +146,7 @@ TOKENIZE: dict[str, Any] = {
 DETOKENIZE: dict[str, Any] = {"model": str, "tokens": list[TokenId]}
 REQUIRED: dict[Endpoint, str] = {"completions": "prompt", "chat": "messages", "generate": "prompt"}
 
-# Fields of OpenAI's and vLLM's APIs that nmoe does not have: a misspelling of a field above is not the likely cause.
+# Fields of OpenAI's and vLLM's APIs that nmoe lacks: for these, a misspelt field is not the likely cause.
 _FOREIGN_NAMES = """
     top_logprobs echo best_of suffix tools tool_choice functions function_call response_format
     parallel_tool_calls store service_tier modalities audio prediction reasoning_effort verbosity

@@ -1,9 +1,9 @@
-"""The frontend process: one event loop between HTTP, the scheduler and the launcher.
+"""The frontend process: an event loop connecting HTTP, the scheduler and the launcher.
 
     listen -> Hello -> Serving: requests are accepted, the launcher hears Up -> Drain: they are refused; Drained when
     the open ones are through -> end-of-file from the launcher: open streams end with an error, the process leaves
 
-When the scheduler dies its requests end with an error, and Hello goes to its next life.
+When the scheduler dies, its requests end with an error, and Hello goes to its next life.
 """
 
 import asyncio
@@ -34,22 +34,22 @@ from nmoe.metrics import row_index
 from nmoe.trace import Recorder
 
 _log = logging.getLogger("nmoe.frontend")
-_THREADS = 4  # for tokenizing, which lets go of the interpreter lock
+_THREADS = 4  # for tokenizing, which releases the interpreter lock
 _BACKLOG = 4096  # connections that may wait to be accepted
 _HEARTBEAT_S = 1.0
-_SWITCH_S = 0.001  # after which a busy thread gives way to the event loop
-_LEAVE_S = 0.5  # how long clients may take to read the end of their streams when the server leaves
+_SWITCH_S = 0.001  # after which a busy thread yields to the event loop
+_LEAVE_S = 0.5  # how long clients have to read the end of their streams when the server exits
 
 
 def main(boot: Boot) -> None:
-    """The life of a frontend process."""
+    """Run a frontend process."""
     sys.setswitchinterval(_SWITCH_S)
-    gc.freeze()  # a full collection that looks at all that was imported takes as long as ten steps
+    gc.freeze()  # a full collection that scans everything imported takes as long as ten steps
     uvloop.run(Frontend.run(boot))
 
 
 class Frontend:
-    """What the process consists of. Made inside the event loop, by `run`."""
+    """The parts of the process. Created by `run`, inside the event loop."""
 
     def __init__(
         self, boot: Boot, threads: concurrent.futures.Executor, slow_thread: concurrent.futures.Executor
@@ -116,7 +116,7 @@ class Frontend:
         while True:
             self._row.set("nmoe:heartbeat_seconds", time.monotonic())
             self._row.set("nmoe:num_tasks", len(asyncio.all_tasks()))
-            self._streams.catch_up()  # without traffic nothing else would
+            self._streams.catch_up()  # without traffic, nothing else would
             await asyncio.sleep(_HEARTBEAT_S)
 
     def _receive(self, message: SchedulerToFrontend) -> None:

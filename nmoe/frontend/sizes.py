@@ -1,6 +1,6 @@
-"""How large an answer may become: one that memory might not hold is refused before anything of it is computed.
+"""Limits the size of an answer: one that might not fit in memory is refused before any of it is computed.
 
-What a request may generate at most counts, since nobody knows what it will. Numbers in JSON have their usual length.
+The most that a request may generate counts, since the actual length is unknown. Numbers in JSON have typical lengths.
 """
 
 from collections import Counter
@@ -12,21 +12,21 @@ from nmoe.frontend.prompt import Prompt
 from nmoe.outputs import RoutingLayout
 from nmoe.profiles import PROFILES
 
-MAX_ANSWER_BYTES = 1 << 30  # of what comes back besides text; a frontend holds it about three times
+MAX_ANSWER_BYTES = 1 << 30  # of everything returned besides text; a frontend holds it about three times
 _ID_BYTES = 7  # of a token id in JSON, with its comma
 _NUMBER_BYTES = 22  # of a log-probability
-_COMPLETION_BYTES = 30  # of a token with its log-probability in OpenAI's format of completions
-_CHAT_BYTES = 90  # and of chats
-_LOGPROB_BYTES = 60  # and in vLLM's format
+_COMPLETION_BYTES = 30  # of a token with its log-probability in OpenAI's completions format
+_CHAT_BYTES = 90  # the same in the chat format
+_LOGPROB_BYTES = 60  # the same in vLLM's format
 
 
 def check_returned(call: Call, prompts: Sequence[Prompt], max_bytes: int) -> None:
-    """Raises RequestError (400) when the prompts that every answer repeats are more than `max_bytes` altogether."""
+    """Raises RequestError (400) if the prompts that the answers repeat total more than `max_bytes`."""
     per_id = _ID_BYTES if call.return_token_ids else 0
-    if call.returns.prompt and call.endpoint != "generate":  # which has each prompt once, in few bytes
+    if call.returns.prompt and call.endpoint != "generate":  # there each prompt appears once, in few bytes
         per_id += _LOGPROB_BYTES * (1 + max(call.prompt_logprobs or 0, call.logprobs or 0))
         per_id += _LOGPROB_BYTES // 2 * (call.top_k_logprobs + len(call.logprob_token_ids))
-    copies = 1 if call.endpoint == "chat" else call.n  # a chat has its prompt beside the choices
+    copies = 1 if call.endpoint == "chat" else call.n  # in a chat, the prompt is outside the choices
     size = copies * sum(len(prompt.text) + per_id * len(prompt.ids) for prompt in prompts)
     if size > max_bytes:
         param = "prompt_logprobs" if call.prompt_logprobs is not None else "echo" if call.echo else "return_token_ids"
@@ -38,9 +38,9 @@ def check_returned(call: Call, prompts: Sequence[Prompt], max_bytes: int) -> Non
 
 
 def check_answer(call: Call, prompts: Sequence[Prompt], max_tokens: Sequence[int], routing: RoutingLayout) -> None:
-    """Raises RequestError (400) when the answer to these prompts, of so many tokens each at most, may be too large.
+    """Raises RequestError (400) if the answer to these prompts, with at most `max_tokens` each, may be too large.
 
-    Of a stream only routing counts, which is kept until the choice ends.
+    For a stream only routing counts, because it is kept until the choice ends.
     """
     tokens, prompt_tokens = call.n * sum(max_tokens), sum(len(prompt.ids) for prompt in prompts)
     sizes: Counter[str] = Counter()
@@ -67,7 +67,7 @@ def check_answer(call: Call, prompts: Sequence[Prompt], max_tokens: Sequence[int
 
 
 def _token_bytes(call: Call) -> dict[str, int]:
-    """How much comes back of each token of an output, by the field that asks for it."""
+    """Bytes returned per output token, by the field that asks for them."""
     scored = len(call.logprob_token_ids)
     if call.endpoint == "generate":  # records as they are: nmoe/outputs.py
         return {_widest(call): call.returns.record_bytes} if call.returns.records else {}
@@ -83,7 +83,7 @@ def _token_bytes(call: Call) -> dict[str, int]:
 
 
 def _widest(call: Call) -> str:
-    """The field that makes a record what it is."""
+    """The field that contributes most to a record's size."""
     per_id = {"logprobs": call.logprobs, "prompt_logprobs": call.prompt_logprobs, "top_k_logprobs": call.top_k_logprobs}
     numbers = {field: 8 * number for field, number in per_id.items() if number}
     numbers |= {"logprob_token_ids": 4 * len(call.logprob_token_ids)} if call.logprob_token_ids else {}

@@ -1,7 +1,7 @@
-"""Server-sent events of one request, written from wherever tokens arrive: no task per event.
+"""Server-sent events of one request, written directly where tokens arrive: no task per event.
 
-The head of the response goes out the usual way. After it each event is one write to the transport, with HTTP/1.1's
-chunk framing around it.
+The response's head is sent the usual way. After that, each event is one write to the transport, in HTTP/1.1 chunk
+framing.
 """
 
 import asyncio
@@ -19,21 +19,21 @@ from nmoe.one_line import on_one_line
 
 _log = logging.getLogger("nmoe.frontend")
 # A client that reads slower than its tokens come has this much waiting; until then later tokens gather in the stream
-# and go out together in fewer events.
+# stream and go out together in fewer events.
 _MAX_UNSENT = 1 << 18  # bytes
 # A client that lets this many tokens gather is dropped, and so is one that does not read the end of its answer in time.
 _MAX_BEHIND = 8192  # tokens
 _UNREAD_S = 60.0
-# What tokens returned takes long to render, so no more of them gather than this: they are rendered whether the client
-# reads or not, and it is dropped when so much of them waits.
+# Tokens' outputs are slow to render, so no more of them gather than this: then they are rendered whether the client
+# reads or not, and the client is dropped once too much is unread.
 _RENDERED_AT_ONCE = 64  # tokens
 _MAX_UNSENT_OUTPUTS = 1 << 24  # bytes
 _DONE = b"[DONE]"
-_BETWEEN = b"\n\ndata: "  # two events in one chunk
+_BETWEEN = b"\n\ndata: "  # separates two events in one chunk
 
 
 class EventStream:
-    """Prepared once the answer has begun without an error; `follow` writes it to its end."""
+    """Created once the answer has started without an error; `follow` writes it to the end."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class EventStream:
         answer: Answer,
         drain: Callable[[], Awaitable[None]],
     ) -> None:
-        """`drain` waits until little of what was written is left; raises ConnectionError when the client leaves."""
+        """`drain` waits until little of what was written is unsent. Raises ConnectionError if the client leaves."""
         self._response = response
         self._transport = transport
         self._drain = drain
@@ -52,13 +52,13 @@ class EventStream:
 
     @classmethod
     async def open(cls, request: web.BaseRequest, headers: dict[str, str], answer: Answer) -> "EventStream":
-        """Send the response's head and what comes before the first text; from here on tokens go out as they come."""
+        """Send the response's head and what precedes the first text; from here on tokens are sent as they come."""
         response = web.StreamResponse(headers={**headers, hdrs.CACHE_CONTROL: "no-cache"})
         response.content_type = "text/event-stream"
         if request.version >= HttpVersion11:
             response.enable_chunked_encoding()
         else:
-            response.force_close()  # HTTP/1.0 has no chunks: the end of the connection ends the response
+            response.force_close()  # HTTP/1.0 has no chunked encoding: closing the connection ends the response
         await response.prepare(request)
         if request.transport is None:
             raise ConnectionResetError("the client left")
@@ -87,11 +87,11 @@ class EventStream:
         stream.ended.add_done_callback(lambda _: self._ended.put_nowait((choice, chunks)))
 
     async def follow(self) -> web.StreamResponse:
-        """Close each choice as it ends, then the answer; at the first error the whole of it."""
+        """Close each choice as it ends, then the answer; the first error ends the whole answer."""
         for left in reversed(range(len(self._answer.choices))):
             choice, chunks = await self._ended.get()
             choice.stream.on_tokens = choice.stream.on_outputs = None
-            await self._room()  # a closing has all that was held back, and may hold the prompt
+            await self._room()  # a closing chunk has everything held back, and may include the prompt
             if choice.stream.error is not None:
                 self._write(error_body(choice.stream.error))  # no [DONE] follows: the answer is not complete
                 break
@@ -107,7 +107,7 @@ class EventStream:
         return self._response
 
     async def _room(self) -> None:
-        """Wait while too much of what was written has not been read, but not for ever."""
+        """Wait while too much of what was written is unread, but not forever."""
         if self._transport.get_write_buffer_size() < _MAX_UNSENT:
             return
         try:
@@ -128,7 +128,7 @@ class EventStream:
             self._drop()
 
     def give_up(self, error: RequestError) -> web.StreamResponse:
-        """End with an error, whatever state the stream is in; the connection is not used again."""
+        """End with an error, whatever state the stream is in; the connection is not reused."""
         self._write(error_body(error))
         self._response.force_close()
         return self._response
@@ -141,7 +141,7 @@ class EventStream:
             self._drop()
 
     def _on_outputs(self, stream: Stream, chunks: OutputChunks) -> None:
-        """Log-probabilities go out with the text that their tokens make: a part of it must not wait."""
+        """Log-probabilities are sent with the text of their tokens, so wait while any of it is held back."""
         if not stream.num_untaken or stream.holds_text:
             return
         unsent = self._transport.get_write_buffer_size()
@@ -156,14 +156,14 @@ class EventStream:
             self._write(opening)
 
     def _drop(self) -> None:
-        """The client does not read: what waits for it is let go with the connection, and its handler is cancelled."""
+        """The client does not read: drop the connection and all that waits for it; its handler is then cancelled."""
         _log.info("a client that does not read its stream was dropped")
         self._transport.abort()
 
     def _write(self, data: bytes) -> None:
         if self._transport.is_closing():  # the handler is about to be cancelled
             return
-        data = on_one_line(data)  # httpx's iter_lines splits so
+        data = on_one_line(data)  # httpx's iter_lines splits at other line ends too
         if self._chunked:
             self._transport.write(b"%x\r\ndata: %b\n\n\r\n" % (len(data) + 8, data))
         else:
