@@ -18,8 +18,8 @@ from nmoe.frontend.streams import Stream
 from nmoe.one_line import on_one_line
 
 _log = logging.getLogger("nmoe.frontend")
-# A client that reads slower than its tokens come has this much waiting; until then later tokens gather in the stream
-# stream and go out together in fewer events.
+# At most this much waits for a client that reads more slowly than its tokens come; later tokens gather in the stream
+# and go out together in fewer events.
 _MAX_UNSENT = 1 << 18  # bytes
 # A client that lets this many tokens gather is dropped, and so is one that does not read the end of its answer in time.
 _MAX_BEHIND = 8192  # tokens
