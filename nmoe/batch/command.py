@@ -1,4 +1,4 @@
-"""`nmoe batch`: many requests from a file, against an engine of their own.
+"""`nmoe batch`: runs many requests from a file against a private engine.
 
 Exit codes: 0 every line was answered; 1 failed, with a message; 2 wrong usage; 3 every line is done, some with errors;
 4 stopped before the end. After 1 and 4 the same command goes on where it stopped.
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do a batch, or the rest of one. Returns the exit code. Raises NmoeError."""
+    """Run a batch, or the rest of one. Returns the exit code. Raises NmoeError."""
     config = configuration(arguments.config)
     folder: pathlib.Path = arguments.output
     try:
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _allow_files() -> int:
-    """Open as many files as the system lets, here and in the engine; returns how many that is."""
+    """Raise the open-file limit to the maximum, here and in the engine. Returns the limit."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return most if most != resource.RLIM_INFINITY else sys.maxsize
@@ -60,7 +60,7 @@ def _allow_files() -> int:
 async def _compute(
     arguments: argparse.Namespace, config: Config, found: Survey, finished: Finished, engine: Engine, max_files: int
 ) -> int:
-    # Only now, because the launcher was to be forked without them.
+    # Only now, because the launcher must be forked before these are imported.
     from nmoe.batch.driver import Driver, remaining, room_of
     from nmoe.batch.progress import Display, Tally
     from nmoe.batch.results import Results

@@ -4,10 +4,10 @@ Invariants: a stream ends exactly once, whatever comes first of its terminal mes
 leaving; what arrives for it later is dropped. A uid stays here until the scheduler is done with it, so closing a stream
 knows whether there is something to abort.
 
-What the scheduler must hear of a request that it has (that it may stop, which cells are free) waits here while its link
-takes nothing: a lost Release would be a cell less for as long as this process lives.
+What the scheduler must hear about a request it has (that it may stop, which cells are free) waits here while its link
+is full: a lost Release would cost a cell for as long as this process lives.
 
-The path of a token is short, because there are many: `Streams.deliver` runs in the reader of the link, feeds each
+A token's path is short, because there are many: `Streams.deliver` runs in the link's reader, feeds each
 stream, and calls the stream's `on_tokens`, which writes to the client's transport. No task wakes up.
 """
 
@@ -32,7 +32,7 @@ _log = logging.getLogger("nmoe.frontend")
 
 
 class Stream:
-    """One request's output. `started` is done with the first token or the end, `ended` with the end.
+    """One request's output. `started` completes with the first token or the end, `ended` with the end.
 
     After the end either `error` is set, or `reason` and the counts are.
     """
@@ -56,7 +56,7 @@ class Stream:
         self.ended: asyncio.Future[None] = loop.create_future()
         self.on_tokens: Callable[[], None] | None = None
         self.on_outputs: Callable[[], None] | None = None  # after `on_tokens`, also for steps without a token
-        self.outputs: Outputs | None = None  # unless the request wants nothing but tokens
+        self.outputs: Outputs | None = None  # None if the request wants only tokens
         self.reason: Reason | None = None
         self.error: RequestError | None = None
         self.num_tokens = 0
@@ -74,13 +74,13 @@ class Stream:
 
     @property
     def holds_text(self) -> bool:
-        """Whether some of the tokens' text may still become part of a stop string, or is half a character."""
+        """Whether some text may still become part of a stop string, or is an incomplete character."""
         in_stops = self._stops is not None and self._stops.holds
         return in_stops or (self._detokenizer is not None and self._detokenizer.holds)
 
     @property
     def num_untaken(self) -> int:
-        """How many tokens have come since the last call of `take`."""
+        """How many tokens have arrived since the last call of `take`."""
         return len(self._ids)
 
     def take(self) -> tuple[str, list[int]]:
@@ -90,7 +90,7 @@ class Stream:
         return text, ids
 
     def feed(self, tokens: Sequence[int]) -> None:
-        """New tokens, at least one; those after a stop string are dropped."""
+        """Add new tokens, at least one; those after a stop string are dropped."""
         if self._stops is not None:
             tokens = self._feed_until_stop(tokens, self._stops)
         else:
@@ -102,12 +102,12 @@ class Stream:
         self._ids += tokens
 
     def begin(self) -> None:
-        """The first tokens are here."""
+        """The first tokens have arrived."""
         if not self.started.done():
             self.started.set_result(None)
 
     def finish(self, ended: Ended) -> None:
-        """The scheduler's terminal entry."""
+        """Handle the scheduler's terminal entry."""
         self.cached_tokens = ended.cached_tokens
         self.scheduled_at = ended.scheduled_at
         if ended.reason == "error":
@@ -128,7 +128,7 @@ class Stream:
         self._end("stop" if self.stopped else ended.reason, None)
 
     def fail(self, error: RequestError) -> None:
-        """End with an error; an output that a stop string has completed is complete all the same."""
+        """End with an error, unless a stop string has already completed the output."""
         if self.stopped:
             self._end("stop", None)
         else:
@@ -171,7 +171,7 @@ class Streams:
         self._untold: collections.deque[Abort | Finish | Release] = collections.deque()
 
     def new_uids(self, count: int) -> range:
-        """Consecutive uids that no other request of this server has."""
+        """Consecutive uids that no other request of this server uses."""
         first = make_uid(self._index, self._generation, self._counter + 1)
         self._counter += count
         return range(first, first + count)
@@ -191,7 +191,7 @@ class Streams:
                 stream.outputs = Outputs(others if place else submit.returns, len(submit.prompt) // 4)
 
     def close(self, stream: Stream) -> None:
-        """Nobody reads the stream any more: if the scheduler still computes for it, it stops now."""
+        """The stream has no reader any more: if the scheduler still computes for it, abort it."""
         stream.on_tokens = stream.on_outputs = None
         if stream.outputs is not None:
             self.release(stream.outputs.take_cells())
@@ -199,7 +199,7 @@ class Streams:
             self._tell(Abort(self._generation, stream.uid))
 
     def deliver(self, message: Tokens, now: float) -> None:
-        """Tokens of one step, and the requests that ended with it. `now` is on CLOCK_MONOTONIC."""
+        """Deliver the tokens of one step, and the requests that ended with it. `now` is on CLOCK_MONOTONIC."""
         self.catch_up()
         uids = memoryview(message.uids).cast("q").tolist()
         tokens = memoryview(message.tokens).cast("i").tolist()
@@ -227,7 +227,7 @@ class Streams:
                 self._tell(Finish(self._generation, stream.uid, stream.num_tokens))
 
     def release(self, cells: Sequence[int]) -> None:
-        """Give cells of the arena back."""
+        """Give cells of the arena back to the scheduler."""
         if cells:
             self._tell(Release(self._generation, array.array("i", cells).tobytes()))
 
@@ -255,7 +255,7 @@ class Streams:
         return streams
 
     def _show_outputs(self, stream: Stream) -> None:
-        """Tell whoever reads the stream, once its tokens are there too."""
+        """Notify the stream's reader, once its tokens are there too."""
         if stream.outputs is not None and stream.stopped:
             self.release(stream.outputs.end(stream.num_tokens))
         if stream.on_outputs is None:
@@ -279,11 +279,11 @@ class Streams:
         self._untold.clear()
         for stream in streams.values():
             if stream.outputs is not None:
-                stream.outputs.take_cells()  # which its next life gives out anew
+                stream.outputs.take_cells()  # its next life hands these out again
             stream.fail(error)
 
     def _tell(self, message: Abort | Finish | Release) -> None:
-        """Send now, or when the scheduler takes messages again."""
+        """Send now, or once the scheduler takes messages again."""
         self._untold.append(message)
         self.catch_up()
         if len(self._untold) == 1:
@@ -299,7 +299,7 @@ class Streams:
             self._untold.popleft()
 
     def _advance(self, stream: Stream, tokens: Sequence[int], now: float) -> bool:
-        """Hand a stream its tokens; whether they completed a stop string."""
+        """Hand a stream its tokens. Returns whether a stop string has been completed."""
         stream.last_token_at = now
         try:
             stream.feed(tokens)
@@ -316,7 +316,7 @@ class Streams:
 
 
 def _shown(error: Exception) -> RequestError:
-    """What the client is told."""
+    """The error that the client is shown."""
     return error if isinstance(error, RequestError) else RequestError("internal error", status=500)
 
 

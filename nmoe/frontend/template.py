@@ -1,4 +1,4 @@
-"""The checkpoint's chat template: messages to the text that the model was trained on.
+"""The checkpoint's chat template: turns messages into the text format that the model was trained on.
 
 Templates are Hugging Face's: Jinja with `trim_blocks`, `lstrip_blocks`, loop controls, `generation` blocks, a `tojson`
 that leaves HTML alone, `raise_exception` and `strftime_now` (transformers, utils/chat_template_utils.py). They run
@@ -31,7 +31,7 @@ class _Named(msgspec.Struct):
 
 
 class _AddedToken(msgspec.Struct):
-    """A token that is written with its fields."""
+    """A token written as an object with fields."""
 
     content: str
 
@@ -44,14 +44,14 @@ class _GenerationBlocks(jinja2.ext.Extension):
         self.tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """The block's body, with variables of its own."""
+        """The block's body, in a scope of its own."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.Scope(body, lineno=line)
 
 
 class ChatTemplate:
-    """A compiled template and the special tokens that it may name. `render` may be called from several threads."""
+    """A compiled template and its special tokens. `render` may be called from several threads."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -75,13 +75,13 @@ class ChatTemplate:
             names = self._special_tokens | conversation.template_kwargs  # in a dict any name may be there
             names |= {"messages": plain, "tools": None, "documents": None}
             text = self._template.render(names | {"add_generation_prompt": conversation.add_generation_prompt})
-        except Exception as error:  # a template is a program whose input is the client's
+        except Exception as error:  # a template is a program that runs on client input
             raise RequestError(f"messages: the chat template refuses them: {error}", param="messages") from error
         return _cut_at(text, mark, final) if conversation.continue_final_message else text
 
 
 def _plain(message: ChatMessage) -> dict[str, Any]:
-    # Templates know the role by its older name, and most drop the ones they do not know without a word.
+    # Templates know the role by its older name, and most silently drop roles they do not know.
     roles = {"developer": "system"}
     plain: dict[str, Any] = {"role": roles.get(message.role, message.role), "content": message.text}
     if message.tool_calls:
@@ -92,7 +92,7 @@ def _plain(message: ChatMessage) -> dict[str, Any]:
 
 
 def _cut_at(text: str, mark: str, final: str) -> str:
-    """The prompt up to the mark that was put behind the last message's content, so that the model goes on with it.
+    """The prompt up to the mark placed after the last message's content, so that the model continues that message.
 
     A template that strips contents takes the space behind the mark too, and would have taken the content's own
     (transformers, `apply_chat_template`, `continue_final_message`).
@@ -109,7 +109,7 @@ def _cut_at(text: str, mark: str, final: str) -> str:
 def load_template(folder: pathlib.Path) -> ChatTemplate | None:
     """The template of a checkpoint: chat_template.jinja, or the one in tokenizer_config.json; None when it has neither.
 
-    Raises CheckpointError when it has one that cannot be used.
+    Raises CheckpointError if it has one that cannot be used.
     """
     config_file, template_file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     config = read_json(config_file) if config_file.exists() else {}
@@ -128,7 +128,7 @@ def load_template(folder: pathlib.Path) -> ChatTemplate | None:
 
 
 def _default(where: pathlib.Path, config: dict[str, Any]) -> str | None:
-    """The template of a tokenizer_config.json, which may have several."""
+    """The default template of a tokenizer_config.json, which may hold several."""
     try:
         source: str | list[_Named] | None = msgspec.convert(config.get("chat_template"), str | list[_Named] | None)
     except msgspec.ValidationError as error:

@@ -1,6 +1,6 @@
 """The checkpoint's tokenizer.json: text to token ids, and a detokenizer for each stream.
 
-`encode` may be called from several threads (it lets go of the interpreter lock); the rest belongs to the event loop.
+`encode` may be called from several threads (it releases the interpreter lock); the rest belongs to the event loop.
 """
 
 import json
@@ -24,7 +24,7 @@ from nmoe.frontend.detokenizer import (
 class Tokenizer:
     """A tokenizer.json. `eos_ids`: these ids, like special tokens, are never shown.
 
-    Raises CheckpointError when the file is not one that the tokenizers library reads.
+    Raises CheckpointError if the tokenizers library cannot read the file.
     """
 
     def __init__(self, file: pathlib.Path, eos_ids: tuple[int, ...] = ()) -> None:
@@ -45,7 +45,7 @@ class Tokenizer:
         is_plain = tokenizer.normalizer is None and self._is_byte_level
         self._longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=0) if is_plain else 0
         if any(added.lstrip or added.rstrip for added in tokenizer.get_added_tokens_decoder().values()):
-            self._longest = 0  # these take any amount of space along
+            self._longest = 0  # these absorb any amount of surrounding space
         self._pieces = BytePieces(tokenizer, self._hidden) if self._is_byte_level else None
         self._token_bytes: dict[int, bytes] = {}
 
@@ -63,7 +63,7 @@ class Tokenizer:
         return [self._tokenizer.id_to_token(token) or "" for token in ids]
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token alone stands for within a text; a special token for its name, an unknown id for nothing."""
+        """The bytes of a token within a text; a special token yields its name, an unknown id nothing."""
         if token not in self._token_bytes:
             self._token_bytes[token] = self._bytes_of(token)
         return self._token_bytes[token]
@@ -86,7 +86,7 @@ class Tokenizer:
 
     @property
     def largest_id(self) -> int:
-        """Of all tokens that a text can have."""
+        """The largest id of all tokens that a text can contain."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
 
     def detokenizer(self) -> Detokenizer:
