@@ -1,4 +1,4 @@
-"""Keeps the engine full: sends lines while there is room, and writes down what comes of them."""
+"""Keeps the engine full: sends lines while there is room, and records their results."""
 
 import asyncio
 import concurrent.futures
@@ -48,7 +48,7 @@ def _no_room(error: OSError) -> NmoeError:
 def remaining(
     path: pathlib.Path, finished: bytearray, longest: int, profile: str | None
 ) -> Iterator[Line | BadLine | None]:
-    """The lines that are still to be done; None for each that is not."""
+    """The lines that are still to be done; None for each line that is finished."""
     with path.open("rb") as file:
         for number, data in read_lines(file, longest, lambda _: None):
             yield None if finished[number] else parse_line(number, data, longest, profile)
@@ -71,7 +71,7 @@ class Driver:
         self._stopping = False
 
     def stop(self) -> None:
-        """Send nothing more; lines that are running have a while to finish, from a second call on none."""
+        """Send nothing more; running lines have a while to finish, or none after a second call."""
         if self._stopping:
             self._cancel()
         self._stopping = True
@@ -134,7 +134,7 @@ class Driver:
             asyncio.get_running_loop().call_soon(self._changed.set)  # when this task is done
 
     async def _ask(self, line: Line) -> Result:
-        """The line's answer; when the engine fails under it, it is asked again.
+        """The line's answer; if the engine fails while computing it, it is asked again.
 
         If one line is what the engine fails of, it fails for all that are under way. So lines that have seen two
         failures are asked in smaller groups, and in the end one by one: the others of a group find their answers.

@@ -24,7 +24,7 @@ class Engine:
     """A launcher that was forked. `path` is where it serves, once `ready` has returned."""
 
     def __init__(self, config: Config) -> None:
-        """Fork it. To be called while this process has one thread."""
+        """Fork the launcher. Call it while this process has only one thread."""
         parent = os.getpid()
         self._news, theirs = os.pipe()
         sys.stdout.flush()
@@ -40,7 +40,7 @@ class Engine:
         self.path = ""
 
     async def ready(self) -> None:
-        """Wait until it serves. Raises LaunchError when it ends instead; it has said why."""
+        """Wait until it serves. Raises LaunchError if it ends instead, having logged why."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._pidfd, self._reap)
         told = asyncio.Event()
@@ -60,7 +60,7 @@ class Engine:
         return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
 
     async def stop(self) -> None:
-        """End it, and wait for that."""
+        """Stop it, and wait for it to exit."""
         for signum in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
             if self.ended.is_set():
                 return

@@ -29,7 +29,7 @@ _decode_usage = msgspec.json.Decoder(_Usage).decode
 
 
 def refused(bad: BadLine) -> Result:
-    """The result of a line that is no request."""
+    """The result of a line that is not a valid request."""
     error = {"code": "invalid_line", "message": f"line {bad.number}: {bad.problem}", "line": bad.number}
     return Result(number=bad.number, custom_id=bad.custom_id, error=error)
 
@@ -43,7 +43,7 @@ class Spool(msgspec.Struct, frozen=True):
 
 
 async def exchange(client: AsyncClient, line: Line, spool: Spool) -> Result:
-    """Send a line's request once. Raises ConnectionError when the answer does not come to its end."""
+    """Send a line's request once. Raises ConnectionError if the answer is cut short."""
     if line.url == GENERATE:
         return await _exchange_tensors(client, line, spool)
     status, body = await client.post_json(line.url, line.body, output_id(line.number))
@@ -75,14 +75,14 @@ async def _exchange_tensors(client: AsyncClient, line: Line, spool: Spool) -> Re
 
 
 class _Rows:
-    """The logits of an answer as they come: rows of each tensor, end to end."""
+    """The logits of an answer as they arrive: the rows of each tensor, concatenated."""
 
     def __init__(self, spool: Spool) -> None:
         self._spool_of = spool
         self._tensors: dict[tuple[int, LogitsName], tuple[IO[bytes], int, int]] = {}  # data, rows, width
 
     def add(self, part: Logits[Tensor]) -> None:
-        """Rows that follow the ones before."""
+        """Append rows, which must follow those already added."""
         count, width = part.rows.shape
         at = (part.index, part.name)
         file, rows, _ = self._tensors.get(at) or (self._spool(), 0, width)
@@ -104,7 +104,7 @@ class _Rows:
         return found
 
     def close(self) -> None:
-        """Let go of all of it."""
+        """Close all files."""
         for file, _, _ in self._tensors.values():
             file.close()
 

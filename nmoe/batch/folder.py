@@ -86,7 +86,7 @@ def output_id(number: int) -> str:
 
 
 def total_tokens(usage: dict[str, Any]) -> int:
-    """Tokens of prompt and output."""
+    """Tokens of prompt and output together."""
     count = usage.get("total_tokens")
     return count if isinstance(count, int) else 0
 
@@ -163,7 +163,7 @@ def _wait_for(lock: BinaryIO, folder: pathlib.Path) -> None:
 
 
 def claim(folder: pathlib.Path, manifest: Manifest) -> None:
-    """Begin or go on. Raises NmoeError when something is finished there, of another input or with other options."""
+    """Start or resume. Raises NmoeError if the folder has results of another input or of other options."""
     path, output = folder / _MANIFEST, folder / OUTPUT
     if not path.exists() or not output.exists() or not output.stat().st_size:
         temporary = folder / (_MANIFEST + TEMPORARY)
@@ -199,7 +199,7 @@ def _changes(before: Manifest, now: Manifest) -> Iterable[str]:
 
 
 def manifest_of(found: Survey, profile: str | None, config: Config) -> Manifest:
-    """What a batch of this input with these options has in its folder."""
+    """The manifest of a batch of this input with these options."""
     return Manifest(found.sha256, profile, msgspec.structs.asdict(config.model), config.parallel.world_size)
 
 

@@ -27,7 +27,7 @@ class Line(msgspec.Struct, frozen=True):
 
 
 class BadLine(msgspec.Struct, frozen=True):
-    """A line that is no request, and why."""
+    """A line that is not a valid request, and why."""
 
     number: int
     custom_id: str | None
@@ -77,7 +77,7 @@ def read_lines(file: BinaryIO, longest: int, seen: Callable[[bytes], None]) -> I
 
 
 def custom_id_of(data: bytes) -> str | None:
-    """A line's custom_id, None when it has none."""
+    """A line's custom_id, or None if it has none."""
     try:
         return _decode_named(data).custom_id
     except _UNREADABLE:

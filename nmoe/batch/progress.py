@@ -1,4 +1,4 @@
-"""How far a batch is, on standard error: a bar on a terminal, else a line now and then."""
+"""A batch's progress, on standard error: a bar on a terminal, otherwise a line now and then."""
 
 import logging
 import time
@@ -21,12 +21,12 @@ class Tally:
         self.begun = time.monotonic()
 
     def restart_clock(self) -> None:
-        """The engine is ready only now."""
+        """Restart the clock, now that the engine is ready."""
         self.begun = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """Since the engine was ready."""
+        """Seconds since the engine was ready."""
         return time.monotonic() - self.begun
 
     @property
@@ -62,7 +62,7 @@ class Display:
         self._bar.stop()
 
     def show(self) -> None:
-        """Bring it up to date."""
+        """Update the display."""
         tally = self._tally
         counts = f"{tally.rate:,.0f} tokens/s, {tally.errors} errors"
         if self._console.is_terminal:

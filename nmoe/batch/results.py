@@ -21,7 +21,7 @@ _MAX_AGE_S = 60.0  # of a shard: what an interruption costs at most is computed 
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of an input line. `error` is of a line that was never answered."""
+    """The result of an input line. `error` is set for a line that was never answered."""
 
     number: int
     custom_id: str | None
@@ -65,7 +65,7 @@ class Results:
         self._waiting: list[Result] = []  # for the shard's end
 
     def add(self, result: Result) -> None:
-        """Keep a result. Raises OSError when it cannot be written; then nothing more is."""
+        """Write a result. Raises OSError if that fails; after that, every call does."""
         with self._intact():
             if result.tensors:
                 self._add_tensors(result)
@@ -96,7 +96,7 @@ class Results:
             self._commit(self._shard)
 
     def commit_if_old(self) -> None:
-        """Complete the shard when its first request has waited for long."""
+        """Complete the shard if its first request has waited too long."""
         if self._shard is not None and time.monotonic() - self._shard_begun > _MAX_AGE_S:
             with self._intact():
                 self._commit(self._shard)
@@ -114,7 +114,7 @@ class Results:
         self._shard, self._waiting = None, []
 
     def close(self) -> None:
-        """Complete what can be, and make it last."""
+        """Complete what can be completed, and sync it to disk."""
         try:
             if self._shard is not None and not self._broken:
                 with self._intact():

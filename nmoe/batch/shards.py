@@ -44,7 +44,7 @@ def shard_name(number: int) -> str:
 
 
 def sync_folder(folder: pathlib.Path) -> None:
-    """Make what was renamed in a folder last."""
+    """Make renames in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -67,7 +67,7 @@ class Shard:
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return self._body_bytes + self._tail_bytes
 
     @property
@@ -113,7 +113,7 @@ class Shard:
         self.close()
 
     def close(self) -> None:
-        """Let go of what has no name."""
+        """Close the unnamed files."""
         self._body.close()
         self._tail.close()
 
