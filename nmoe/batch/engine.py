@@ -40,7 +40,7 @@ class Engine:
         self.path = ""
 
     async def ready(self) -> None:
-        """Wait until it serves. Raises LaunchError if it ends instead, having logged why."""
+        """Wait until it serves. Raises LaunchError if it ends instead, after it said why."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._pidfd, self._reap)
         told = asyncio.Event()
