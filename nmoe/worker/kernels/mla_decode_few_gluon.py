@@ -21,11 +21,11 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nmoe.worker.kernels.early import early
-from nmoe.worker.kernels.hopper_gluon import copy_tile, wait_for_kernel_before
+from nmoe.worker.kernels.hopper_gluon import wait_for_kernel_before
 from nmoe.worker.kernels.mla_decode_gluon import part_of, piece_of
 from nmoe.worker.kernels.mla_tiles_triton import block_of_rows
 from nmoe.worker.kernels.mla_values_gluon import Parts
-from nmoe.worker.kernels.mla_warps_gluon import TILE, descriptor, load_tiles
+from nmoe.worker.kernels.mla_warps_gluon import TILE, descriptor, load_queries, load_ropes, load_tiles
 
 HEADS = 16
 _HEADS, _TILE = gl.constexpr(HEADS), gl.constexpr(TILE)
@@ -84,8 +84,7 @@ def _produce(
 ):
     contexts_ptr, prefix_ptr, num_rows = plan
     latent_desc, rope_desc, q_desc, q_rope_desc = descs
-    QUARTER: gl.constexpr = shared.k_latent.shape[2]
-    ROPE: gl.constexpr = shared.k_rope.shape[2]
+    L: gl.constexpr = 4 * shared.k_latent.shape[2]
     at, stop, row = part_of(prefix_ptr, num_rows, BLOCK_R, 1)
     pieces = 0
     tiles = 0
@@ -100,12 +99,8 @@ def _produce(
     wait_for_kernel_before()
     while at < stop:
         first, end, at = piece_of(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
-        q_there = shared.q_bars.index(0)
-        mbarrier.wait(shared.q_bars.index(1), (pieces & 1) ^ 1)
-        mbarrier.expect(q_there, _HEADS * (4 * QUARTER + ROPE) * 2)
-        for i in gl.static_range(4):
-            copy_tile(q_desc, [0, (row * 4 + i) * QUARTER], q_there, shared.q_latent.index(i))
-        copy_tile(q_rope_desc, [row, 0, NOPE], q_there, shared.q_rope)
+        load_queries(shared, q_desc, 0, row * L, pieces)
+        load_ropes(shared, q_rope_desc, row, 0, NOPE)
         row_pages_ptr = pages_ptr + row.to(gl.int64) * max_pages
         begin = gl.maximum(begin, first)
         tiles = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, begin, end, tiles, PAGE, STAGES)

@@ -107,7 +107,7 @@ def load_queries(shared, q_desc, q_row, q_column, nth):
     QUARTER: gl.constexpr = shared.k_latent.shape[2]
     ROPE: gl.constexpr = shared.k_rope.shape[2]
     mbarrier.wait(shared.q_bars.index(1), (nth & 1) ^ 1)
-    mbarrier.expect(shared.q_bars.index(0), _M * (4 * QUARTER + ROPE) * 2)
+    mbarrier.expect(shared.q_bars.index(0), shared.q_latent.shape[1] * (4 * QUARTER + ROPE) * 2)
     for i in gl.static_range(4):
         to = shared.q_latent.index(i)
         copy_tile(q_desc, [q_row, q_column + i * QUARTER], shared.q_bars.index(0), to)
