@@ -62,23 +62,20 @@ def layout_of(architecture: Architecture, world_size: int, tokens: int) -> SlabL
 def make_mlp(a: Architecture, num_experts: int, device: torch.device) -> Callable[..., torch.Tensor]:
     """One rank's experts with random weights."""
     from nmoe.worker.kernels import experts_fp8_gluon, experts_gluon
+    from nmoe.worker.kernels.expert_weights import empty_experts
     from nmoe.worker.kernels.fp8 import BlockFP8
 
-    shapes = (
-        (num_experts, 2 * a.moe_intermediate_size, a.hidden_size),
-        (num_experts, a.hidden_size, a.moe_intermediate_size),
-    )
-    if not a.quant_block:
-        dense = [torch.randn(shape, device=device, dtype=BF16).mul_(0.02) for shape in shapes]
-        return lambda x, routes: experts_gluon.grouped_mlp(x, routes, *dense)
-    quantised = [
-        BlockFP8(
-            torch.randint(0, 120, shape, device=device, dtype=torch.uint8).view(torch.float8_e4m3fn),
-            torch.full((shape[0], shape[1] // 128, shape[2] // 128), 1e-4, device=device),
-        )
-        for shape in shapes
-    ]
-    return lambda x, routes: experts_fp8_gluon.grouped_mlp(x, routes, *quantised)
+    shapes = (2 * a.moe_intermediate_size, a.hidden_size), (a.hidden_size, a.moe_intermediate_size)
+    like, fp8 = torch.empty(0, device=device, dtype=BF16), a.quant_block is not None
+    weights = [empty_experts(like, num_experts, *shape, fp8=fp8) for shape in shapes]
+    for weight in weights:
+        if isinstance(weight, BlockFP8):
+            weight.values.view(torch.uint8).random_(0, 120)
+            weight.scales.fill_(1e-4)
+        else:
+            weight.normal_(0.0, 0.02)
+    grouped_mlp = experts_fp8_gluon.grouped_mlp if fp8 else experts_gluon.grouped_mlp
+    return lambda x, routes: grouped_mlp(x, routes, *weights)
 
 
 def make_rank(

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmoe.gpu_limits import refusals
+from nmoe.worker.kernels.expert_weights import experts_sizes, in_groups, put_expert
 from nmoe.worker.kernels.experts import grouped_mlp
 from nmoe.worker.kernels.lists import Routes, lists_of
 from nmoe.worker.kernels.norm import rms_norm
@@ -95,6 +96,23 @@ def test_a_token_nobody_here_serves_gets_zero():
     ids_TK = torch.tensor([[2, 2], [0, 2]])
     out = grouped_mlp(torch.ones(2, 4), Routes(ids_TK, torch.ones(2, 2)), torch.ones(2, 6, 4), torch.ones(2, 4, 3))
     assert out[0].tolist() == [0.0] * 4 and (out[1] > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])  # bytes stand for FP8
+@pytest.mark.parametrize(("outputs", "group"), [(768, 256), (640, 128)])
+def test_groups_of_expert_weights(dtype, outputs, group):
+    weight_OI = torch.randint(0, 251, (outputs, 512)).to(dtype)
+    inputs = 128 // weight_OI.itemsize
+    weights = in_groups(torch.zeros(3, outputs, 512, dtype=dtype))
+    assert weights.shape == (3, outputs // group, 512 // inputs, group, inputs)
+    put_expert(weights, 2, weight_OI, halves=False)
+    assert torch.equal(weights[2, 1, 3], weight_OI[group : 2 * group, 3 * inputs : 4 * inputs])
+    assert experts_sizes(weights) == (3, outputs, 512)
+    put_expert(weights, 1, weight_OI, halves=True)
+    half, gate_OI, up_OI = group // 2, weight_OI[: outputs // 2], weight_OI[outputs // 2 :]
+    assert torch.equal(weights[1, 1, 2, :half], gate_OI[half:group, 2 * inputs : 3 * inputs])
+    assert torch.equal(weights[1, 1, 2, half:], up_OI[half:group, 2 * inputs : 3 * inputs])
+    assert not weights[0].any()
 
 
 def test_lists_have_every_pair_once():

@@ -35,6 +35,7 @@ from nmoe.worker.model import load_model
 from nmoe.worker.model.mla_gpu import chunks_of
 from nmoe.worker.runner import Runner
 from tests.checkpoints import make_checkpoint
+from tests.gpu.experts import stored
 from tests.gpu.stepper import Requests
 from tests.gpu.test_kernels_gpu import BF16, GPU, MOONLIGHT, V3, close, quantised, random, rounded, routing
 
@@ -106,9 +107,11 @@ def test_experts(num_experts, skew, fp8):
         gate_up, down = random(num_experts, 2 * inter, hidden, std=0.05), random(num_experts, hidden, inter, std=0.05)
         grouped_mlp = experts_gluon.grouped_mlp
 
+    weights_of_experts = stored(gate_up, down)
+
     def mlp(rows):
         routes = Routes(ids[rows], weights[rows].contiguous(), lists_of(ids[rows], num_experts))
-        return grouped_mlp(x[rows], routes, gate_up, down)
+        return grouped_mlp(x[rows], routes, *weights_of_experts)
 
     same_rows(mlp)
 

@@ -3,6 +3,8 @@
 bfloat16 results of float32 sums lie within 4e-3 of the reference (relative, over the whole tensor); twice that fails.
 """
 
+import math
+
 import msgspec
 import numpy as np
 import pytest
@@ -34,6 +36,7 @@ from nmoe.worker.kernels.mla_prefill_triton import expanded_chunks
 from nmoe.worker.kernels.rope import apply_rope, rope_table
 from nmoe.worker.rows import Rows
 from nmoe.worker.slots import DeviceSlots, SlotTable
+from tests.gpu.experts import stored
 from tests.gpu.ranks import listed_ids
 
 GPU = torch.device("cuda")
@@ -98,6 +101,14 @@ def test_many_tokens_and_wide_products_have_no_parts():
     assert linear_parts_gluon.parts_of(random(64, 4096), random(2048, 4096)) is None
 
 
+def same_choice(ids, weights, expected_ids, expected):
+    """All tokens but one in a hundred have the same experts, as float32 cannot order what differs in the eighth digit;
+    and those have the same weights."""
+    same = (ids == expected_ids).all(1)
+    assert int((~same).sum()) <= math.ceil((len(ids) - 1) / 100)
+    close(weights[same], expected[same], 1e-5)
+
+
 @pytest.mark.parametrize("architecture", [MOONLIGHT, V3], ids=["moonlight", "v3"])
 @pytest.mark.parametrize("tokens", [1, 17, 256, 3000])
 def test_router(architecture, tokens):
@@ -106,9 +117,7 @@ def test_router(architecture, tokens):
     bias = random(a.num_experts, std=0.05, dtype=torch.float32)
     ids, weights, _ = router_triton.route(x, router_triton.split_gate(weight), bias, a)
     expected_ids, expected, _ = router.route(x, weight, bias, a)
-    same = (ids == expected_ids).all(1)
-    assert same.double().mean() > 0.99  # float32 cannot order what differs in the eighth digit
-    close(weights[same], expected[same], 1e-5)
+    same_choice(ids, weights, expected_ids, expected)
 
 
 def test_a_gate_is_the_sum_of_its_terms():
@@ -133,9 +142,7 @@ def test_router_of_uneven_shapes(num_experts, hidden, tokens):
         assert len(gate) == terms and torch.equal(gate.double().sum(0), weight.double())
         ids, weights, _ = router_triton.route(x, gate, bias, a)
         expected_ids, expected, _ = router.route(x, weight, bias, a)
-        same = (ids == expected_ids).all(1)
-        assert same.double().mean() > 0.99
-        close(weights[same], expected[same], 1e-5)
+        same_choice(ids, weights, expected_ids, expected)
 
 
 @pytest.mark.parametrize("architecture", [MOONLIGHT, V3], ids=["moonlight", "v3"])
@@ -183,7 +190,7 @@ def test_experts(tokens, num_experts, hidden, inter, slots, skew):
     x, shared = random(tokens, hidden), random(tokens, hidden)
     gate_up, down = random(num_experts, 2 * inter, hidden, std=0.05), random(num_experts, hidden, inter, std=0.05)
     routes = routing(tokens, num_experts, slots, skew)
-    parts = experts_gluon.grouped_mlp(x, routes, gate_up, down)
+    parts = experts_gluon.grouped_mlp(x, routes, *stored(gate_up, down))
     actual = added(parts, shared)
     routed = experts.grouped_mlp(x.float(), routes._replace(ids_TK=routes.ids_TK.long()), gate_up.float(), down.float())
     close(actual, experts.sum_experts(routed, shared.float()))
@@ -193,7 +200,7 @@ def test_experts(tokens, num_experts, hidden, inter, slots, skew):
 @pytest.mark.parametrize("tokens", [1, 5, 17, 40, 64, 200, 700])
 def test_experts_of_few_rows_have_the_bits_of_others(tokens, skew):
     x, routes = random(tokens, 640), routing(tokens, 16, 3, skew)
-    gate_up, down = random(16, 2 * 384, 640, std=0.05), random(16, 640, 384, std=0.05)
+    gate_up, down = stored(random(16, 2 * 384, 640, std=0.05), random(16, 640, 384, std=0.05))
     few, again, others = (
         m.grouped_mlp(x, routes, gate_up, down) for m in (experts_gluon, experts_gluon, experts_triton)
     )
@@ -281,7 +288,7 @@ def test_fp8_experts(tokens, num_experts, hidden, inter, slots):
     gate_up, real_gate_up = quantised(num_experts, 2 * inter, hidden, std=0.05)
     down, real_down = quantised(num_experts, hidden, inter, std=0.05)
     ids, weights, _ = routes = routing(tokens, num_experts, slots)
-    actual = added(experts_fp8_gluon.grouped_mlp(x, routes, gate_up, down), shared)
+    actual = added(experts_fp8_gluon.grouped_mlp(x, routes, *stored(gate_up, down)), shared)
     expected, x = shared.double(), rounded(x)
     for expert in range(num_experts):
         token, slot = (ids == expert).nonzero(as_tuple=True)
@@ -441,7 +448,7 @@ def test_a_rank_with_no_tokens():
     a = msgspec.structs.replace(MOONLIGHT, hidden_size=512)
     gate = router_triton.split_gate(random(64, 512, dtype=torch.float32))
     routes = router_triton.route(nothing, gate, random(64, dtype=torch.float32), a, listed=True)
-    parts = experts_gluon.grouped_mlp(nothing, routes, random(64, 256, 512), random(64, 512, 128))
+    parts = experts_gluon.grouped_mlp(nothing, routes, *stored(random(64, 256, 512), random(64, 512, 128)))
     assert added(parts, nothing).shape == (0, 512)
     assert experts_triton.silu_mul(nothing).shape == (0, 256)
     assert fp8_triton.linear(nothing, quantised(256, 512, std=0.02)[0]).shape == (0, 256)

@@ -17,6 +17,7 @@ from nmoe.worker.kernels.experts import Arrived, Returned
 from nmoe.worker.kernels.fp8 import BlockFP8
 from nmoe.worker.kernels.fp8_triton import quantise
 from nmoe.worker.kernels.lists import Routes, lists_of
+from tests.gpu.experts import stored
 from tests.gpu.ranks import BF16, GPU, Ranks, added, expected_sums, experts_of, make_layout, make_tokens
 
 WORLD_SIZES = (1, 2, 4, 8)
@@ -358,6 +359,7 @@ def test_experts_of_arrived_rows(num_rows, per_expert, quantised):
         gate_up, down = gate_up.to(BF16), down.to(BF16)
         arrived = Arrived(x, None, where, per_expert)
         mlp = experts_gluon.grouped_mlp
+    gate_up, down = stored(gate_up, down)
     parts = mlp(arrived, given, gate_up, down)
     dense = mlp(x[where.long()], Routes(ids, weights, lists_of(ids, experts)), gate_up, down)
     assert torch.equal(parts[~elsewhere], dense[~elsewhere])

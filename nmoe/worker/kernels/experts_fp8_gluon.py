@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nmoe.worker.kernels.early import early
+from nmoe.worker.kernels.expert_weights import experts_sizes
 from nmoe.worker.kernels.experts import Arrived
 from nmoe.worker.kernels.experts_triton import most_tiles
 from nmoe.worker.kernels.experts_warps_gluon import (
@@ -37,6 +38,7 @@ from nmoe.worker.kernels.experts_warps_gluon import (
 from nmoe.worker.kernels.fp8 import BLOCK, Activations, BlockFP8
 from nmoe.worker.kernels.fp8_triton import quantise
 from nmoe.worker.kernels.hopper_gluon import wait_for_kernel_before
+from nmoe.worker.kernels.kept import kept
 from nmoe.worker.kernels.lists import Routes
 from nmoe.worker.kernels.warps_gluon import (
     OUTPUTS,
@@ -113,6 +115,7 @@ def _multiply_up(
     C: gl.constexpr,
     F: gl.constexpr,
     STAGES: gl.constexpr,
+    KEPT: gl.constexpr,
     mine: gl.constexpr,
 ):
     """Warpgroup `mine`, 0 or 1: silu(x @ gate) * (x @ up), quantised, for its half of a tile's rows."""
@@ -131,9 +134,9 @@ def _multiply_up(
         row = store_rows(work.tile * ROWS + mine * (ROWS // 2), ROWS // 2, 1)
         rows_ptr = out_ptr + row.to(gl.int64) * F
         hidden_0 = (hidden_0 / scale[None, :]).to(gl.float8e4nv)
-        store(rows_ptr, row >= 0, work.block * 128, F, hidden_0)
+        store(rows_ptr, row >= 0, work.block * 128, F, hidden_0, KEPT)
         hidden_1 = (hidden_1 / scale[None, :]).to(gl.float8e4nv)
-        store(rows_ptr, row >= 0, work.block * 128 + 64, F, hidden_1)
+        store(rows_ptr, row >= 0, work.block * 128 + 64, F, hidden_1, KEPT)
         row = work.tile * ROWS + mine * (ROWS // 2) + gl.arange(0, ROWS // 2, scale.type.layout)
         gl.store(out_scales_ptr + work.block * num_rows + row, scale)
         nth += 1
@@ -159,9 +162,11 @@ def _gate_up_kernel(
     F: gl.constexpr,
     K: gl.constexpr,
     E: gl.constexpr,
+    GROUP: gl.constexpr,
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
+    KEPT: gl.constexpr,
     WORKER_REGISTERS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
@@ -177,9 +182,9 @@ def _gate_up_kernel(
     x = (x_ptr, x_scales_ptr, slots_ptr, block_stride)
     gl.warp_specialize(
         [
-            (_multiply_up, (ring, scales, items, w_scales_ptr, out, num_rows, C, F, STAGES, 0)),
-            (_multiply_up, (ring, scales, items, w_scales_ptr, out, num_rows, C, F, STAGES, 1)),
-            (produce_pieces, (ring, items, w_desc, lists, E, C, F // 128, True, STAGES, TOGETHER)),
+            (_multiply_up, (ring, scales, items, w_scales_ptr, out, num_rows, C, F, STAGES, KEPT, 0)),
+            (_multiply_up, (ring, scales, items, w_scales_ptr, out, num_rows, C, F, STAGES, KEPT, 1)),
+            (produce_pieces, (ring, items, w_desc, lists, E, C, F // 128, True, GROUP, STAGES, TOGETHER)),
             (load_up, (ring, scales, items, x, pairs_ptr, C, K, STAGES)),
         ],
         WORKER_WARPS,
@@ -199,6 +204,7 @@ def _multiply_down(
     C: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
+    KEPT: gl.constexpr,
     mine: gl.constexpr,
 ):
     """Warpgroup `mine`, 0 or 1: its half of a tile's rows."""
@@ -215,10 +221,10 @@ def _multiply_down(
         lane = store_rows(mine * HALF, HALF, 2)
         pair = load_now(pairs_ptr + piece.first + lane, lane < piece.rows, -1)
         rows_ptr = out_ptr + pair.to(gl.int64) * D
-        store(rows_ptr, pair >= 0, work.block * 128, D, first_0 * weight)
-        store(rows_ptr, pair >= 0, work.block * 128 + 64, D, first_1 * weight)
-        store(rows_ptr, pair >= 0, work.block * 128 + 128, D, second_0 * weight)
-        store(rows_ptr, pair >= 0, work.block * 128 + 192, D, second_1 * weight)
+        store(rows_ptr, pair >= 0, work.block * 128, D, first_0 * weight, KEPT)
+        store(rows_ptr, pair >= 0, work.block * 128 + 64, D, first_1 * weight, KEPT)
+        store(rows_ptr, pair >= 0, work.block * 128 + 128, D, second_0 * weight, KEPT)
+        store(rows_ptr, pair >= 0, work.block * 128 + 192, D, second_1 * weight, KEPT)
         nth += 1
         piece = told_piece(items, nth)
 
@@ -239,9 +245,11 @@ def _down_kernel(
     D: gl.constexpr,
     F: gl.constexpr,
     E: gl.constexpr,
+    GROUP: gl.constexpr,
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
+    KEPT: gl.constexpr,
     WORKER_REGISTERS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
@@ -255,9 +263,15 @@ def _down_kernel(
     hidden = (hidden_ptr, hidden_scales_ptr)
     gl.warp_specialize(
         [
-            (_multiply_down, (ring, scales, items, w_scales_ptr, weights_ptr, pairs_ptr, out_ptr, C, D, STAGES, 0)),
-            (_multiply_down, (ring, scales, items, w_scales_ptr, weights_ptr, pairs_ptr, out_ptr, C, D, STAGES, 1)),
-            (produce_pieces, (ring, items, w_desc, lists, E, C, D // 128, False, STAGES, TOGETHER)),
+            (
+                _multiply_down,
+                (ring, scales, items, w_scales_ptr, weights_ptr, pairs_ptr, out_ptr, C, D, STAGES, KEPT, 0),
+            ),
+            (
+                _multiply_down,
+                (ring, scales, items, w_scales_ptr, weights_ptr, pairs_ptr, out_ptr, C, D, STAGES, KEPT, 1),
+            ),
+            (produce_pieces, (ring, items, w_desc, lists, E, C, D // 128, False, GROUP, STAGES, TOGETHER)),
             (load_down, (ring, scales, items, hidden, num_rows, C, D, STAGES)),
         ],
         WORKER_WARPS,
@@ -272,12 +286,10 @@ def _form(rows_per_expert: float) -> Form:
     return _SOME if rows_per_expert <= 80 else _MANY
 
 
-def grouped_mlp(
-    x: Activations | Arrived, routes: Routes, w_gate_up_EGD: BlockFP8, w_down_EDF: BlockFP8
-) -> torch.Tensor:
+def grouped_mlp(x: Activations | Arrived, routes: Routes, w_gate_up: BlockFP8, w_down: BlockFP8) -> torch.Tensor:
     """See experts_triton.py; D and F are multiples of 128, and arrived rows are quantised."""
     assert routes.lists is not None
-    (tokens, slots), (num_experts, hidden, inter) = routes.weights_TK.shape, w_down_EDF.values.shape
+    (tokens, slots), (num_experts, hidden, inter) = routes.weights_TK.shape, experts_sizes(w_down.values)
     device = routes.weights_TK.device
     parts_TKD = torch.empty(tokens, slots, hidden, dtype=torch.bfloat16, device=device)
     pairs = tokens * slots
@@ -300,8 +312,8 @@ def grouped_mlp(
         values,
         scales,
         arrived.slots_S if arrived else None,
-        descriptor(w_gate_up_EGD.values.flatten(0, 1)),
-        w_gate_up_EGD.scales,
+        descriptor(w_gate_up.values),
+        w_gate_up.scales,
         pairs_EC,
         counts_EW,
         hidden_NF,
@@ -312,14 +324,16 @@ def grouped_mlp(
         most,
         **sizes,
         K=slots,
+        GROUP=w_gate_up.values.shape[3],
         **form.options(hidden // BLOCK),
+        KEPT=kept(tokens),
         launch_pdl=early(tokens),
     )
     _down_kernel[(form.programs(most * -(-hidden // OUTPUTS), device),)](
         hidden_NF,
         hidden_scales,
-        descriptor(w_down_EDF.values.flatten(0, 1)),
-        w_down_EDF.scales,
+        descriptor(w_down.values),
+        w_down.scales,
         routes.weights_TK,
         pairs_EC,
         counts_EW,
@@ -328,7 +342,9 @@ def grouped_mlp(
         pairs_EC.shape[1],
         most,
         **sizes,
+        GROUP=w_down.values.shape[3],
         **form.options(inter // BLOCK),
+        KEPT=kept(tokens),
         launch_pdl=early(tokens),
     )
     return parts_TKD

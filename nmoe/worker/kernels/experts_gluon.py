@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from nmoe.worker.kernels import experts_triton
 from nmoe.worker.kernels.early import early
+from nmoe.worker.kernels.expert_weights import experts_sizes
 from nmoe.worker.kernels.experts import Arrived
 from nmoe.worker.kernels.experts_triton import most_tiles
 from nmoe.worker.kernels.experts_warps_gluon import (
@@ -34,6 +35,7 @@ from nmoe.worker.kernels.experts_warps_gluon import (
     up_work,
 )
 from nmoe.worker.kernels.hopper_gluon import wait_for_kernel_before
+from nmoe.worker.kernels.kept import kept
 from nmoe.worker.kernels.lists import Routes
 from nmoe.worker.kernels.warps_gluon import (
     OUTPUTS,
@@ -84,7 +86,9 @@ def _multiply(ring, at, C: gl.constexpr, STAGES: gl.constexpr, mine: gl.constexp
 
 
 @gluon.jit
-def _multiply_up(ring, items, out_ptr, C: gl.constexpr, F: gl.constexpr, STAGES: gl.constexpr, mine: gl.constexpr):
+def _multiply_up(
+    ring, items, out_ptr, C: gl.constexpr, F: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, mine: gl.constexpr
+):
     """Warpgroup `mine`, 0 or 1: silu(x @ gate) * (x @ up) for its half of a block's columns."""
     ROWS: gl.constexpr = ring.x.shape[1]
     nth = 0
@@ -96,7 +100,7 @@ def _multiply_up(ring, items, out_ptr, C: gl.constexpr, F: gl.constexpr, STAGES:
         hidden = gate / (1.0 + gl.exp(-gate)) * up
         lane = store_rows(0, ROWS, 2)
         rows_ptr = out_ptr + (work.tile * ROWS + lane).to(gl.int64) * F
-        store(rows_ptr, lane < piece.rows, work.block * 128 + mine * 64, F, hidden)
+        store(rows_ptr, lane < piece.rows, work.block * 128 + mine * 64, F, hidden, KEPT)
         nth += 1
         piece = told_piece(items, nth)
 
@@ -115,9 +119,11 @@ def _gate_up_kernel(
     F: gl.constexpr,
     K: gl.constexpr,
     E: gl.constexpr,
+    GROUP: gl.constexpr,
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
+    KEPT: gl.constexpr,
     WORKER_REGISTERS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
@@ -130,9 +136,9 @@ def _gate_up_kernel(
     x = (x_ptr, None, slots_ptr, None)
     gl.warp_specialize(
         [
-            (_multiply_up, (ring, items, out_ptr, C, F, STAGES, 0)),
-            (_multiply_up, (ring, items, out_ptr, C, F, STAGES, 1)),
-            (produce_pieces, (ring, items, w_desc, lists, E, C, F // 128, True, STAGES, TOGETHER)),
+            (_multiply_up, (ring, items, out_ptr, C, F, STAGES, KEPT, 0)),
+            (_multiply_up, (ring, items, out_ptr, C, F, STAGES, KEPT, 1)),
+            (produce_pieces, (ring, items, w_desc, lists, E, C, F // 128, True, GROUP, STAGES, TOGETHER)),
             (load_up, (ring, None, items, x, pairs_ptr, C, K, STAGES)),
         ],
         WORKER_WARPS,
@@ -150,6 +156,7 @@ def _multiply_down(
     C: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
+    KEPT: gl.constexpr,
     mine: gl.constexpr,
 ):
     """Warpgroup `mine`, 0 or 1: its half of both blocks' columns."""
@@ -167,8 +174,8 @@ def _multiply_down(
         pair = load_now(pairs_ptr + piece.first + lane, lane < piece.rows, -1)
         first, second, at = _multiply(ring, at, C, STAGES, mine)
         rows_ptr = out_ptr + pair.to(gl.int64) * D
-        store(rows_ptr, pair >= 0, work.block * 128 + mine * 64, D, first * factor)
-        store(rows_ptr, pair >= 0, work.block * 128 + 128 + mine * 64, D, second * factor)
+        store(rows_ptr, pair >= 0, work.block * 128 + mine * 64, D, first * factor, KEPT)
+        store(rows_ptr, pair >= 0, work.block * 128 + 128 + mine * 64, D, second * factor, KEPT)
         nth += 1
         piece = told_piece(items, nth)
 
@@ -186,9 +193,11 @@ def _down_kernel(
     D: gl.constexpr,
     F: gl.constexpr,
     E: gl.constexpr,
+    GROUP: gl.constexpr,
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
+    KEPT: gl.constexpr,
     WORKER_REGISTERS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
@@ -199,9 +208,9 @@ def _down_kernel(
     lists = ListPointers(pairs_ptr, counts_ptr, capacity, most)
     gl.warp_specialize(
         [
-            (_multiply_down, (ring, items, weights_ptr, pairs_ptr, out_ptr, C, D, STAGES, 0)),
-            (_multiply_down, (ring, items, weights_ptr, pairs_ptr, out_ptr, C, D, STAGES, 1)),
-            (produce_pieces, (ring, items, w_desc, lists, E, C, D // 128, False, STAGES, TOGETHER)),
+            (_multiply_down, (ring, items, weights_ptr, pairs_ptr, out_ptr, C, D, STAGES, KEPT, 0)),
+            (_multiply_down, (ring, items, weights_ptr, pairs_ptr, out_ptr, C, D, STAGES, KEPT, 1)),
+            (produce_pieces, (ring, items, w_desc, lists, E, C, D // 128, False, GROUP, STAGES, TOGETHER)),
             (load_down, (ring, None, items, (hidden_ptr, None), None, C, D, STAGES)),
         ],
         WORKER_WARPS,
@@ -220,15 +229,15 @@ def _form(rows_per_expert: float) -> Form | None:
 
 
 def grouped_mlp(
-    x: torch.Tensor | Arrived, routes: Routes, w_gate_up_EGD: torch.Tensor, w_down_EDF: torch.Tensor
+    x: torch.Tensor | Arrived, routes: Routes, w_gate_up: torch.Tensor, w_down: torch.Tensor
 ) -> torch.Tensor:
     """See experts_triton.py, whose kernels handle sizes that are not in blocks of 128."""
     assert routes.lists is not None
     arrived, x_TD = (x, x.values_CD) if isinstance(x, Arrived) else (None, x)
-    (tokens, slots), (num_experts, hidden, inter) = routes.weights_TK.shape, w_down_EDF.shape
+    (tokens, slots), (num_experts, hidden, inter) = routes.weights_TK.shape, experts_sizes(w_down)
     form = _form(arrived.per_expert if arrived else tokens * slots / num_experts)
     if form is None or hidden % 128 or inter % 128 or not tokens:
-        return experts_triton.grouped_mlp(x, routes, w_gate_up_EGD, w_down_EDF)
+        return experts_triton.grouped_mlp(x, routes, w_gate_up, w_down)
     parts_TKD = x_TD.new_empty(tokens, slots, hidden)
     pairs_EC, counts_EW = routes.lists.pairs_EC, routes.lists.counts_EW
     sizes = {"D": hidden, "F": inter, "E": num_experts}
@@ -237,7 +246,7 @@ def grouped_mlp(
     _gate_up_kernel[(form.programs(most * (inter // 128), x_TD.device),)](
         x_TD,
         arrived.slots_S if arrived else None,
-        descriptor(w_gate_up_EGD.flatten(0, 1)),
+        descriptor(w_gate_up),
         pairs_EC,
         counts_EW,
         hidden_NF,
@@ -245,12 +254,14 @@ def grouped_mlp(
         most,
         **sizes,
         K=slots,
+        GROUP=w_gate_up.shape[3],
         **form.options(hidden // 64),
+        KEPT=kept(tokens),
         launch_pdl=early(tokens),
     )
     _down_kernel[(form.programs(most * -(-hidden // OUTPUTS), x_TD.device),)](
         hidden_NF,
-        descriptor(w_down_EDF.flatten(0, 1)),
+        descriptor(w_down),
         routes.weights_TK,
         pairs_EC,
         counts_EW,
@@ -258,7 +269,9 @@ def grouped_mlp(
         pairs_EC.shape[1],
         most,
         **sizes,
+        GROUP=w_down.shape[3],
         **form.options(inter // 64),
+        KEPT=kept(tokens),
         launch_pdl=early(tokens),
     )
     return parts_TKD

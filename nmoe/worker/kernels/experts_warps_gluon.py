@@ -105,6 +105,7 @@ def produce_pieces(
     C: gl.constexpr,
     BLOCKS: gl.constexpr,
     UP: gl.constexpr,
+    GROUP: gl.constexpr,
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
 ):
@@ -123,7 +124,7 @@ def produce_pieces(
         tell(items, nth, (piece.number, piece.expert, piece.first, piece.rows))
         nth += 1
         work = up_work(piece, BLOCKS) if UP else down_work(piece, BLOCKS)
-        at = produce(ring, w_desc, work, at, C, STAGES, TOGETHER)
+        at = produce(ring, w_desc, work, at, C, GROUP, STAGES, TOGETHER)
         taken = gl.atomic_add(taken_ptr, 1, sem="relaxed")
         gl.store(taken_ptr, 0, mask=taken == count - 1)  # that was the last one to be taken
         item = gl.num_programs(0) + taken
@@ -134,8 +135,8 @@ def produce_pieces(
 def up_work(piece, BLOCKS: gl.constexpr):
     """A piece of the first product: a block of gate and the same block of up; each has BLOCKS of them."""
     block = piece.number % BLOCKS
-    gate = piece.expert * (2 * BLOCKS) + block
-    return Work(piece.number // BLOCKS, block, gate, gate + BLOCKS)
+    gate = (piece.expert * BLOCKS + block) * 2
+    return Work(piece.number // BLOCKS, block, gate, gate + 1)
 
 
 @gluon.jit

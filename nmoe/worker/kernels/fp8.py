@@ -64,13 +64,6 @@ def split_rows(weight: Weight, sizes: Sequence[int]) -> list[Weight]:
     return [BlockFP8(*part) for part in zip(values, scales, strict=True)]
 
 
-def of_expert(weight: Weight, expert: int) -> Weight:
-    """A view of one expert's weight."""
-    if isinstance(weight, torch.Tensor):
-        return weight[expert]
-    return BlockFP8(weight.values[expert], weight.scales[expert])
-
-
 def rows_of(weight: Weight) -> torch.Tensor:
     """The weight's rows, for permuting within blocks: quantised ones as bytes, since FP8 tensors lack operations."""
     return weight if isinstance(weight, torch.Tensor) else weight.values.view(torch.uint8)

@@ -30,6 +30,7 @@ from nmoe.worker.kernels.device import multiprocessors
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.fp8 import BLOCK, BlockFP8, Quantised
 from nmoe.worker.kernels.hopper_gluon import copy_tile, wait_for_kernel_before
+from nmoe.worker.kernels.kept import kept
 from nmoe.worker.kernels.warps_gluon import store, store_rows
 
 
@@ -177,6 +178,7 @@ def _compute(
     SPLITS: gl.constexpr,
     PER_SPLIT: gl.constexpr,
     STAGES: gl.constexpr,
+    KEPT: gl.constexpr,
     mine: gl.constexpr,
 ):
     """Warpgroup `mine`, 0 or 1. `sizes`: numbers of tokens, of tiles of tokens, and of pieces of work."""
@@ -193,7 +195,7 @@ def _compute(
         else:
             token = store_rows(row, ROWS // 2, BYTES)
             rows_ptr = out_ptr + (piece.split * tokens + token).to(gl.int64) * O
-            store(rows_ptr, token < tokens, piece.block * 64, O, acc)
+            store(rows_ptr, token < tokens, piece.block * 64, O, acc, KEPT)
 
 
 @gluon.jit(do_not_specialize=["tokens", "scales_stride", "row_tiles", "items"])
@@ -212,6 +214,7 @@ def _linear_kernel(
     SPLITS: gl.constexpr,
     PER_SPLIT: gl.constexpr,
     STAGES: gl.constexpr,
+    KEPT: gl.constexpr,
     WORKER_REGISTERS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
@@ -221,8 +224,8 @@ def _linear_kernel(
     sizes = (tokens, row_tiles, items)
     gl.warp_specialize(
         [
-            (_compute, (ring, w_scales_ptr, out_ptr, sizes, C, O, SPLITS, PER_SPLIT, STAGES, 0)),
-            (_compute, (ring, w_scales_ptr, out_ptr, sizes, C, O, SPLITS, PER_SPLIT, STAGES, 1)),
+            (_compute, (ring, w_scales_ptr, out_ptr, sizes, C, O, SPLITS, PER_SPLIT, STAGES, KEPT, 0)),
+            (_compute, (ring, w_scales_ptr, out_ptr, sizes, C, O, SPLITS, PER_SPLIT, STAGES, KEPT, 1)),
             (_produce, (ring, descs, scales_stride, row_tiles, items, C, SPLITS, PER_SPLIT, STAGES)),
         ],
         [4, 1],
@@ -276,6 +279,7 @@ def linear_by_warps(x: Quantised, weight: BlockFP8, out: torch.Tensor, form: For
         SPLITS=splits,
         PER_SPLIT=per_split,
         STAGES=form.stages,
+        KEPT=kept(tokens),
         WORKER_REGISTERS=form.worker_registers,
         OTHER_REGISTERS=form.other_registers,
         num_warps=4,

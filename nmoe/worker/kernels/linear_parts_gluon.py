@@ -22,6 +22,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from nmoe.worker.kernels.device import FEW_TOKENS, multiprocessors
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.hopper_gluon import copy_tile, wait_for_kernel_before
+from nmoe.worker.kernels.kept import kept
 from nmoe.worker.kernels.warps_gluon import store, store_rows
 
 _OUTPUTS, _SPAN, _DEPTH = 64, 512, 64
@@ -30,7 +31,15 @@ _MOST_TOKENS = 128  # every program reads its inputs of all tokens; beyond this,
 
 
 @gluon.jit(do_not_specialize=["tokens"])
-def _part_kernel(x_desc, w_desc, out_ptr, tokens, O: gl.constexpr, PARTS: gl.constexpr):  # noqa: E741
+def _part_kernel(
+    x_desc,
+    w_desc,
+    out_ptr,
+    tokens,
+    O: gl.constexpr,  # noqa: E741
+    PARTS: gl.constexpr,
+    KEPT: gl.constexpr,
+):
     ROWS: gl.constexpr = x_desc.block_type.shape[0]
     OUTPUTS: gl.constexpr = w_desc.block_type.shape[0]
     DEPTH: gl.constexpr = w_desc.block_type.shape[1]
@@ -56,7 +65,7 @@ def _part_kernel(x_desc, w_desc, out_ptr, tokens, O: gl.constexpr, PARTS: gl.con
     sums = warpgroup_mma_wait(0, deps=[sums])
     token = store_rows(0, ROWS, 2)
     row_ptr = out_ptr + (token * PARTS + gl.program_id(1)).to(gl.int64) * O
-    store(row_ptr, token < tokens, output, O, sums)
+    store(row_ptr, token < tokens, output, O, sums, KEPT)
 
 
 def _descriptor(matrix: torch.Tensor, rows: int) -> TensorDescriptor:
@@ -80,6 +89,7 @@ def parts_of(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor | None
         tokens,
         O=outputs,
         PARTS=parts,
+        KEPT=kept(tokens),
         num_warps=4,
         launch_pdl=early(tokens),
     )

@@ -22,6 +22,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.hopper_gluon import wait_for_kernel_before
+from nmoe.worker.kernels.kept import kept
 from nmoe.worker.kernels.mla_decode_gluon import part_of, piece_of
 from nmoe.worker.kernels.mla_tiles_triton import block_of_rows
 from nmoe.worker.kernels.mla_values_gluon import Parts
@@ -136,6 +137,7 @@ def _attend(
     BLOCK_R: gl.constexpr,
     PAGE: gl.constexpr,
     STAGES: gl.constexpr,
+    KEPT: gl.constexpr,
 ):
     contexts_ptr, prefix_ptr, num_rows = plan
     partial_ptr, lse_ptr = parts
@@ -181,10 +183,10 @@ def _attend(
         gl.store(lse_ptr + slot, peak + gl.log2(weight))
         out = partial_ptr + slot[:, None] * (4 * QUARTER) + column[None, :]
         inverse = (1.0 / weight)[:, None]
-        gl.store(out, acc_0 * inverse)
-        gl.store(out + QUARTER, acc_1 * inverse)
-        gl.store(out + 2 * QUARTER, acc_2 * inverse)
-        gl.store(out + 3 * QUARTER, acc_3 * inverse)
+        gl.store(out, acc_0 * inverse, eviction_policy=KEPT)
+        gl.store(out + QUARTER, acc_1 * inverse, eviction_policy=KEPT)
+        gl.store(out + 2 * QUARTER, acc_2 * inverse, eviction_policy=KEPT)
+        gl.store(out + 3 * QUARTER, acc_3 * inverse, eviction_policy=KEPT)
         pieces += 1
         row += 1
 
@@ -207,13 +209,14 @@ def _decode_kernel(
     BLOCK_R: gl.constexpr,
     PAGE: gl.constexpr,
     STAGES: gl.constexpr,
+    KEPT: gl.constexpr,
 ):
     shared = _make_shared(q_desc, q_rope_desc, latent_desc, rope_desc, STAGES)
     plan = (contexts_ptr, prefix_ptr, num_rows)
     descs = (latent_desc, rope_desc, q_desc, q_rope_desc)
     gl.warp_specialize(
         [
-            (_attend, (shared, plan, (partial_ptr, lse_ptr), scale_log2, BLOCK_R, PAGE, STAGES)),
+            (_attend, (shared, plan, (partial_ptr, lse_ptr), scale_log2, BLOCK_R, PAGE, STAGES, KEPT)),
             (_produce, (shared, plan, descs, pages_ptr, max_pages, NOPE, BLOCK_R, PAGE, STAGES)),
         ],
         [1],
@@ -259,6 +262,7 @@ def attend_parts(
         BLOCK_R=block_of_rows(rows),
         PAGE=page_size,
         STAGES=_STAGES,
+        KEPT=kept(rows),
         num_warps=4,
         maxnreg=_REGISTERS,
         launch_pdl=early(rows),

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from nmoe.worker.kernels.early import early
+from nmoe.worker.kernels.kept import kept
 
 _HEADS = 16  # per program
 _LEAST = 200  # minimum number of programs; with fewer, a smaller tile is used
@@ -84,6 +85,7 @@ def _absorb(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TILES: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     """A head's q_nope @ W_UK, several tiles of the same tokens in turn. The first tile's weights, which no kernel
     writes, start loading before the wait."""
@@ -103,7 +105,7 @@ def _absorb(
         absorbed = tl.dot(q, w).to(absorbed_ptr.dtype.element_ty)
         if i + 1 < TILES:
             w = tl.load(w_at + (i + 1) * COLUMNS)
-        tl.store(out + i * COLUMNS, absorbed, mask=exists)
+        tl.store(out + i * COLUMNS, absorbed, mask=exists, eviction_policy=KEPT)
 
 
 @triton.jit(
@@ -136,6 +138,7 @@ def _inputs_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TILES: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     """The first programs absorb a tile each; of the others, one per token writes its cache row, the rest its heads."""
     if tl.program_id(0) < num_absorbing:
@@ -156,6 +159,7 @@ def _inputs_kernel(
             ROWS,
             COLUMNS,
             TILES,
+            KEPT,
         )
     else:
         # Positions, places and the table are older than the previous kernel, so they are read before the wait.
@@ -243,6 +247,7 @@ def enter(
             ROWS=kind.rows,
             COLUMNS=kind.columns,
             TILES=kind.tiles,
+            KEPT=kept(tokens),
             num_warps=warps,
             launch_pdl=early(tokens),
         )

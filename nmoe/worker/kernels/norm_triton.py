@@ -12,6 +12,7 @@ from nmoe.worker.kernels.experts import Returned
 from nmoe.worker.kernels.experts_triton import Terms
 from nmoe.worker.kernels.fp8 import Activations, Quantised, unquantised
 from nmoe.worker.kernels.fp8_triton import room_for, store_quantised
+from nmoe.worker.kernels.kept import kept
 
 _REGISTERS = 128  # per thread; with this limit, the compiler loads a row of up to 4096 before it adds anything
 
@@ -35,6 +36,7 @@ def _norm_kernel(
     D: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
@@ -54,11 +56,11 @@ def _norm_kernel(
             delta += tl.load(delta_ptr + row * D + lane, mask=inside, other=0.0).to(tl.float32)
         x += delta.to(sum_ptr.dtype.element_ty).to(tl.float32)
         rounded = x.to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + row * D + lane, rounded, mask=inside)
+        tl.store(sum_ptr + row * D + lane, rounded, mask=inside, eviction_policy=KEPT)
         x = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
     normed = (x * scale * weight).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * D + lane, normed, mask=inside)
+    tl.store(out_ptr + row * D + lane, normed, mask=inside, eviction_policy=KEPT)
     if values_ptr is not None:
         group = tl.arange(0, BLOCK // 128)
         blocks = tl.reshape(normed.to(tl.float32), [BLOCK // 128, 128])
@@ -97,6 +99,7 @@ def _launch(
             D=hidden,
             K=0 if parts_TKD is None else parts_TKD.shape[1],
             BLOCK=block,
+            KEPT=kept(tokens),
             num_warps=8 if block > 4096 else 4,
             maxnreg=_REGISTERS if block <= 4096 else None,
             launch_pdl=early(tokens),

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nmoe.worker.kernels.device import multiprocessors
+from nmoe.worker.kernels.expert_weights import TILE, stored_rows
 from nmoe.worker.kernels.hopper_gluon import copy_tile, gather
 
 OUTPUTS = 256  # per tile: two blocks of 128, not necessarily adjacent
@@ -69,7 +70,7 @@ class Work(NamedTuple):
 
     tile: gl.tensor
     block: gl.tensor  # the first one
-    first: gl.tensor  # the same, counted over all experts' weights
+    first: gl.tensor  # the two as they are stored, counted over all experts' weights
     second: gl.tensor
 
 
@@ -100,22 +101,22 @@ def make_scales(ROWS: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def produce(ring, w_desc, work, at, C: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr):
-    """Producer: load a tile's weights; C is a multiple of TOGETHER. `at` is the number of stages so far, passed in and
-    returned."""
-    INPUTS: gl.constexpr = ring.w.shape[2]
+def produce(ring, w_desc, work, at, C: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr):
+    """Producer: load a tile's weights, which are stored in groups of GROUP outputs (expert_weights.py); C is a multiple
+    of TOGETHER. `at` is the number of stages so far, passed in and returned."""
     for c in range(0, C, TOGETHER):
         for i in gl.static_range(TOGETHER):
             mbarrier.wait(ring.free.index((at + i) % STAGES), ((at + i) // STAGES & 1) ^ 1)
             mbarrier.expect(ring.filled.index((at + i) % STAGES), 4 * 64 * 128)
         for part in gl.static_range(4):
             if part < 2:
-                row = work.first * 128 + part * 64
+                output = work.first * 128 + part * 64
             else:
-                row = work.second * 128 + (part - 2) * 64
+                output = work.second * 128 + (part - 2) * 64
             for i in gl.static_range(TOGETHER):
                 stage = (at + i) % STAGES
-                copy_tile(w_desc, [row, (c + i) * INPUTS], ring.filled.index(stage), ring.w.index(stage * 4 + part))
+                row = (output // GROUP * C + c + i) * GROUP + output % GROUP
+                copy_tile(w_desc, [row, 0], ring.filled.index(stage), ring.w.index(stage * 4 + part))
         at += TOGETHER
     return at
 
@@ -153,13 +154,14 @@ def load_rows(ring, scales, rows, row_scales, block_stride, at, C: gl.constexpr,
 
 
 @gluon.jit
-def store(out_ptr, exists, column, columns, values):
+def store(out_ptr, exists, column, columns, values, KEPT: gl.constexpr):
     """Store 64 outputs of some rows, `values` [64, rows], to columns from `column` on that are below `columns`, in the
     rows at `out_ptr` that exist; both are in the layout of `store_rows`."""
     LAYOUT: gl.constexpr = out_ptr.type.layout.parent
     lane = column + gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))
     values = gl.convert_layout(gl.permute(values.to(out_ptr.dtype.element_ty), (1, 0)), LAYOUT)
-    gl.store(out_ptr[:, None] + lane[None, :], values, mask=exists[:, None] & (lane < columns)[None, :])
+    mask = exists[:, None] & (lane < columns)[None, :]
+    gl.store(out_ptr[:, None] + lane[None, :], values, mask=mask, eviction_policy=KEPT)
 
 
 @gluon.jit
@@ -170,9 +172,9 @@ def store_rows(first, ROWS: gl.constexpr, BYTES: gl.constexpr):
     return first + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
 
 
-def descriptor(weight_OI: torch.Tensor) -> TensorDescriptor:
-    """For copying half a block of outputs, over all weights' outputs, and a stage's inputs."""
-    fp8 = weight_OI.dtype == torch.float8_e4m3fn
-    block = [64, 128 if fp8 else 64]
+def descriptor(weights_EGCPQ: torch.Tensor) -> TensorDescriptor:
+    """For copying half a block of the experts' outputs (expert_weights.py), and a stage's inputs."""
+    fp8 = weights_EGCPQ.dtype == torch.float8_e4m3fn
+    block = [TILE, weights_EGCPQ.shape[4]]
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv if fp8 else gl.bfloat16)
-    return TensorDescriptor.from_tensor(weight_OI, block, layout)
+    return TensorDescriptor.from_tensor(stored_rows(weights_EGCPQ), block, layout)

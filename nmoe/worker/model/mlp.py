@@ -9,8 +9,9 @@ import torch
 
 from nmoe.architecture import Architecture
 from nmoe.worker.kernels import Ops, gate_for
+from nmoe.worker.kernels.expert_weights import empty_experts, put_expert
 from nmoe.worker.kernels.experts import Arrived
-from nmoe.worker.kernels.fp8 import Activations, Weight, empty_weight, of_expert, rows_of, split_rows, unquantised
+from nmoe.worker.kernels.fp8 import Activations, Weight, empty_weight, rows_of, split_rows, unquantised
 from nmoe.worker.kernels.lists import Routes
 from nmoe.worker.rdep import Exchange
 from nmoe.worker.weights import Source
@@ -55,12 +56,16 @@ class MoE:
         source.fill(gate_ED, f"{prefix}.gate.weight")
         source.fill(self._bias_E, f"{prefix}.gate.e_score_correction_bias")
         self._gate = gate_for(gate_ED)
-        w_gate_up_EGD = empty_weight(like, len(experts), 2 * a.moe_intermediate_size, a.hidden_size, fp8=fp8)
-        w_down_EDF = empty_weight(like, len(experts), a.hidden_size, a.moe_intermediate_size, fp8=fp8)
+        hidden, inter = a.hidden_size, a.moe_intermediate_size
+        self._w_gate_up = empty_experts(like, len(experts), 2 * inter, hidden, fp8=fp8)
+        self._w_down = empty_experts(like, len(experts), hidden, inter, fp8=fp8)
+        w_gate_up_GD = empty_weight(like, 2 * inter, hidden, fp8=fp8)
+        w_down_DF = empty_weight(like, hidden, inter, fp8=fp8)
         for slot, expert in enumerate(experts):
-            _fill_mlp(source, f"{prefix}.experts.{expert}", of_expert(w_gate_up_EGD, slot), of_expert(w_down_EDF, slot))
-        self._w_gate_up_EGD, self._w_down_EDF = w_gate_up_EGD, w_down_EDF
-        shared = a.num_shared_experts * a.moe_intermediate_size
+            _fill_mlp(source, f"{prefix}.experts.{expert}", w_gate_up_GD, w_down_DF)
+            put_expert(self._w_gate_up, slot, w_gate_up_GD, halves=True)
+            put_expert(self._w_down, slot, w_down_DF, halves=False)
+        shared = a.num_shared_experts * inter
         self._shared = DenseMLP(source, f"{prefix}.shared_experts", shared, like, fp8=fp8)
 
     def forward(self, inputs: Activations, ops: Ops) -> tuple[Any, torch.Tensor]:
@@ -72,7 +77,7 @@ class MoE:
 
         def experts(x: torch.Tensor | Arrived, routes: Routes) -> torch.Tensor:
             # Tokens that stayed on this rank are already quantised.
-            return ops.grouped_mlp(inputs if x is x_TD else x, routes, self._w_gate_up_EGD, self._w_down_EDF)
+            return ops.grouped_mlp(inputs if x is x_TD else x, routes, self._w_gate_up, self._w_down)
 
         combine = self._exchange.dispatch(experts, x_TD, routes)
         with self._exchange.beside():
