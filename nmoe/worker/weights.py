@@ -1,6 +1,7 @@
 """Sources of a model's weights: a checkpoint's safetensors or a seeded generator, straight to the device.
 
-A source fills tensors that the model has allocated, one name at a time, so peak memory is the model plus one tensor.
+A source fills tensors that the model has allocated, one name at a time, so peak memory is the model plus one tensor and
+one expert's weights, which the model then stores in the order of its kernels.
 Only what this rank needs is read.
 """
 
