@@ -1,4 +1,4 @@
-"""What the GPU can do at most, measured beside every result, and the fewest bytes that a decode step must read."""
+"""The most that the GPU can do, measured along with every result, and the fewest bytes that a decode step must read."""
 
 import math
 import statistics
@@ -10,7 +10,7 @@ from nmoe.architecture import DTYPE_BYTES, Architecture, expected_tensors
 
 
 def measure() -> dict[str, float]:
-    """Read bandwidth in GB/s (a sum over 4 GB) and the rate of an 8192^3 bfloat16 product in TFLOP/s, random data."""
+    """Read bandwidth in GB/s (summing 4 GB) and the rate of an 8192^3 bfloat16 matmul in TFLOP/s, on random data."""
     data = torch.randn(8192, 1 << 17, device="cuda")
     read = data.nbytes / median_ms(lambda: torch.sum(data, 1)) / 1e6
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -19,7 +19,7 @@ def measure() -> dict[str, float]:
 
 
 def median_ms(function: Callable[[], object], repeats: int = 20) -> float:
-    """Median time of one call on the device."""
+    """Median device time of one call, in milliseconds."""
     times = []
     for _ in range(repeats + 3):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -32,10 +32,10 @@ def median_ms(function: Callable[[], object], repeats: int = 20) -> float:
 
 
 def step_bytes(architecture: Architecture, dtype: str, batch: int, context: int, world_size: int) -> float:
-    """Bytes each rank must read for a decode step of `batch` rows per rank: every weight but the embedding, of its
-    routed experts those that all ranks' random tokens are expected to choose, and its rows' KV."""
+    """Bytes each rank must read for a decode step of `batch` rows per rank: every weight except the embedding (of its
+    routed experts only those that the random tokens of all ranks are expected to choose), and the KV of its rows."""
     a = architecture
-    weights = 0.0  # quantised ones are a byte each; their scales are 1/4096 of them
+    weights = 0.0  # a quantised weight is one byte; the scales, 1/4096 of that, are left out
     for name, shape in expected_tensors(a):
         fp8 = a.quant_block is not None and ("_proj.weight" in name or "kv_a_proj" in name) and "kv_b_proj" not in name
         size = math.prod(shape) * (1.0 if fp8 else DTYPE_BYTES[dtype])

@@ -1,21 +1,22 @@
-"""What the frontends and the scheduler cost and add, at the speed of GPUs that are simulated.
+"""The CPU time that the frontends and the scheduler take, and the delay that they add to steps, with simulated GPUs.
 
     python -m benchmarks.control_plane [--cases streams,steps,...] [--seconds 6]
 
-The server's real processes run against 8 ranks x 256 rows that answer every Step after a given time
-(benchmarks/simulated_ranks.py), under a client whose CPU is not counted (benchmarks/sse_client.py): prompts of 32 ids,
-128 output tokens, one SSE event per token. The cases:
+The server's real processes run with 8 simulated ranks of 256 rows, which answer every Step after a given time
+(benchmarks/simulated_ranks.py). The load comes from a client whose CPU time is not counted (benchmarks/sse_client.py):
+prompts of 32 ids, 128 output tokens, one SSE event per token. The cases:
     streams     1, 16, 64, 256 streams at a 5 ms step: streamed tokens/s, tokens per CPU-second of the frontend, and of
                 frontend and scheduler together
     steps       256 streams at steps of 2, 5, 15 and 30 ms
     frontends   2,048 streams at a 15 ms step, by 1, 2 and 4 frontend processes
-    requests    64 clients that ask for one token, without streaming
+    requests    64 clients that each ask for one token, without streaming
     round_trip  one stream, one step in flight, 1 rank and 8: from a rank's StepDone to the arrival of its next Step
-    floor       a write of one event to each of 256 connections that a process reads, and nothing else: microseconds of
-                CPU per event, median over rounds; no server that sends an event per token costs less on this machine
-    planning    the policy alone with 2,048 rows (benchmarks/planning.py), CPU microseconds
-`wait_us` is what a step waited for the scheduler after the one before was done, on average over steps and ranks;
-`late_us` the median over those that did wait, whose share is `late`. CPU times come from the kernel, in ticks of 10 ms.
+    floor       only the writes, of one event to each of 256 connections that another process reads: CPU microseconds
+                per event, median over rounds; no server that sends an event per token costs less on this machine
+    planning    the scheduler's policy alone, with 2,048 rows (benchmarks/planning.py), in CPU microseconds
+`wait_us` is how long a step waited for the scheduler after the previous step was done, averaged over steps and ranks;
+`late_us` is the median over the steps that did wait, and `late` their share. CPU times come from the kernel, in ticks
+of 10 ms.
 The last line is JSON.
 """
 
@@ -51,7 +52,7 @@ MORE = ("frontend_cpu", "scheduler_cpu", "wait_us", "late", "late_us", "step_byt
 
 @contextlib.contextmanager
 def serving(step_ms: float, frontends: int, overlap: bool, ranks: int = 8) -> Iterator[tuple[int, list[int], int]]:
-    """The server's processes: its port, the frontends' process ids, the scheduler's."""
+    """Run the server's processes; yields the port, the frontends' process ids and the scheduler's."""
     simulated_ranks.step_seconds = step_ms / 1e3
     config = Config(
         model=Model(path=str(DEMO), name="simulated"),
@@ -145,14 +146,14 @@ def measure(
 
 
 def _rank_totals() -> list[float]:
-    """Sums over the ranks."""
+    """Each of simulated_ranks.FIELDS, summed over the ranks."""
     cells = memoryview(simulated_ranks.totals).cast("d").tolist()
     width = len(simulated_ranks.FIELDS)
     return [sum(cells[field::width]) for field in range(width)]
 
 
 def write_floor(connections: int = 256, rounds: int = 150) -> float:
-    """CPU microseconds of writing one event to a connection, the reader's share not counted."""
+    """CPU microseconds for writing one event to a connection, not counting the reader's."""
     event = b"e5\r\ndata: " + bytes(215) + b"\n\n\r\n"
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
         pid = os.fork()
@@ -185,7 +186,7 @@ def _read_all(address: tuple[str, int], connections: int) -> None:
 
 
 def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All cases that were asked for."""
+    """The rows of all cases that were asked for."""
     for case in arguments.cases.split(","):
         match case:
             case "streams":

@@ -32,7 +32,7 @@ from nmoe.metrics import Board
 
 
 class Engine:
-    """A running engine. A context manager; `ready_s` is the time from the first fork until it serves."""
+    """A running engine, as a context manager; `ready_s` is the time from the first fork until it serves."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -94,7 +94,7 @@ class Engine:
         self._link.send(self._encode(message))
 
     def submit(self, prompt: np.ndarray, max_tokens: int) -> int:
-        """Greedy, EOS ignored; the request's uid."""
+        """Submit a greedy request that ignores EOS. Returns its uid."""
         uid = make_uid(0, 1, self._submitted)
         self._submitted += 1
         prompt_bytes = prompt.astype(np.int32).tobytes()
@@ -102,7 +102,7 @@ class Engine:
         return uid
 
     def receive(self) -> Tokens:
-        """The next Tokens, which is what one step gave. Raises LaunchError when a process dies or a request fails."""
+        """The next Tokens message: what one step produced. Raises LaunchError if a process dies or a request fails."""
         while not self._link.poll(1000):
             self._watch()
         message = self._decode(self._link.recv())

@@ -2,8 +2,8 @@
 
     python -m benchmarks.exact --config configs/benchmark_moonlight.toml [--batches 1,64,256]
 
-A decode step of each batch size at [benchmark] decode_ctx_len as a CUDA graph, and a prefill of four prompts of
-prompt_len, each with its logits. The last line is JSON.
+Timed are a decode step of each batch size with [benchmark] decode_ctx_len tokens of context, as a CUDA graph, and a
+prefill of four prompts of prompt_len tokens; both include the logits. The last line is JSON.
 """
 
 import argparse
@@ -24,7 +24,7 @@ PROMPTS = 4
 
 
 def decode_batch(rows: int, context: int, page_size: int, vocab: int, device: torch.device) -> Batch:
-    """One token of each row, all with contexts of `context` and pages of their own."""
+    """One token per row; every row has a context of `context` tokens and pages of its own."""
     pages = -(-context // page_size)
     table = torch.randperm(rows * pages, device=device).view(rows, pages)
     position = context - 1
@@ -40,7 +40,7 @@ def decode_batch(rows: int, context: int, page_size: int, vocab: int, device: to
 
 
 def prefill_batch(rows: int, length: int, page_size: int, vocab: int, device: torch.device) -> Batch:
-    """Whole prompts."""
+    """`rows` whole prompts of `length` tokens."""
     pages = -(-length // page_size)
     table = torch.randperm(rows * pages, device=device).view(rows, pages)
     positions = torch.arange(length, device=device)
@@ -56,7 +56,7 @@ def prefill_batch(rows: int, length: int, page_size: int, vocab: int, device: to
 
 
 def milliseconds(run: Callable[[], object], repeats: int) -> float:
-    """The median."""
+    """Median device time of one call."""
     times = []
     for _ in range(repeats):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

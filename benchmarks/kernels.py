@@ -1,11 +1,11 @@
-"""Where a step's time goes: every kernel of a layer, alone, against what it must read or compute.
+"""Where a step's time goes: every kernel of a layer, timed alone and compared with what it must read or compute.
 
     python -m benchmarks.kernels --config configs/benchmark_moonlight.toml [--batch 1,16,64,128,256] [--prompts 4]
 
-Each operation runs in a captured graph over all layers in turn, so that its weights come from memory, and its time is
-per layer. The floor is the larger of its bytes over the read bandwidth and its multiplications over the rate of a
-product, both measured here (FP8 products are taken to be twice as fast). Decode rows have [benchmark] decode_ctx_len
-of context; the prefill is so many prompts of [benchmark] prompt_len tokens at once. The last line is JSON.
+Each operation runs in a CUDA graph, for all layers in turn, so that its weights come from memory and not from a cache;
+times are per layer. The floor is the larger of two times: its bytes at the read bandwidth, and its multiply-adds at the
+rate of a matmul, both measured here (FP8 is assumed to be twice as fast). Decode rows have [benchmark] decode_ctx_len
+tokens of context; the prefill is --prompts prompts of [benchmark] prompt_len tokens at once. The last line is JSON.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from nmoe.worker.model import load_model
 from nmoe.worker.model.mla_gpu import GPUPlan
 
 GPU = torch.device("cuda", 0)
-# Name, the operation on layer i, bytes, multiplications, and whether these are in FP8.
+# Name, the operation on layer i, bytes, multiply-adds, and whether these are in FP8.
 Operation = tuple[str, Callable[[int], object], float, float, bool]
 
 
@@ -53,7 +53,7 @@ class Bench:
         return torch.randn(*shape, device=GPU, dtype=torch.bfloat16)
 
     def batch(self, rows: int, tokens: int, context: int) -> tuple[Batch, KVCache]:
-        """Rows of so many tokens, the last ones of their contexts; a cache of one layer for all."""
+        """Rows with `tokens` tokens each, the last ones of their `context`; a one-layer cache that all layers use."""
         size = self.config.engine.page_size
         per_row = -(-context // size)
         pages = torch.randperm(rows * per_row, device=GPU, dtype=torch.int32).view(rows, per_row)
@@ -103,7 +103,7 @@ class Bench:
             yield "expand and attend", self.expanded(plan, batch, q, cached), moved, macs, False
         values = self.random(total, heads * a.v_head_dim)
         yield self.product("out-projection", values, lambda i: attention(i)._w_o)
-        gate = float(layers[0].mlp._gate.nbytes)  # random weights take all three terms of bfloat16
+        gate = float(layers[0].mlp._gate.nbytes)  # random weights need all three bfloat16 terms of the router
         route = lambda i: ops.route(x, layers[i].mlp._gate, layers[i].mlp._bias_E, a, listed=True)  # noqa: E731
         yield "router", route, gate + row, total * a.num_experts * a.hidden_size, False
         width = 1 if self.fp8 else 2
@@ -122,7 +122,7 @@ class Bench:
         yield "experts", experts, moved, total * a.num_experts_per_tok * expert, self.fp8
 
     def normed(self, x: torch.Tensor) -> Activations:
-        """As a norm gives it."""
+        """`x` as a norm outputs it: quantised in an FP8 model."""
         return quantise(x) if self.fp8 else x
 
     def expanded(self, plan: GPUPlan, batch: Batch, q: torch.Tensor, cached: torch.Tensor) -> Callable[[int], object]:
@@ -135,7 +135,7 @@ class Bench:
     def decode_attention(
         self, plan: GPUPlan, batch: Batch, q: torch.Tensor, cached: torch.Tensor, context: int
     ) -> Iterator[Operation]:
-        """Attention over pages, to the values."""
+        """Attention of decode rows over their pages, including the projection to values."""
         a, rows, heads = self.a, len(q), self.a.num_heads
         latent, out = self.random(heads, rows, a.kv_lora_rank), self.random(rows, heads, a.v_head_dim)
         value, size = a.v_head_dim, self.config.engine.page_size
@@ -148,7 +148,7 @@ class Bench:
         yield "attend, values", attend, 2.0 * moved, macs, False
 
     def product(self, name: str, x: Activations, weight: Callable[[int], Any]) -> Operation:
-        """A product of a token's vector and a weight."""
+        """The product of every token's vector with a layer's weight."""
         one = weight(0)
         quantised = isinstance(one, BlockFP8)
         outputs, inputs = (one.values if quantised else one).shape
@@ -157,7 +157,7 @@ class Bench:
         return name, lambda i: self.ops.linear(x, weight(i)), float(moved), float(tokens * outputs * inputs), quantised
 
     def end(self, rows: int) -> Iterator[Operation]:
-        """What a step does once: the product with the vocabulary, and sampling."""
+        """What a step does once: the output head (a product with the vocabulary matrix), and sampling."""
         vocab, hidden = self.model._head_VD.shape
         x, logits = self.random(rows, hidden), self.random(rows, vocab)
         parts = Layout(rows, rows)
@@ -172,7 +172,7 @@ class Bench:
 
 @torch.inference_mode()
 def captured_us(function: Callable[[int], object], count: int) -> float:
-    """Microseconds of one call, of `count` captured together."""
+    """Microseconds per call, of `count` calls captured in one graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         function(0)

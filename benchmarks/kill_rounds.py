@@ -1,4 +1,4 @@
-"""Kills processes of a server under load, round after round: how soon clients know, how soon it serves, what leaks.
+"""Kills processes of a loaded server, round after round: how soon clients notice, when it serves again, what leaks.
 
     python -m benchmarks.kill_rounds [--rounds 50] [--world-size 2] [--device cuda]
 
@@ -22,8 +22,8 @@ from tests.checkpoints import make_checkpoint
 from tests.killing import kill
 from tests.serving import Server
 
-_GPU_START_S = 200.0  # at most; also of workers that begin anew
-SETTLE_S = 0.6  # a death sooner after the last one would count as dying again at once
+_GPU_START_S = 200.0  # at most; also for workers that restart
+SETTLE_S = 0.6  # a death sooner after the last one would count as a group that keeps dying right after its restart
 
 
 def main() -> None:

@@ -2,13 +2,12 @@
 
     python -m benchmarks.latency [--url URL] [--rate 8 | --sweep] [--arrivals poisson|bursty] [--plot X.png]
 
-Works against any OpenAI endpoint; without --url it starts `nmoe serve` with the embedded demo. Requests arrive in a
-Poisson process of `--rate` per second, or in bursts of 8 at the same mean rate, whether or not the ones before them are
-done. One in `--long-every` has a long prompt. Printed: time to first token, time between tokens and to the end
-(percentiles), the worst stall of any running stream. --sweep doubles the rate until the SLO fails (TTFT p99 2 s,
-between tokens p99 100 ms, no failed request), then bisects until the highest rate that passes and the lowest that fails
-are within `--precision` of each other. --plot needs matplotlib (`pip install nmoe[bench]`). The
-last line is JSON.
+Works against any OpenAI-compatible endpoint; without --url it starts `nmoe serve` with the embedded demo. Requests
+arrive in a Poisson process of `--rate` per second, or in bursts of 8 at the same mean rate, whether or not earlier ones
+are done. One in `--long-every` has a long prompt. Printed: percentiles of the time to first token, between tokens and
+to the end, and the worst stall of any running stream. --sweep doubles the rate until the SLO fails (TTFT p99 2 s, time
+between tokens p99 100 ms, no failed request), then bisects until the lowest rate that fails is at most `--precision`
+times the highest that passes. --plot needs matplotlib (`pip install nmoe[bench]`). The last line is JSON.
 """
 
 import argparse
@@ -33,7 +32,7 @@ from benchmarks.over_http import serving
 TTFT_P99_S, ITL_P99_S = 2.0, 0.1  # the SLO
 BURST = 8
 PERCENTILES = (50, 90, 99, 100)
-LEAST_RATE = 0.05  # requests per second: below it a sweep gives up
+LEAST_RATE = 0.05  # requests per second; below this, a sweep gives up
 
 
 def arrivals(rate: float, seconds: float, kind: str, rng: random.Random) -> Iterator[float]:
@@ -46,7 +45,7 @@ def arrivals(rate: float, seconds: float, kind: str, rng: random.Random) -> Iter
 
 
 async def offer(url: str, rate: float, arguments: argparse.Namespace) -> list[Outcome]:
-    """Send requests at `rate` per second, then wait for their ends."""
+    """Send requests at `rate` per second, then wait until all have ended."""
     rng = random.Random(arguments.seed)
     timeout = aiohttp.ClientTimeout(total=arguments.seconds + 60)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
@@ -68,7 +67,7 @@ async def offer(url: str, rate: float, arguments: argparse.Namespace) -> list[Ou
 
 
 def summary(rate: float, outcomes: list[Outcome]) -> dict[str, Any]:
-    """One row of the table; seconds, but for gaps in milliseconds."""
+    """One row of the table; times are in seconds, except `itl_ms`."""
     good = [outcome for outcome in outcomes if not outcome.problem and outcome.arrivals]
     gaps = [gap for outcome in good for gap in outcome.gaps]
     row: dict[str, Any] = {"rate": round(rate, 3), "requests": len(outcomes), "failed": len(outcomes) - len(good)}
@@ -89,7 +88,7 @@ def summary(rate: float, outcomes: list[Outcome]) -> dict[str, Any]:
 
 
 def sweep(url: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows at rates that double, then bisect (geometrically) between the last that passes and the first that fails."""
+    """Rows at rates that double, then bisect (geometrically) between the highest that passes and the lowest to fail."""
     best, fails, rate = 0.0, 0.0, arguments.rate
     while not fails or not best or fails / best > arguments.precision:
         row = summary(rate, asyncio.run(offer(url, rate, arguments)))
@@ -104,7 +103,7 @@ def sweep(url: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def plot(rows: list[dict[str, Any]], path: str) -> None:
-    """Latency over rate."""
+    """Plot latency against request rate."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -127,7 +126,7 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
 
 @contextlib.contextmanager
 def endpoint(url: str | None) -> Iterator[str]:
-    """The endpoint under test; the embedded demo when none is given."""
+    """The URL of the endpoint under test; without one, the embedded demo is served."""
     if url:
         yield url.rstrip("/")
         return

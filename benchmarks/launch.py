@@ -1,10 +1,11 @@
-"""What the worker's thread spends on launching a step, and steps with chunks captured and kernel by kernel.
+"""How long a worker's thread takes to launch a step; steps with chunks both as CUDA graphs and kernel by kernel.
 
     python -m benchmarks.launch --config configs/benchmark_moonlight.toml [--batch 1,16,64,128,256] [--chunks 512,2048]
 
-One rank in this process, two steps in flight as in a worker. Decode steps whose rows go on: greedy, drawn at
-temperature 0.8, and drawn with top-p 0.95. Then steps of decodes and a chunk of one prompt, whose rows are new every
-time. Contexts are [benchmark] decode_ctx_len random cache rows. Times are medians. The last line is JSON.
+One rank runs in this process, with two steps in flight as in a worker. Timed are decode steps whose rows stay the same
+(greedy, sampled at temperature 0.8, and sampled with top-p 0.95), and steps of decode rows and a chunk of one prompt,
+whose rows are new in every step. Decode rows have a context of [benchmark] decode_ctx_len random cache rows. Times are
+medians, except `p95_us`. The last line is JSON.
 """
 
 import argparse
@@ -60,13 +61,14 @@ class Driver:
         return Step(1, self.step_id, Numerics.FAST, channel, tokens, given, **fields)
 
     def pages(self, slot: int, tokens: int, have: int = 0) -> list[tuple[int, int]]:
-        """The slot's next pages up to so many tokens; what they hold does not matter, so slots share them."""
+        """The pages that a slot with `have` pages needs for `tokens` tokens; slots may share pages, as contents do not
+        matter."""
         per_slot = -(-self.config.model.max_seq_len // self.size)
         first = slot * per_slot
         return [(slot, (first + page) % self.cache.num_pages) for page in range(have, -(-tokens // self.size))]
 
     def begin(self, batch: int, sampling: Sampling) -> None:
-        """Let so many slots decode from their context on."""
+        """Start over, with `batch` slots that decode from the end of their context on."""
         self.runner.reset()
         context = self.at = self.config.benchmark.decode_ctx_len
         rows = [(slot, context, 1, ROW_SAMPLES | ROW_HAS_IDS) for slot in range(batch)]
@@ -78,7 +80,7 @@ class Driver:
         self.at += 1
 
     def decodes(self, batch: int, count: int) -> Iterator[Step]:
-        """Steps of the same rows; a page each where it is needed."""
+        """Decode steps of the same rows; each row gets another page when it needs one."""
         for nth in range(count):
             rows = [(slot, self.at, 1, ROW_SAMPLES) for slot in range(batch)] if nth == 0 else None
             new = [(slot, 0) for slot in range(batch)] if self.at % self.size == 0 else []
@@ -86,7 +88,7 @@ class Driver:
             self.at += 1
 
     def mixed(self, decodes: int, chunk: int, count: int) -> Iterator[Step]:
-        """Steps of decodes and the first tokens of a new prompt."""
+        """Steps of `decodes` decode rows and the first `chunk` tokens of a new prompt."""
         for nth in range(count):
             slot = self.config.engine.max_batch_size + nth % 4
             rows = [(decode, self.at, 1, ROW_SAMPLES) for decode in range(decodes)]
@@ -104,7 +106,7 @@ class Driver:
             self.at += 1
 
     def run(self, steps: Iterable[Step]) -> dict[str, float]:
-        """Microseconds of a launch, the worst one, and milliseconds from one result to the next."""
+        """Microseconds of a launch, median and 95th percentile, and median milliseconds from one result to the next."""
         in_flight: collections.deque[Launched] = collections.deque()
         launches, ends = [], []
         for step in steps:

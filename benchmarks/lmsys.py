@@ -3,11 +3,11 @@
     python -m benchmarks.lmsys --config configs/benchmark_moonlight.toml [--batch 1,16,64,128,256]
                                [--http | --trace]
 
-B requests per GPU whose prompts are random token ids, all different, decode greedily beside each other. Timed is from
-when every request has two tokens until the first one finishes: the median and 99th percentile of the time between two
-steps' results, as they arrive where a frontend would be, or with `--http` the rate at which events arrive at the
-clients of a whole server. With `--trace` the worker says how much of a step its device and its thread are busy, which
-costs the other figures some accuracy. The floor is the bytes a step must read over the read bandwidth measured here.
+B requests per GPU, all with different prompts of random token ids, decode greedily at the same time. From when every
+request has two tokens until the first one finishes, this measures the median and 99th percentile of the time between
+two steps' results, as they arrive in the frontend's place, or with `--http` as events arrive at the clients of a whole
+server. With `--trace`, the worker also reports how much of a step its device and its thread are busy, which makes the
+other figures less accurate. The floor is the bytes that a step must read over the read bandwidth measured here.
 The last line is JSON.
 """
 
@@ -29,7 +29,7 @@ from nmoe.config_json import read_architecture
 
 
 def decode(engine: Engine, config: Config, batch: int, vocab_size: int) -> dict[str, Any]:
-    """One batch of so many requests per GPU, from its prompts to its last token."""
+    """One batch of `batch` requests per GPU, from its prompts to its last token."""
     benchmark, requests = config.benchmark, batch * config.parallel.world_size
     rng = np.random.default_rng(benchmark.seed + batch)
     for _ in range(requests):
@@ -59,7 +59,7 @@ def decode(engine: Engine, config: Config, batch: int, vocab_size: int) -> dict[
 
 
 def add_floors(results: list[dict[str, Any]], config: Config, read_gb_s: float) -> None:
-    """The floor of each result at the middle of its context, and how much of the time it explains."""
+    """Add to each result its floor, for the context half-way through the output, and the floor's share of its time."""
     from benchmarks.ceilings import step_bytes
 
     architecture = read_architecture(config.model.path)

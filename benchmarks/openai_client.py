@@ -1,4 +1,4 @@
-"""One streaming request to any OpenAI endpoint, and when its parts came."""
+"""One request to any OpenAI-compatible endpoint, streaming or not, and when its events arrived."""
 
 import asyncio
 import json
@@ -20,17 +20,17 @@ class Outcome(msgspec.Struct):
 
     @property
     def ttft(self) -> float:
-        """To the first event."""
+        """Seconds to the first event."""
         return self.arrivals[0]
 
     @property
     def gaps(self) -> list[float]:
-        """Between two events."""
+        """Seconds between consecutive events."""
         return [after - before for before, after in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
 
 async def first_model(session: aiohttp.ClientSession, url: str) -> str:
-    """The id that the endpoint's requests must name."""
+    """The id of the endpoint's first model, for requests to name."""
     async with session.get(f"{url}/v1/models") as response:
         response.raise_for_status()
         return str((await response.json())["data"][0]["id"])
@@ -39,7 +39,7 @@ async def first_model(session: aiohttp.ClientSession, url: str) -> str:
 async def complete(
     session: aiohttp.ClientSession, url: str, body: dict[str, Any], leave_after: int | None = None
 ) -> Outcome:
-    """A streaming completion, read to its end, or left after so many events."""
+    """A streaming completion, read to its end, or abandoned once it has more than `leave_after` events."""
     began = time.monotonic()
     outcome = Outcome(began, len(body["prompt"]), body.get("profile", ""))
     try:
@@ -69,7 +69,7 @@ async def complete(
 async def answer(
     session: aiohttp.ClientSession, url: str, body: dict[str, Any], leave_after: float | None = None
 ) -> Outcome:
-    """A completion in one piece, or left after so many seconds; it has no arrivals."""
+    """A completion without streaming, so without arrivals; abandoned after `leave_after` seconds, if given."""
     outcome = Outcome(time.monotonic(), len(body["prompt"]), body.get("profile", ""))
     try:
         async with asyncio.timeout(leave_after), session.post(f"{url}/v1/completions", json=body) as response:

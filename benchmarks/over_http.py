@@ -20,7 +20,7 @@ _READY = "nmoe ready on "
 
 @contextlib.contextmanager
 def serving(config_path: str) -> Iterator[tuple[str, float]]:
-    """A server's address and the seconds it took to be ready; stopped at the end."""
+    """Run a server, stopped at the end; yields its address and the seconds it took to be ready."""
     started = time.monotonic()
     command = [sys.executable, "-m", "nmoe", "serve", "--config", config_path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
@@ -35,8 +35,8 @@ def serving(config_path: str) -> Iterator[tuple[str, float]]:
 
 
 def decode_over_http(url: str, config: Config, batch: int, vocab_size: int) -> dict[str, Any]:
-    """One batch of so many requests per GPU; a step's time is the time between two tokens of a request, its tokens are
-    the events per second of all."""
+    """One batch of `batch` requests per GPU; a step's time is the time between two tokens of a request, and `tokens_s`
+    is the number of events per second over all requests."""
     arrivals = asyncio.run(_all(url, config, batch * config.parallel.world_size, vocab_size))
     first = max(times[1] for times in arrivals)
     last = min(times[-1] for times in arrivals)
@@ -60,7 +60,7 @@ async def _all(url: str, config: Config, requests: int, vocab_size: int) -> list
 
 
 async def _one(url: str, config: Config, prompt: list[int]) -> list[float]:
-    """When each of its events arrived."""
+    """When each event with tokens of a request arrived, in seconds on the monotonic clock."""
     where = urllib.parse.urlsplit(url)
     reader, writer = await asyncio.open_connection(where.hostname, where.port)
     body = {

@@ -2,16 +2,16 @@
 
     python benchmarks/planning.py [--ranks 8] [--rows 256] [--steps 600] [--frontends 1]
 
-Every request decodes all the time; two steps are in flight. Per step it times
-    plan       pages for rows that cross one, and the Step of every rank as a Python object
+All requests decode in every step; two steps are in flight. The parts of a step are timed separately:
+    plan       pages for rows that need another one, and the Step of every rank as a Python object
     encode     those Steps to bytes
     decode     the workers' StepDones from bytes
-    complete   the tokens into the slots, ends, and one Tokens message per frontend
+    complete   the tokens into the slots, ends of requests, and one Tokens message per frontend
     deliver    those messages to bytes
-in microseconds of CPU time. In `decode` rows come to the end of their pages of 64 tokens at different times, as in a
-server that has run for a while; in `aligned` all come there in the same step. `mixed` adds what arrivals and ends cost:
-in every step one request in 256 ends and another takes its place. `records` is `decode` with the ten likeliest tokens
-of every position on their way to the frontends. The last line is JSON.
+in microseconds of CPU time. In `decode`, rows reach the end of their 64-token pages in different steps, as in a server
+that has run for a while; in `aligned`, all do so in the same step. `mixed` adds the cost of arrivals and ends: in every
+step, one request in 256 ends and another takes its place. `records` is `decode` with the ten likeliest tokens of every
+position sent to the frontends as well. The last line is JSON.
 """
 
 import argparse
@@ -36,7 +36,7 @@ _PARTS = ("plan", "encode", "decode", "complete", "deliver")
 
 
 class Workers:
-    """Answers Steps with as many tokens as rows sample."""
+    """Answers Steps in the workers' place, with one token for every row that samples."""
 
     def __init__(self, ranks: int) -> None:
         self._sampling = [0] * ranks
@@ -83,7 +83,7 @@ class Load:
             self.submit()
 
     def submit(self) -> None:
-        """One more request."""
+        """Submit one more request."""
         length = int(self._rng.integers(_PAGE, 3 * _PAGE)) if self._spread else 2 * _PAGE
         ids = self._rng.integers(0, 100_000, length, dtype=np.int32)
         count = self._lengths[self._submitted % len(self._lengths)]
@@ -95,7 +95,7 @@ class Load:
     def step(self, times: dict[str, list[float]]) -> None:
         """Plan one step, and complete the one before it."""
         encode, decode = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(WorkerToScheduler).decode
-        clock = time.thread_time  # what others do on the machine does not count
+        clock = time.thread_time  # so that other work on the machine does not count
         begin = clock()
         steps = self.scheduler.plan(begin)
         planned = clock()
@@ -123,7 +123,7 @@ class Load:
 
 
 def measure(load: Load, steps: int, replace: bool) -> dict[str, dict[str, float]]:
-    """Median, mean and worst per part, in microseconds."""
+    """Median, mean, 99th percentile and maximum of each part, in microseconds."""
     warm: dict[str, list[float]] = {part: [] for part in _PARTS}
     while load.scheduler.num_waiting or load.scheduler.num_running == 0:
         load.step(warm)

@@ -1,8 +1,9 @@
-"""Prefill: from the first submit to the last first token of prompts of random ids, all different.
+"""Prefill throughput: from the first submit until the last of many different random prompts has its first token.
 
     python -m benchmarks.prefill --config configs/benchmark_moonlight.toml [--repeats 3]
 
-[benchmark] num_prompts prompts of prompt_len tokens come at once and ask for one token each. The last line is JSON.
+[benchmark] num_prompts prompts of prompt_len tokens are submitted at once and ask for one token each. The last line is
+JSON.
 """
 
 import argparse

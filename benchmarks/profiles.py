@@ -4,16 +4,17 @@
                                   [--prompt 64] [--output 32] [--concurrency 16] [--requests 64] [--rounds 3]
 
 Without --config the embedded demo is served, on the CPU. One server serves all: `--concurrency` clients send request
-after request to /v1/generate, every prompt random token ids of its own, so that no prefix is cached. Two workloads:
+after request to /v1/generate, each with its own prompt of random token ids, so that no prefix is cached. Two workloads:
 
-    generate  --prompt tokens in, --output tokens out, with what the profile returns unasked: production_generate
-              tokens alone, eval_exact the prompt's log-probabilities too; greedy but for rl_sample (temperature 1)
-    score     the prompt alone (max_tokens 0) and its log-probabilities, with the top-k of the profiles that have one
+    generate  --prompt tokens in, --output tokens out, with what the profile returns by default: production_generate
+              only tokens, eval_exact also the prompt's log-probabilities; greedy, except rl_sample (temperature 1)
+    score     the prompt alone (max_tokens 0) and its log-probabilities, with the top-k in profiles that have one
 
-Every profile is warmed up first, since exact steps are captured when they first come, and the profiles take turns, a
-measurement each per round. Printed are requests/s and prompt and output tokens/s of the best round, since other work on
-the machine only makes it slower, and their ratio to production_generate's; `worst_requests_s` tells how far rounds lie
-apart. Any answer that is refused, or lacks a token or a position, ends the run with an error. The last line is JSON.
+Every profile is warmed up first, since exact steps are captured on first use. Then the profiles take turns, with one
+measurement each per round. Printed are the best round's requests/s and tokens/s (prompt plus output), since other work
+on the machine only slows rounds down, and the ratio to production_generate's; `worst_requests_s` shows how far apart
+the rounds are. A request that is refused, or an answer that lacks a token or a position, ends the run with an error.
+The last line is JSON.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from nmoe.serve import configuration
 
 WORKLOADS = ("generate", "score")
 BASE = "production_generate"
-READ_TIMEOUT_S = 300.0  # kernels may be compiled meanwhile
+READ_TIMEOUT_S = 300.0  # the first requests may have to wait for kernels to be compiled
 
 
 @contextlib.contextmanager
@@ -53,13 +54,13 @@ def server(config: str | None) -> Iterator[str]:
 
 
 def request_fields(workload: str, profile: Profile, output: int) -> dict[str, Any]:
-    """A request's fields but its prompt and seed."""
+    """A request's fields except its prompt and seed."""
     fields = {"profile": profile.name, "temperature": float(profile.name == "rl_sample"), "ignore_eos": True}
     return fields | ({"max_tokens": output} if workload == "generate" else {"max_tokens": 0, "prompt_logprobs": 0})
 
 
 def expected_shapes(workload: str, profile: Profile, prompt: int, output: int) -> dict[str, tuple[int, ...]]:
-    """The tensors that an answer must have, and no others."""
+    """The tensors that an answer must have, with their shapes; it must have no others."""
     scoring = workload == "score"
     shapes: dict[str, tuple[int, ...]] = {"prompt_token_ids": (prompt,), "token_ids": (0 if scoring else output,)}
     told = []  # (prefix, positions)
@@ -76,7 +77,7 @@ def expected_shapes(workload: str, profile: Profile, prompt: int, output: int) -
 
 
 def check(answer: Answer[Array], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises SystemExit when an answer is not whole, or was not computed from its first token on."""
+    """Raises SystemExit if an answer is incomplete or invalid, or if part of its prompt came from the prefix cache."""
     (choice,) = answer.choices
     tensors = {name: getattr(choice, name) for name in choice.__struct_fields__}
     tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, np.ndarray)}
@@ -93,7 +94,7 @@ def check(answer: Answer[Array], shapes: dict[str, tuple[int, ...]]) -> None:
 async def closed_loop(
     url: str, prompts: list[Array], fields: dict[str, Any], concurrency: int
 ) -> tuple[float, list[Answer[Array]]]:
-    """The seconds that all prompts took, so many at a time, and their answers."""
+    """The seconds that all prompts took, `concurrency` at a time, and their answers."""
     waiting = iter(enumerate(prompts))
     answers: list[Answer[Array]] = []
 

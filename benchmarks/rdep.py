@@ -1,14 +1,16 @@
-"""What one RDEP exchange costs between GPUs, captured in a CUDA graph: dispatch, return, both, both around the experts.
-A dispatch is measured with a return of flags alone, without which ranks drift apart; the return is what its rows add.
+"""What one RDEP exchange costs between GPUs, in a CUDA graph: dispatch, return, both, and both with the experts.
+The dispatch is timed with a return of flags alone, without which ranks would drift apart; the return's time is what its
+rows add to that.
 
     python -m benchmarks.rdep [--shapes moonlight v3] [--tokens 1 8 32 128 256 1024 4096] [--world-size N]
 
-With two GPUs or more there is a process per GPU, and beside every figure NCCL's all-to-all of the same bytes, captured
-as well. With one GPU the ranks (two unless told otherwise) are streams of one process: that shows what the kernels and
-the protocol cost, but the ranks share one GPU's bandwidth and there is no link between them; the output says so.
-An exchange ends when the owners' sums are back: the norm that follows adds them, instead of a GPU's own terms.
-Uniform routing. The floor is the bytes that a rank pushes, those to itself apart where it has a link, over a copy's
-bandwidth measured in the same run. Median over replays of a graph of 16 exchanges; JSON on the last line.
+With two GPUs or more, there is a process per GPU, and every result includes NCCL's all-to-all of as many bytes, also in
+a CUDA graph. With one GPU, the ranks (two by default) are streams of one process: this shows what the kernels and the
+protocol cost, but the ranks share one GPU's bandwidth and there is no link between them; the output says so.
+An exchange ends when the owners' sums are back: the norm that follows adds them up, as it adds up a single GPU's own
+terms. Routing is uniform. The floor is the bytes that a rank sends to the others and gets back (on one GPU: all bytes
+of all ranks, also those to themselves), over the bandwidth of a copy measured in the same run. Times are medians over
+replays of a graph of 16 exchanges; JSON on the last line.
 """
 
 import argparse
@@ -43,7 +45,7 @@ BF16 = torch.bfloat16
 
 @dataclasses.dataclass
 class Rank:
-    """One rank's end of the exchange with its tokens, and the streams that it uses."""
+    """One rank's end of the exchange, its stream, tokens and experts; `parts_SKD` replaces the experts' results."""
 
     link: Any  # BetweenGPUs
     stream: torch.cuda.Stream
@@ -53,7 +55,7 @@ class Rank:
 
 
 def layout_of(architecture: Architecture, world_size: int, tokens: int) -> SlabLayout:
-    """Slots for exactly the tokens of one run."""
+    """A layout with slots for exactly `tokens` tokens per rank."""
     engine = Engine(max_batch_size=tokens, max_prefill_tokens=world_size)
     parallel = Parallel(world_size=world_size, device="cuda")
     return SlabLayout.of(architecture, "bfloat16", Config(parallel=parallel, engine=engine))
@@ -103,7 +105,7 @@ def make_rank(
 
 
 def run(rank: Rank, what: str) -> None:
-    """One exchange, or the part of it that `what` says."""
+    """One exchange, or the part of it that `what` names."""
 
     def nothing(x: Any, routes: Routes) -> torch.Tensor:
         return rank.parts_SKD[: len(routes.ids_TK)]
@@ -121,7 +123,7 @@ def run(rank: Rank, what: str) -> None:
 
 
 def capture(rank: Rank, what: str) -> torch.cuda.CUDAGraph:
-    """A graph of so many exchanges."""
+    """A graph of LAYERS exchanges."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=rank.stream):
         for _ in range(LAYERS):
@@ -130,7 +132,7 @@ def capture(rank: Rank, what: str) -> torch.cuda.CUDAGraph:
 
 
 def time_graphs(pairs: list[tuple[Rank, torch.cuda.CUDAGraph]], barrier: Callable[[], None]) -> float:
-    """Microseconds of one of a graph's exchanges, from the first rank's start to the last one's end in this process."""
+    """Median microseconds per exchange of a graph, from this process's first rank's start to its last one's end."""
     times = []
     for _ in range(REPLAYS):
         torch.cuda.synchronize()
@@ -149,7 +151,7 @@ def time_graphs(pairs: list[tuple[Rank, torch.cuda.CUDAGraph]], barrier: Callabl
 
 
 def pushed_bytes(a: Architecture, layout: SlabLayout, rank: Rank, own: bool) -> tuple[int, int]:
-    """What this rank pushes for a dispatch and what the others push back to it; with its `own` share or without."""
+    """Bytes that this rank pushes for a dispatch, and bytes pushed back to it; with or without its `own` share."""
     owners_TN = (rank.tokens[1].ids_TK // layout.num_experts)[..., None] == torch.arange(
         layout.world_size, device="cuda"
     )
@@ -160,7 +162,7 @@ def pushed_bytes(a: Architecture, layout: SlabLayout, rank: Rank, own: bool) -> 
 
 
 def copy_gb_s(device: torch.device, peer: torch.device) -> float:
-    """Bandwidth of a large copy, in bytes that arrive."""
+    """Bandwidth of a large copy in GB/s, counting only the bytes that arrive."""
     source, target = (torch.empty(1 << 30, dtype=torch.uint8, device=place) for place in (device, peer))
     times = []
     for _ in range(8):
@@ -173,7 +175,7 @@ def copy_gb_s(device: torch.device, peer: torch.device) -> float:
 
 
 def figures(ranks: list[Rank], barrier: Callable[[], None], sent: tuple[int, int], gb_s: float) -> dict[str, float]:
-    """Microseconds of each part, and how the exchange compares with its floor."""
+    """Microseconds of each part of an exchange, and of its floor."""
     micros = {}
     for what in ("dispatch", "both", "with experts"):
         pairs = [(rank, capture(rank, what)) for rank in ranks]
@@ -196,7 +198,7 @@ def in_one_process(shapes: list[str], counts: list[int], world_size: int) -> lis
     gb_s = copy_gb_s(device, device)
     for shape in shapes:
         a = read_architecture(SHAPES[shape])
-        mlp = make_mlp(a, a.num_experts // world_size, device)  # the same weights for all, since only time counts
+        mlp = make_mlp(a, a.num_experts // world_size, device)  # one for all ranks, since only time matters
         for tokens in counts:
             layout = layout_of(a, world_size, tokens)
             pages.append(ControlLayout(world_size).make())
@@ -205,7 +207,7 @@ def in_one_process(shapes: list[str], counts: list[int], world_size: int) -> lis
             bases = [slab.data_ptr() for slab in slabs]
             ranks = [make_rank(a, layout, slabs[i], bases, control, i, tokens, mlp) for i in range(world_size)]
             start_life(ranks, 1)
-            ranks[0].link.leave()  # so that nothing waits while kernels are compiled
+            ranks[0].link.leave()  # so that no rank waits for others while kernels are compiled
             for rank in ranks:
                 with torch.cuda.stream(rank.stream):
                     rank.link.begin(CHANNEL_DECODE, tokens)
@@ -222,14 +224,14 @@ def in_one_process(shapes: list[str], counts: list[int], world_size: int) -> lis
 
 
 def start_life(ranks: list[Rank], life: int) -> None:
-    """What `meet` does, for ranks of one process: each but the last finds that the others have not come."""
+    """Let ranks of one process `meet`: each but the last finds that others are missing, and does not wait for them."""
     torch.cuda.synchronize()
     for rank in ranks:
         rank.link.meet(life, lambda: True, bounded=False)
 
 
 def in_processes(rank: int, world_size: int, shapes: list[str], counts: list[int], page: mmap.mmap, folder: str) -> Any:
-    """This rank on its own GPU; rank 0 gives the results."""
+    """Measure as one rank, on its own GPU. Returns the results, which rank 0 also prints."""
     from nmoe.worker.rdep.control import Control
     from nmoe.worker.rdep.symmetric import PeerSlabs
 
@@ -269,7 +271,8 @@ def in_processes(rank: int, world_size: int, shapes: list[str], counts: list[int
 
 
 def nccl_us(rank: Rank, sent: tuple[int, int], world_size: int) -> float:
-    """All-to-all of as many bytes, both ways, in a graph; as many for every rank, which an all-to-all asks for."""
+    """Microseconds of NCCL's all-to-all of as many bytes, both ways, in a graph; an all-to-all needs the same number of
+    bytes from every rank, so all send as many as the largest does."""
     pairs = []
     most = torch.tensor(sent, device=rank.parts_SKD.device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
@@ -289,7 +292,7 @@ def nccl_us(rank: Rank, sent: tuple[int, int], world_size: int) -> float:
         for _ in range(LAYERS):
             move()
     micros = time_graphs([(rank, graph)], dist.barrier)
-    del graph  # a process group destroyed while it lives would hang
+    del graph  # destroying the process group while the graph lives would hang
     return micros
 
 
@@ -301,7 +304,7 @@ def show(row: dict[str, Any]) -> None:
 
 
 def fork_ranks(world_size: int, shapes: list[str], counts: list[int]) -> list[dict[str, Any]]:
-    """A process per GPU; rank 0's results."""
+    """Fork a process per GPU. Returns rank 0's results."""
     page = ControlLayout(world_size).make()
     with tempfile.TemporaryDirectory(prefix="nmoe-rdep-") as folder:
         pids = []
@@ -329,11 +332,11 @@ def main() -> None:
     gpus = torch.cuda.device_count()  # through NVML: no CUDA context before the fork
     world_size = args.world_size or (gpus if gpus > 1 else 2)
     envs.set_for_children(Config(parallel=Parallel(world_size=world_size, device="cuda")))
-    os.environ["NCCL_GRAPH_REGISTER"] = "0"  # of torch's expandable segments it hangs
+    os.environ["NCCL_GRAPH_REGISTER"] = "0"  # it hangs with torch's expandable segments
     if apart := gpus >= world_size > 1:
         results = fork_ranks(world_size, args.shapes, args.tokens)
     else:
-        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # a queue for each stream of ranks that wait for each other
+        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # a queue for every stream, since ranks wait for each other
         results = in_one_process(args.shapes, args.tokens, world_size)
     where = "a GPU per rank" if apart else "all ranks on one GPU"
     print(json.dumps({"benchmark": "rdep", "world_size": world_size, "where": where, "results": results}))

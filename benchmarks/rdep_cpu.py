@@ -1,12 +1,12 @@
-"""What one RDEP exchange costs between CPU workers, experts and router apart.
+"""What one RDEP exchange costs between CPU workers, without experts and router.
 
     python -m benchmarks.rdep_cpu [--hidden 2048] [--tokens 0 1 8 64] [--world-sizes 2 4 8] [--exchanges 300]
 
-Every rank pushes its tokens, hands the arrived rows back as they are (in place of experts), and adds up what returns,
-as a MoE layer does on a decode step. Uniform routing, top-8 of 64 experts, float32. Reported per world size and
-tokens per rank: the median time of an exchange over all ranks, its 99th percentile, and the CPU time per rank and
-exchange. With more ranks than cores an exchange cannot be faster than the ranks' CPU time divided by the cores. JSON
-on the last line.
+Every rank pushes its tokens, sends back the rows it received, unchanged (in place of the experts' results), and adds up
+what returns, as an MoE layer does in a decode step. Uniform routing, top-8 of 64 experts, float32. Reported per world
+size and number of tokens per rank: the median time of an exchange over all ranks, its 99th percentile, and the CPU time
+per rank and exchange. With more ranks than cores, an exchange cannot be faster than the ranks' CPU time divided by the
+number of cores. JSON on the last line.
 """
 
 import argparse
@@ -29,7 +29,7 @@ WARM_UP = 20
 
 
 def layout_of(world_size: int, hidden: int, tokens: int) -> SlabLayout:
-    """Slots for exactly the tokens of one run."""
+    """A layout with slots for exactly `tokens` tokens per rank."""
     slots, row_bytes = world_size * max(1, tokens), 4 * hidden
     offsets, end = [], 1 << 14
     for row in (4, 8 * TOP_K, row_bytes, row_bytes):
@@ -40,13 +40,13 @@ def layout_of(world_size: int, hidden: int, tokens: int) -> SlabLayout:
 
 
 def rows_as_they_are(x_SD: torch.Tensor, routes: Routes) -> torch.Tensor:
-    """In place of experts."""
+    """Stands in for the experts."""
     return x_SD
 
 
 @torch.inference_mode()
 def run_rank(link: SharedMemory, rank: int, hidden: int, tokens: int, exchanges: int) -> tuple[list[float], float]:
-    """Seconds of each exchange, and CPU seconds of all."""
+    """Seconds of each exchange, and CPU seconds of all together."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(rank)
     x_TD = torch.randn(tokens, hidden, generator=generator)

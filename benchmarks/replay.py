@@ -1,9 +1,10 @@
-"""Replays a file that `[trace] record` wrote against an OpenAI endpoint: the same prompts, lengths and arrival times.
+"""Replays a recorded trace against an OpenAI-compatible endpoint: the same prompts, lengths and arrival times.
 
     python -m benchmarks.replay trace.jsonl --url http://HOST:PORT [--speed 1.0]
 
-Every answer gets the number of tokens that it had. `--speed 2` sends the requests in half the time. Printed: time to
-first token and to the end, as recorded and now. The last line is JSON.
+The trace is the file that `[trace] record` wrote. Every answer gets as many tokens as were recorded. `--speed 2` sends
+the requests in half the time. Printed: time to the first token and to the end, as recorded and as measured now, and the
+gaps between events now. The last line is JSON.
 """
 
 import argparse
@@ -22,14 +23,14 @@ from nmoe.trace import Record
 
 
 def read_trace(path: str) -> list[Record]:
-    """The records by arrival."""
+    """The records, in order of arrival."""
     decode = msgspec.json.Decoder(Record).decode
     with pathlib.Path(path).open("rb") as lines:
         return sorted((decode(line) for line in lines if line.strip()), key=lambda record: record.arrived)
 
 
 async def replay(records: list[Record], url: str, speed: float) -> list[Outcome]:
-    """Send every request at its time, and wait for the ends."""
+    """Send every request at its recorded time, and wait until all have ended."""
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
     ) as session:
@@ -47,7 +48,7 @@ async def replay(records: list[Record], url: str, speed: float) -> list[Outcome]
 
 
 def summary(records: list[Record], outcomes: list[Outcome]) -> dict[str, Any]:
-    """Percentiles 50, 90, 99 and 100 in seconds, recorded and now."""
+    """Percentiles 50, 90, 99 and 100 in seconds, as recorded and as measured now."""
     good = [outcome for outcome in outcomes if not outcome.problem and outcome.arrivals]
     result: dict[str, Any] = {"requests": len(outcomes), "failed": len(outcomes) - len(good)}
     for name, values in (

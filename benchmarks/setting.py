@@ -1,4 +1,4 @@
-"""Where a result was measured, and how routed tokens spread over the experts there."""
+"""What a result was measured on, and how routed tokens spread over the experts of its model."""
 
 import dataclasses
 import platform
@@ -29,11 +29,11 @@ def setting() -> dict[str, Any]:
 
 
 def expert_spread(config: Config, tokens: int) -> dict[str, float]:
-    """How so many random tokens spread, averaged over the layers with experts: the share of the experts that got any,
+    """How `tokens` random tokens spread, averaged over the layers with experts: the share of the experts that got any,
     and the busiest expert's load over the mean load.
 
-    The model is loaded here once more, whole: random weights follow from the tensors' names, so it is the one that was
-    measured.
+    The whole model is loaded here once more: random weights are derived from the tensors' names, so they are the same
+    as in the model that was measured.
     """
     config = msgspec.structs.replace(config, parallel=msgspec.structs.replace(config.parallel, world_size=1))
     device = torch.device(config.parallel.device)

@@ -1,9 +1,8 @@
-"""A rank without a GPU: it answers every Step over the real link, a given time after the one before, with random
-tokens.
+"""A rank without a GPU: it answers every Step over the real link with random tokens, a given time after its beginning.
 
-Like a device it works in order: a step begins when it has come and the one before is done. What a step waited for the
-scheduler (from the end of the one before to its arrival, when it came later) is what the control plane adds to it; sums
-of that, and of the bytes on the link, go to shared memory that the benchmark reads.
+Like a device, it works in order: a step begins when it has arrived and the previous step is done. If it arrives later
+than that, the time from the end of the previous step to its arrival is what the control plane adds to it; sums of these
+waits, and of the bytes on the link, go to shared memory that the benchmark reads.
 """
 
 import ctypes
@@ -18,13 +17,13 @@ from nmoe import ipc
 from nmoe.messages import ROW_SAMPLES, Ready, SchedulerToWorker, StepDone
 from nmoe.metrics import row_index
 
-FIELDS = ("steps", "waited", "late", "step_bytes", "done_bytes")  # seconds and bytes, since the start
+FIELDS = ("steps", "waited", "late", "step_bytes", "done_bytes")  # counts, seconds (`waited`) and bytes since the start
 # Set before the ranks are forked.
 step_seconds = 0.015
 num_pages = 1 << 14
-token_ids = range(260, 1024)  # of the demo's tokenizer: plain text of more than one byte
-NUM_WAITS = 1024  # the newest of each rank
-waits = mmap.mmap(-1, 8 * NUM_WAITS * 8)  # seconds, float64 [8 ranks, NUM_WAITS], a ring each; 0: none yet
+token_ids = range(260, 1024)  # those of the demo's tokenizer that are plain text of more than one byte
+NUM_WAITS = 1024  # kept per rank, the newest
+waits = mmap.mmap(-1, 8 * NUM_WAITS * 8)  # seconds, float64 [8 ranks, NUM_WAITS], a ring per rank; 0: unused
 totals = mmap.mmap(-1, 8 * len(FIELDS) * 8)  # float64 [8 ranks, FIELDS]
 
 _PR_SET_TIMERSLACK = 29
@@ -58,14 +57,14 @@ class Rank:
         self._decode = msgspec.msgpack.Decoder(SchedulerToWorker).decode
         self._encode = msgspec.msgpack.Encoder().encode
         self._rng = np.random.default_rng(boot.index)
-        self._sampling = 0  # rows that the last step sampled
+        self._sampling = 0  # rows that sample, in the last step
         self._done_at = 0.0
 
     def run(self) -> None:
-        """Answer until the launcher hangs up: EOFError."""
+        """Answer Steps until the launcher hangs up, which raises EOFError."""
         while True:
             data = self._next()
-            waited = data is None  # nothing was there when the step before was done
+            waited = data is None  # no Step was there when the previous one was done
             while data is None:
                 self._rest()
                 data = self._next()
@@ -85,7 +84,7 @@ class Rank:
                 self._boot.control.receive()
 
     def _compute(self, data: bytes, waited: bool) -> bytes | None:
-        """One step; the next one if it came before this one was done."""
+        """Compute one step. Returns the next one if it arrived before this one was done."""
         came = time.monotonic()
         self._row.set("nmoe:heartbeat_seconds", came)
         step = self._decode(data)
@@ -94,7 +93,7 @@ class Rank:
             self._sampling = int(np.count_nonzero(flags & ROW_SAMPLES))
         totals = self._totals
         totals[0] += 1
-        if waited and came - self._done_at < _HEARTBEAT_S / 10:  # else the engine was idle
+        if waited and came - self._done_at < _HEARTBEAT_S / 10:  # otherwise the engine was idle
             totals[1] += came - self._done_at
             self._waits[int(totals[2]) % NUM_WAITS] = came - self._done_at
             totals[2] += 1

@@ -1,14 +1,14 @@
-"""Random load for minutes, then the question of what is left: pages, requests, descriptors, threads, memory.
+"""Random load for minutes, then a check for anything left behind: pages, requests, descriptors, threads, memory.
 
     python -m benchmarks.soak [--minutes 20] [--world-size 2] [--clients 24]
 
 Each client sends one random request after another, in every profile that the server offers: prompts of 1 to 800
-tokens, answers of 1 to 200, greedy or sampled, alone or two siblings, some with stop strings; a quarter of the clients
-leave before the end. Afterwards the server must be as it was: no request running or waiting, no page held, the
-descriptors, threads and tasks from before, no process replaced (a scheduler ends whose idle ranks hold a page or a
-slot), and none grown by more than GROWTH_MB since the first quarter of the time. Printed: how requests ended, the
-memory of each process, a histogram of the gaps between events of running streams with the longest, how late the clients
-themselves were, and the frontends' own histogram of gaps. The last line is JSON.
+tokens, answers of 1 to 200, greedy or sampled, one choice or two, some with stop strings; a quarter of the requests are
+abandoned early. Afterwards the server must be as it was before: no request running or waiting, no page held, as many
+descriptors, threads and tasks, no process restarted (a scheduler whose idle ranks hold a page or a slot exits), and
+none grown by more than GROWTH_MB since the first quarter of the time. Printed: the requests' problems, the growth of
+each process, a histogram of the gaps between events of streams and the longest gap, how late the clients' own timers
+were, and the frontends' own histogram of gaps. The last line is JSON.
 """
 
 import argparse
@@ -31,16 +31,16 @@ from nmoe.profiles import PROFILES
 from tests.checkpoints import make_checkpoint
 from tests.serving import Server
 
-GROWTH_MB = 24  # allocators keep what a busy moment took; a leak of 1 kB per request shows after minutes
+GROWTH_MB = 24  # allocators keep what they needed at the busiest moment; a leak of 1 kB per request shows after minutes
 STALLS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 ENGINE = {"num_pages": 512, "page_size": 16, "max_batch_size": 12, "max_prefill_tokens": 256}
 LONGEST = 800  # tokens of a prompt: with 200 of output it fits the context of tests/checkpoints.py, 1,024
-POOL_THREADS = 5  # that a frontend starts when it first needs them
-WARM = 0.25  # share of the time after which memory counts
+POOL_THREADS = 5  # of a frontend, which starts them when it first needs them
+WARM = 0.25  # the share of the time after which growth counts
 
 
 def random_body(rng: random.Random, model: str, profiles: Sequence[str]) -> dict[str, Any]:
-    """A request of any kind that fits; every second one in the first of `profiles`."""
+    """A random request that fits; half of them are in the first of `profiles`, the others in a random one."""
     length = rng.randint(100, LONGEST) if rng.random() < 0.15 else rng.randint(1, 60)
     body: dict[str, Any] = {
         "model": model,
@@ -52,7 +52,7 @@ def random_body(rng: random.Random, model: str, profiles: Sequence[str]) -> dict
         "profile": profiles[0] if rng.random() < 0.5 else rng.choice(profiles),
     }
     if rng.random() < 0.3:
-        body["prompt"] = [7] * length  # shares pages with its like
+        body["prompt"] = [7] * length  # shares pages with other prompts like this
     if rng.random() < 0.2:
         body["stop"] = rng.choice(("a", "th", "e"))
     if rng.random() < 0.2:
@@ -61,7 +61,7 @@ def random_body(rng: random.Random, model: str, profiles: Sequence[str]) -> dict
 
 
 async def offered(server: Server) -> list[str]:
-    """The profiles that the server serves, those that stream first."""
+    """The profiles that the server offers, first those that can stream."""
     names = sorted(PROFILES, key=lambda name: not PROFILES[name].streams)
     async with aiohttp.ClientSession() as session:
         bodies = [{"model": server.model, "prompt": [7], "max_tokens": 1, "profile": name} for name in names]
@@ -70,7 +70,7 @@ async def offered(server: Server) -> list[str]:
 
 
 async def client(server: Server, seed: int, until: float, profiles: Sequence[str], outcomes: list[Outcome]) -> None:
-    """One request after the other."""
+    """Send one request after the other."""
     rng = random.Random(seed)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         while time.monotonic() < until:
@@ -84,7 +84,7 @@ async def client(server: Server, seed: int, until: float, profiles: Sequence[str
 
 
 async def lateness(until: float) -> float:
-    """The longest time, in seconds, by which this process came late to a timer: it may be starved as well as the
+    """The longest delay of a timer in this process, in seconds: the clients may be starved of CPU as well as the
     server."""
     longest = 0.0
     while (now := time.monotonic()) < until:
@@ -94,8 +94,8 @@ async def lateness(until: float) -> float:
 
 
 async def load(server: Server, seconds: float, clients: int) -> tuple[list[Outcome], dict[str, int], float]:
-    """All clients at once; what they saw, the memory of each process after the first quarter in bytes, and how late the
-    clients were."""
+    """Run all clients at once. Returns their outcomes, the memory of each process after the first quarter in bytes, and
+    how late the clients were in seconds."""
     outcomes: list[Outcome] = []
     profiles = await offered(server)
     until = time.monotonic() + seconds
@@ -113,7 +113,7 @@ def memory(server: Server) -> dict[str, int]:
 
 
 def held(server: Server) -> dict[str, float]:
-    """What an idle server holds; waits a little until requests that were left are gone."""
+    """What an idle server holds; waits a little until abandoned requests are gone."""
     names = ("nmoe:num_requests_running", "nmoe:num_requests_waiting", "nmoe:kv_cache_usage_perc")
     deadline = time.monotonic() + 10
     while True:
@@ -122,7 +122,7 @@ def held(server: Server) -> dict[str, float]:
         if not any(found.values()) or time.monotonic() > deadline:
             break
         time.sleep(0.1)
-    time.sleep(1.2)  # connections that were left are closed; the scheduler's heart has beaten
+    time.sleep(1.2)  # until abandoned connections are closed and the scheduler has had a heartbeat
     family = server.family()
     return found | {
         "descriptors": sum(process.num_fds() for process in family),
@@ -133,16 +133,15 @@ def held(server: Server) -> dict[str, float]:
 
 
 def gaps_by_server(server: Server) -> dict[str, float]:
-    """How many gaps between tokens the frontends have seen, by upper bound in seconds: cumulative as Prometheus has
-    it."""
+    """How many gaps between tokens the frontends have seen, by upper bound in seconds; cumulative, as in Prometheus."""
     bucket = "nmoe:inter_token_latency_seconds_bucket{"
     return {key.split('"')[1]: count for key, count in server.metrics().items() if key.startswith(bucket)}
 
 
 def run(server: Server, seconds: float, clients: int) -> dict[str, Any]:
     """The whole soak against a running server."""
-    gc.freeze()  # looking at all that is imported for the tests would hold the clients up for most of a second
-    asyncio.run(load(server, 1.0, clients))  # every pool and cache of descriptors has its size
+    gc.freeze()  # collecting garbage among all that the tests import would stall the clients for most of a second
+    asyncio.run(load(server, 1.0, clients))  # until every pool and descriptor cache has reached its size
     before, family = held(server), {process.pid for process in server.family()}
     earlier = gaps_by_server(server)
     outcomes, warm, late = asyncio.run(load(server, seconds, clients))
@@ -176,7 +175,7 @@ def _differ(name: str, before: float, after: float) -> bool:
 
 
 def failures(result: dict[str, Any]) -> list[str]:
-    """What is not as it must be."""
+    """What is not as it must be, in words."""
     grown = [f"{name} grew by {by} MB" for name, by in result["grown_mb"].items() if by > GROWTH_MB]
     leaked = [f"{name}: {by:+g}" for name, by in result["leaked"].items()]
     restarted = [f"{name} was restarted" for name in result["restarted"]]
@@ -184,7 +183,7 @@ def failures(result: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Soak a server of its own and print what is left."""
+    """Start a server, soak it, and print what is left behind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--world-size", type=int, default=2, choices=(1, 2, 4, 8))

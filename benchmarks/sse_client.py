@@ -1,9 +1,10 @@
-"""A client that costs little: raw sockets and epoll, one process for all its streams.
+"""A client that needs little CPU: raw sockets and epoll, one process for all its streams.
 
     python -m benchmarks.sse_client HOST PORT '{"streams": 256, "tokens": 128, "seconds": 5, "warm": 1, "pids": [1, 2]}'
 
-Each stream sends its request again when it has its answer. After `warm` seconds it looks at the CPU times of the
-processes `pids` and at its counts, and again `seconds` later; the differences are printed as one JSON line.
+Each stream sends a new request as soon as the last one is answered. After `warm` seconds, the client reads the CPU
+times of the processes `pids` and its own counts, and again `seconds` later; the differences, per second, are printed as
+one JSON line.
 """
 
 import gc
@@ -57,7 +58,7 @@ class Streams:
         self._last[fd] = 0.0
 
     def run(self, seconds: float) -> None:
-        """Read for so long."""
+        """Read for `seconds`."""
         until = time.monotonic() + seconds
         while (now := time.monotonic()) < until:
             for fd, _ in self._epoll.poll(min(0.1, until - now)):
@@ -80,7 +81,7 @@ class Streams:
             self.firsts.append(now - self._began[fd])
         self._last[fd] = now
         if data.endswith(b"\r\n0\r\n\r\n") or data == b"0\r\n\r\n":
-            self.events -= 2  # the one with the finish reason, and [DONE]
+            self.events -= 2  # the event with the finish reason, and [DONE]
             self.requests += 1
             self._ask(fd)
 

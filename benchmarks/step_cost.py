@@ -1,10 +1,10 @@
-"""What a decode step costs the CPU beside the model, in a whole server: frontend, scheduler and worker apart.
+"""What a decode step costs in CPU time besides the model, in a whole server: frontend, scheduler and worker separately.
 
     python benchmarks/step_cost.py [--streams 32] [--tokens 300] [--config X.toml]
 
 Starts `nmoe serve` (the embedded demo by default), runs greedy SSE streams, and divides each process's CPU time by the
-steps that were made. The worker's share includes the model; what it does beside it is timed in this process, with the
-same batch on one rank: the whole of `Runner.launch` less the model's forward and logits. The last line is JSON.
+number of steps. The worker's CPU time includes the model; the rest of its work is timed in this process, with the same
+batch on one rank: all of `Runner.launch` minus the model's forward and logits. The last line is JSON.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def serve_and_measure(config: str | None, streams: int, tokens: int) -> dict[str, float]:
-    """CPU microseconds per step of each process of a server under `streams` streams."""
+    """CPU microseconds per step of each process of a server with `streams` streams."""
     command = [sys.executable, "-m", "nmoe.serve", *(["--config", config] if config else [])]
     with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as p:
         assert p.stdout is not None
@@ -90,7 +90,7 @@ def _cpu(launcher: psutil.Process) -> dict[str, float]:
 
 
 def measure_worker(path: str | None, rows: int, steps: int = 200) -> dict[str, float]:
-    """Microseconds of a decode step of `rows` unchanged greedy rows: all, the model's part, the rest (medians)."""
+    """Median microseconds of a decode step of `rows` unchanged greedy rows: in all, in the model, and outside it."""
     torch.set_num_threads(1)
     # One rank, because there are no peers here to exchange tokens with.
     config = msgspec.structs.replace(configuration(path), parallel=Parallel(world_size=1, device="cpu"))

@@ -1,8 +1,8 @@
-"""A worker that looks at itself: how long its device and its thread are busy in a decode step.
+"""A worker that profiles itself: how long its device and its thread are busy in a decode step.
 
-`trace_workers` puts it in the place of every worker that is forked after it. Of each batch it times its own thread over
-`_TIMED` steps, then traces the device's kernels and copies over `_TRACED` more. All ranks do, so that none waits for
-another's tracing, and rank 0 tells.
+`trace_workers` puts it in the place of every worker that is forked afterwards. For each batch, it times its own thread
+over `_TIMED` steps, then traces the device's kernels and copies over `_TRACED` more. All ranks do this, so that none
+waits for another that is tracing, and rank 0 reports.
 """
 
 import json
@@ -21,19 +21,19 @@ from nmoe.worker import process
 from nmoe.worker.runner import Launched
 
 _SETTLING, _TIMED, _TRACED = 4, 10, 10
-_WAITS = ("arrive_kernel", "return_kernel")  # of RDEP: these wait for peers' rows or sums (the second pushes its own)
+_WAITS = ("arrive_kernel", "return_kernel")  # of RDEP: wait for peers' rows or sums (the second also pushes its own)
 _path = ""
 
 
 def trace_workers(path: pathlib.Path) -> None:
-    """From here on, workers append a JSON line to `path` for each batch."""
+    """From now on, newly forked workers are traced: rank 0 appends a JSON line to `path` for each batch."""
     global _path
     _path = str(path)
     children._ENTRY["worker"] = __name__
 
 
 def main(boot: ipc.Boot) -> None:
-    """As `nmoe.worker.process.main`."""
+    """Like `nmoe.worker.process.main`."""
     process.Worker = _TracedWorker  # type: ignore[misc]
     process.main(boot)
 
@@ -43,12 +43,12 @@ class _TracedWorker(process.Worker):
         super().__init__(boot, *arguments)
         self._tells = boot.index == 0
         self._batch, self._steps = 0, 0
-        self._launches: list[float] = []  # seconds of this thread
+        self._launches: list[float] = []  # CPU seconds of this thread
         self._reports: list[float] = []
         self._timed: dict[str, float] = {}
         self._launch = self._runner.launch
         self._runner.launch = self._launch_one  # type: ignore[method-assign]
-        _profiler().__enter__().__exit__(None, None, None)  # the first one takes seconds
+        _profiler().__enter__().__exit__(None, None, None)  # the first profiler takes seconds to start
 
     def _launch_one(self, step: Step) -> Launched:
         rows = step.num_tokens if step.channel == CHANNEL_DECODE else 0
@@ -90,8 +90,8 @@ def _profiler() -> torch.profiler.profile:
 
 
 def _device_busy(trace: torch.profiler.profile) -> dict[str, float]:
-    """The share of the time from the first kernel to the last in which any runs, and that time per step. Of several
-    ranks also the share in which a kernel waits for flags, and in which nothing else runs meanwhile."""
+    """The time from the first kernel to the last, per step, and the share of it in which any kernel runs. With several
+    ranks also the share in which a kernel waits for flags, and the share in which only such kernels run."""
     assert trace.profiler is not None
     spans, waits = [], []
     for event in trace.profiler.kineto_results.events():
@@ -108,7 +108,7 @@ def _device_busy(trace: torch.profiler.profile) -> dict[str, float]:
 
 
 def _covered(spans: list[tuple[int, int]]) -> int:
-    """How much time lies in any of these spans."""
+    """The total time that these spans cover; they may overlap."""
     covered, end = 0, 0
     for begin, stop in sorted(spans):
         covered += max(0, stop - max(begin, end))
