@@ -1,7 +1,7 @@
 """`nmoe batch`: runs many requests from a file against a private engine.
 
 Exit codes: 0 every line was answered; 1 failed, with a message; 2 wrong usage; 3 every line is done, some with errors;
-4 stopped before the end. After 1 and 4 the same command goes on where it stopped.
+4 stopped before the end. After 1 and 4, the same command continues where it stopped.
 """
 
 import argparse
@@ -95,7 +95,7 @@ async def _compute(
 
 
 def _on_stop(loop: asyncio.AbstractEventLoop, stop: Callable[[], object]) -> None:
-    """Call `stop` when this process is told to; SIGHUP stays ignored under nohup."""
+    """Call `stop` when a signal asks this process to stop; SIGHUP stays ignored under nohup."""
     for signum in STOPPING:
         if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
             loop.add_signal_handler(signum, stop)

@@ -15,23 +15,23 @@ from nmoe.client import AsyncClient
 from nmoe.config import Config
 from nmoe.errors import LaunchError, NmoeError
 
-# A line is tried so many times when the engine fails under it, each time in a group of this share of all that are under
-# way, one line at least.
+# The tries of a line while the engine keeps failing: for each try, the share of all lines in progress that may be tried
+# at the same time (at least one line).
 _TRIES = (1, 1, 1 / 16, 0)
 _REST_S = 0.5  # before a failed line asks whether the engine is back
-_PAUSES_S = (0.05, 2.0)  # of a line that the full queue refused: the first, and the longest
+_PAUSES_S = (0.05, 2.0)  # after a full queue refused a line: the first pause, and the longest
 _FINISH_S = 10.0  # how long running lines may take to finish when the batch is told to stop
-_OTHER_FILES = 64  # that this process has open
+_OTHER_FILES = 64  # that this process has open besides those of answers
 _SHOW_S = 0.5
-_SPOOL_BYTES = 256 << 20  # logits in memory, of all running lines
+_SPOOL_BYTES = 256 << 20  # of logits in memory, for all running lines together
 _LEAST_SPOOL = 1 << 16
-_TURN = 256  # lines that are skipped or refused before something else has its turn
+_TURN = 256  # lines skipped or refused before other tasks get a turn
 
 
 def room_of(config: Config, max_files: int) -> int:
-    """How many answers may be under way: as many as all ranks can run, and some that wait, so that none runs dry.
+    """How many answers may be in progress: as many as all ranks can run, and some more that wait, to keep ranks busy.
 
-    An answer may need a connection and two files, of the `max_files` that a process may have open.
+    An answer may need a connection and two files, out of the `max_files` that a process may have open.
     """
     running = config.parallel.world_size * config.engine.max_batch_size
     room = running + max(1, min(running // 4, config.server.max_queue // 2))
@@ -66,7 +66,7 @@ class Driver:
         self._running: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()  # there is more room, or it is time to stop
         self._turns = [asyncio.Semaphore(max(1, int(share * room))) for share in _TRIES]
-        self._asking = asyncio.Lock()  # whether the engine is back
+        self._asking = asyncio.Lock()  # held by the one line that asks whether the engine is back
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "results")
         self._stopping = False
 
@@ -78,7 +78,7 @@ class Driver:
         self._changed.set()
 
     async def run(self, lines: Iterator[Line | BadLine | None], engine: Engine, display: Display) -> None:
-        """Do all lines, or those until `stop`. Raises NmoeError when the engine is gone or a file cannot be written."""
+        """Do all lines, or those before `stop`. Raises NmoeError if the engine is gone or a file cannot be written."""
         try:
             async with asyncio.TaskGroup() as group:
                 besides = [group.create_task(self._watch(engine)), group.create_task(self._show(display))]
@@ -110,13 +110,13 @@ class Driver:
                 task.add_done_callback(self._running.discard)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
-        """Wait for a condition, or for the order to stop."""
+        """Wait until the condition holds, or until `stop` is called."""
         while not condition() and not self._stopping:
             self._changed.clear()
             await self._changed.wait()
 
     async def _settle(self) -> None:
-        """Wait for what is running; not for long once the batch is told to stop."""
+        """Wait for the running lines, but not for long once the batch is told to stop."""
         await self._until(lambda: not self._running)
         if self._running:
             await asyncio.wait(self._running, timeout=_FINISH_S)
@@ -131,13 +131,13 @@ class Driver:
             await self._keep(await self._ask(line))
         finally:
             self._room += weight
-            asyncio.get_running_loop().call_soon(self._changed.set)  # when this task is done
+            asyncio.get_running_loop().call_soon(self._changed.set)  # once this task is done
 
     async def _ask(self, line: Line) -> Result:
         """The line's answer; if the engine fails while computing it, it is asked again.
 
-        If one line is what the engine fails of, it fails for all that are under way. So lines that have seen two
-        failures are asked in smaller groups, and in the end one by one: the others of a group find their answers.
+        If one line makes the engine fail, all lines in progress fail with it. So lines that have seen two failures are
+        asked again in smaller groups, and in the end one by one, so that the other lines get their answers.
         """
         for turn in self._turns:
             async with turn:
@@ -148,7 +148,7 @@ class Driver:
         return result
 
     async def _try(self, line: Line) -> Result:
-        """One try, whenever the queue has room for it."""
+        """One try, which waits until the queue has room for the line."""
         pause, longest = _PAUSES_S
         while True:
             try:
@@ -156,7 +156,7 @@ class Driver:
             except ConnectionError as error:
                 told = {"code": "engine_failed", "message": f"line {line.number}: {error}", "line": line.number}
                 return Result(number=line.number, custom_id=line.custom_id, status=503, error=told)
-            except OSError as error:  # of the file in which logits wait
+            except OSError as error:  # from the file in which logits are spooled
                 raise _no_room(error) from error
             if result.status != 429:
                 return result

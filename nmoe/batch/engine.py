@@ -1,7 +1,8 @@
-"""The engine behind a batch: the very processes of `nmoe serve`, on a socket of their own.
+"""The engine behind a batch: the same processes as with `nmoe serve`, on a private socket.
 
-The launcher is forked before this process imports or starts anything that a fork would not survive. It leads a session
-of its own, so that Ctrl-C reaches the batch alone, which ends it in order; and it is told to stop when the batch dies.
+The launcher is forked before this process imports or starts anything that would not survive a fork. It leads a session
+of its own, so that Ctrl-C reaches only the batch, which then stops the launcher in order; if the batch dies, the kernel
+sends the launcher SIGTERM.
 """
 
 import asyncio
@@ -17,11 +18,11 @@ from nmoe.errors import LaunchError, NmoeError
 from nmoe.launch import serve_privately
 
 _PR_SET_PDEATHSIG = 1
-_LEAVE_S = 20.0  # how long it may take to end when nothing is running
+_LEAVE_S = 20.0  # how long the launcher may take to end when nothing is running
 
 
 class Engine:
-    """A launcher that was forked. `path` is where it serves, once `ready` has returned."""
+    """A forked launcher. `path` is the socket on which it serves, once `ready` has returned."""
 
     def __init__(self, config: Config) -> None:
         """Fork the launcher. Call it while this process has only one thread."""
@@ -79,12 +80,12 @@ class Engine:
 
 
 def _become(config: Config, news: int, parent: int) -> NoReturn:
-    """The launcher's whole life."""
+    """Run the launcher in the forked process, to its end."""
     code = 1
     try:
         os.setsid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:  # it died before the line above took effect
+        if os.getppid() != parent:  # the parent died before the line above took effect
             os._exit(1)
 
         def announce(path: pathlib.Path) -> None:

@@ -35,8 +35,8 @@ def refused(bad: BadLine) -> Result:
 
 
 class Spool(msgspec.Struct, frozen=True):
-    """Where logits wait for the end of their answer: up to `memory` bytes of each tensor there, larger ones in files of
-    no name in `folder`."""
+    """Where logits wait until their answer is complete: tensors of up to `memory` bytes in memory, larger ones in
+    unnamed files in `folder`."""
 
     folder: str
     memory: int
@@ -110,12 +110,12 @@ class _Rows:
 
 
 def _seed(drawn: int | None) -> dict[str, int]:
-    """Of the answer, or, where there are several prompts, of each choice."""
+    """The field for a drawn seed: in the answer or, if there are several prompts, in each choice."""
     return {} if drawn is None else {"seed": drawn}
 
 
 def _stored(line: Line, answer: Answer[Tensor], rows: _Rows) -> Result:
-    """An answer, and its tensors under the names that they will have."""
+    """The result of an answer, with its tensors under the keys that they will have in a shard."""
     stored: list[Stored] = []
     choices = []
     for choice in answer.choices:

@@ -1,15 +1,15 @@
-"""What a batch's output folder holds, and what of it still counts after an interruption at any moment.
+"""What a batch's output folder holds, and which of that still counts after an interruption at any moment.
 
     batch.json            which input, profile and model the folder belongs to; written before anything is finished
-    output.jsonl          OpenAI's batch output, one line per finished request; `id` has the number of its input line
-    tensors-N.safetensors tensors of the requests to /v1/generate; their output lines name it
+    output.jsonl          OpenAI's batch output, one line per finished request; its `id` has the input line's number
+    tensors-N.safetensors tensors of requests to /v1/generate, whose output lines name this shard
     index.jsonl           one line per shard: the requests in it and the names of their tensors
     lock                  held while a batch runs
 
-A finished line is a line of output.jsonl, and if it names a shard, that shard is in the index. Shards are committed in
+A line of output.jsonl counts as finished if it names no shard, or one that is in the index. Shards are committed in
 this order: the shard under its final name, the output lines that name it, its line in the index. So what an
 interruption leaves behind lies at the files' ends: a torn line, output lines whose shard is not in the index, a shard
-that nothing names. `recover` cuts all of it off, and the requests are computed again.
+that nothing names. `recover` removes all of this, and the requests are computed again.
 """
 
 import fcntl
@@ -29,12 +29,12 @@ from nmoe.errors import NmoeError
 OUTPUT, INDEX = "output.jsonl", "index.jsonl"
 _MANIFEST, _LOCK = "batch.json", "lock"
 _ID_PREFIX = "batch_req_"
-_ENGINE_LEAVES_S = 15.0  # after its batch was killed
+_ENGINE_LEAVES_S = 15.0  # how long an engine may take to end after its batch was killed
 _LOOK_S = 0.1
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What must be the same for a batch to go on."""
+    """What must be unchanged for a batch to resume."""
 
     sha256: str  # of the input
     profile: str | None
@@ -44,7 +44,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 class Finished(msgspec.Struct, frozen=True):
-    """What is finished: a bit per input line, and what the lines add up to."""
+    """What is finished: a flag per input line, and totals over the finished lines."""
 
     lines: bytearray  # [last line + 1]: 1 where finished
     num_lines: int = 0
@@ -92,7 +92,7 @@ def total_tokens(usage: dict[str, Any]) -> int:
 
 
 def committed_shards(index: Iterable[bytes]) -> tuple[int, list[str]]:
-    """The bytes of the index that count, and the shards that they name.
+    """How many bytes of the index count, and the names of the shards in them.
 
     Raises ValueError for a line that no batch wrote.
     """
@@ -128,9 +128,9 @@ def kept_output(output: Iterable[bytes], shards: set[str]) -> Kept:
 
 
 def open_folder(folder: pathlib.Path) -> BinaryIO:
-    """Make the folder if there is none and lock it until the file that this returns is closed, here and in all
-    processes that were forked meanwhile: the engine of a batch that was killed takes a moment to end, and its memory is
-    needed. Raises NmoeError when another batch runs in it."""
+    """Create the folder if there is none, and lock it until the returned file is closed, here and in all processes
+    forked meanwhile: the engine of a batch that was killed takes a moment to end, and the next batch needs its memory.
+    Raises NmoeError if another batch is running in the folder, or if it is not a batch's or cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         strangers = [path.name for path in folder.iterdir()] if not (folder / _MANIFEST).exists() else []
@@ -163,7 +163,7 @@ def _wait_for(lock: BinaryIO, folder: pathlib.Path) -> None:
 
 
 def claim(folder: pathlib.Path, manifest: Manifest) -> None:
-    """Start or resume. Raises NmoeError if the folder has results of another input or of other options."""
+    """Start or resume. Raises NmoeError if the folder has results from another input or with other options."""
     path, output = folder / _MANIFEST, folder / OUTPUT
     if not path.exists() or not output.exists() or not output.stat().st_size:
         temporary = folder / (_MANIFEST + TEMPORARY)
@@ -204,8 +204,8 @@ def manifest_of(found: Survey, profile: str | None, config: Config) -> Manifest:
 
 
 def recover(folder: pathlib.Path, last_line: int) -> Finished:
-    """Cut off what an interruption left, and say what is finished. Raises NmoeError when the files are not as a batch
-    leaves them."""
+    """Remove what an interruption left behind, and return what is finished. Raises NmoeError if the files are not as a
+    batch leaves them."""
     index, output = folder / INDEX, folder / OUTPUT
     try:
         with _opened(index) as file:

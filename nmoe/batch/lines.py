@@ -13,11 +13,11 @@ import msgspec
 from nmoe.keys import count_keys, repeated_key, written_keys
 
 GENERATE = "/v1/generate"
-_ENVELOPE_BYTES = 1 << 16  # of a line beside its body
+_ENVELOPE_BYTES = 1 << 16  # of a line, besides its body
 
 
 class Line(msgspec.Struct, frozen=True):
-    """A request: its line in the file, counted from 1, and the body to be sent."""
+    """A request: its line number in the file, from 1, and the body to be sent."""
 
     number: int
     custom_id: str
@@ -56,14 +56,14 @@ _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def longest_line(max_body_mb: int) -> int:
-    """Bytes of a line whose body a server with this limit accepts."""
+    """The most bytes in a line whose body a server with this limit accepts."""
     return (max_body_mb << 20) + _ENVELOPE_BYTES
 
 
 def read_lines(file: BinaryIO, longest: int, seen: Callable[[bytes], None]) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file that are not blank, with their numbers; `seen` gets all bytes of the file.
+    """The lines of a file that are not blank, with their numbers; `seen` is called with all bytes of the file.
 
-    Of a line that is longer than `longest` bytes only the beginning comes, which is longer too.
+    Of a line longer than `longest` bytes, only the first `longest` + 1 are yielded, so it is still seen to be too long.
     """
     number = 0
     while data := file.readline(longest + 1):
@@ -85,7 +85,7 @@ def custom_id_of(data: bytes) -> str | None:
 
 
 def parse_line(number: int, data: bytes, longest: int, profile: str | None) -> Line | BadLine:
-    """A line as a request; `profile` is that of a body which names none, None to leave it out."""
+    """A line as a request; a body that names no profile gets `profile`, unless that is None."""
     if len(data) > longest:
         return BadLine(number, None, f"longer than {longest} bytes; raise [server] max_body_mb")
     try:
@@ -106,7 +106,7 @@ def parse_line(number: int, data: bytes, longest: int, profile: str | None) -> L
 
 
 def _request(url: str, raw: msgspec.Raw, body: dict[str, Any], profile: str | None) -> bytes:
-    """What is sent. JSON goes as it came, so that the server sees, for example, how its numbers are written."""
+    """The body to be sent. JSON stays as it is, so that the server sees, for example, how numbers are written."""
     if profile is not None and body.get("profile") is None:
         if url != GENERATE and body and "profile" not in body:
             start = bytes(raw).lstrip()

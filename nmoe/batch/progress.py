@@ -7,11 +7,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _log = logging.getLogger("nmoe.batch")
-_LINE_S = 30.0  # between two lines where there is no terminal
+_LINE_S = 30.0  # between two lines if there is no terminal
 
 
 class Tally:
-    """Counts of lines and tokens: those of earlier runs, and this one's."""
+    """Counts of lines, with those of earlier runs, and of this run's tokens."""
 
     def __init__(self, num_lines: int, done: int, errors: int) -> None:
         self.num_lines = num_lines
@@ -35,7 +35,7 @@ class Tally:
         return self.tokens / max(self.seconds, 1e-9)
 
     def add(self, *, ok: bool, tokens: int) -> None:
-        """One more line is finished."""
+        """Count one more finished line."""
         self.done += 1
         self.errors += not ok
         self.tokens += tokens

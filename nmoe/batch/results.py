@@ -1,7 +1,7 @@
-"""Finished requests, written so that an interruption at any moment loses and doubles none (nmoe/batch/folder.py).
+"""Finished requests, written so that no interruption loses or duplicates any (see nmoe/batch/folder.py).
 
-All of it runs in one thread, in the order in which requests finish. Lines without tensors are written at once; the
-others wait for their shard, which is complete when it is large or old enough.
+Everything here runs in one thread, in the order in which requests finish. Lines without tensors are written at once;
+the others wait for their shard, which is complete when it is large or old enough.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from nmoe.batch.folder import INDEX, OUTPUT, Finished, output_id
 from nmoe.batch.shards import MAX_BYTES, Shard, Stored
 from nmoe.one_line import on_one_line
 
-_MAX_AGE_S = 60.0  # of a shard: what an interruption costs at most is computed again
+_MAX_AGE_S = 60.0  # of a shard; after an interruption, the requests in an incomplete one are computed again
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,11 +33,11 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def ok(self) -> bool:
-        """Whether it is what was asked for."""
+        """Whether the request was answered without an error."""
         return self.error is None and self.status == 200
 
     def line(self, shard: str = "") -> bytes:
-        """OpenAI's output line."""
+        """The output line, in OpenAI's batch format."""
         name = output_id(self.number)
         body = {**self.body, "shard": shard} if isinstance(self.body, dict) and shard else self.body
         response = {"status_code": self.status, "request_id": name, "body": body}
@@ -51,7 +51,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Results:
-    """The files of a batch that runs."""
+    """The files of a running batch."""
 
     def __init__(self, folder: pathlib.Path, finished: Finished, max_shard_bytes: int = MAX_BYTES) -> None:
         self._folder = folder
@@ -61,11 +61,11 @@ class Results:
         self._index = os.open(folder / INDEX, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         self._shard: Shard | None = None
         self._shard_begun = 0.0
-        self._broken = False  # or something is being written
-        self._waiting: list[Result] = []  # for the shard's end
+        self._broken = False  # a write has failed, or is in progress
+        self._waiting: list[Result] = []  # for the shard to be completed
 
     def add(self, result: Result) -> None:
-        """Write a result. Raises OSError if that fails; after that, every call does."""
+        """Write a result. Raises OSError if that fails, and in every later call."""
         with self._intact():
             if result.tensors:
                 self._add_tensors(result)
@@ -74,7 +74,7 @@ class Results:
 
     @contextlib.contextmanager
     def _intact(self) -> Iterator[None]:
-        """What fails may have been written in part, and only what lies at the files' ends is cut off later."""
+        """Refuse to write after a failed write, which may be there in part: `recover` cuts off only the files' ends."""
         if self._broken:
             raise OSError("an earlier result could not be written")
         self._broken = True

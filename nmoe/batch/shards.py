@@ -1,8 +1,9 @@
-"""Tensors of many requests in safetensors files of bounded size, each of which appears at once and complete.
+"""Tensors of many requests in safetensors files of bounded size, each of which appears only once it is complete.
 
-A shard grows in files of no name, of which an interruption leaves nothing behind. Its header is known last and comes
-first, so all is copied once when it is complete. Tensors lie end to end: those of small items come last, so that all
-others are aligned. Source: the format's description in the safetensors repository.
+A shard grows in unnamed files, of which an interruption leaves nothing behind. Its header comes first in the file but
+is known last, so everything is copied once when the shard is complete. Tensors are concatenated: those with items of
+less than 4 bytes come last, so that all others are aligned. Source: the format's description in the safetensors
+repository.
 """
 
 import os
@@ -19,11 +20,11 @@ from nmoe.native import ITEM_BYTES, ItemType
 
 NAME = re.compile(r"tensors-(\d{5,})\.safetensors")
 TEMPORARY = ".part"
-MAX_BYTES = 256 << 20  # a shard that has so many is complete
-_MAX_HEADER_BYTES = 16 << 20  # the same; whoever opens the file parses all of it
-_ENTRY_BYTES = 100  # of a tensor in the header beside its name, about
+MAX_BYTES = 256 << 20  # a shard with this many is complete
+_MAX_HEADER_BYTES = 16 << 20  # likewise; whoever opens the file parses the whole header
+_ENTRY_BYTES = 100  # of a tensor in the header besides its name, roughly
 _ALIGNMENT = 8
-_TAIL_BYTES = 16 << 20  # of small items that wait in memory
+_TAIL_BYTES = 16 << 20  # of tensors with small items, which wait in memory; more go to a file
 _CHUNK = 1 << 20
 _LENGTH = struct.Struct("<Q")
 _DTYPES: dict[ItemType, str] = {"int32": "I32", "float32": "F32", "uint8": "U8", "uint16": "U16"}
@@ -63,7 +64,7 @@ class Shard:
         self._tail = tempfile.SpooledTemporaryFile(_TAIL_BYTES, dir=str(folder))  # noqa: SIM115
         self._entries: dict[str, tuple[Stored, int]] = {}  # key -> tensor, offset in the body or in the tail
         self._body_bytes = self._tail_bytes = 0
-        self._header_bytes = 0  # about
+        self._header_bytes = 0  # an estimate
 
     @property
     def num_bytes(self) -> int:
@@ -72,11 +73,11 @@ class Shard:
 
     @property
     def is_full(self) -> bool:
-        """Whether it is time to finish it."""
+        """Whether the shard should be finished now."""
         return self.num_bytes >= self._max_bytes or self._header_bytes >= _MAX_HEADER_BYTES
 
     def has_room(self, tensors: list[Stored]) -> bool:
-        """Whether these still belong here; an empty shard takes them however large they are."""
+        """Whether these tensors still fit; an empty shard takes tensors of any size."""
         return not self._entries or self.num_bytes + sum(map(_size, tensors)) <= self._max_bytes
 
     def add(self, tensors: list[Stored]) -> None:
@@ -97,7 +98,7 @@ class Shard:
         return size
 
     def finish(self) -> None:
-        """Give it a name, complete; the file outlasts a loss of power."""
+        """Write the complete shard to a file with its name; the file survives a loss of power."""
         header = msgspec.json.encode({key: self._describe(*entry) for key, entry in self._entries.items()})
         header += b" " * (-len(header) % _ALIGNMENT)
         temporary = self._folder / (self.name + TEMPORARY)

@@ -1,5 +1,5 @@
-"""One pass over a batch's input before anything is computed: which file it is, how many requests it has, and whether
-every custom_id names one request only. Of each line no more than a number is kept.
+"""One pass over a batch's input before anything is computed: its hash, its number of requests, and whether every
+custom_id names only one request. Of each line, only a hash of the custom_id is kept in memory.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ class Survey(msgspec.Struct, frozen=True):
     sha256: str
     num_bytes: int
     num_lines: int  # that are not blank
-    last_line: int  # its number
+    last_line: int  # the number of the last line that is not blank
 
 
 def survey(path: pathlib.Path, longest: int) -> Survey:

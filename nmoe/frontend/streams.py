@@ -1,14 +1,14 @@
-"""Every request that the scheduler has, by uid: ids come in, text and ids go out.
+"""Every request of this frontend that the scheduler has, by uid: token ids come in, text and ids go out.
 
-Invariants: a stream ends exactly once, whatever comes first of its terminal message, a failure and the client's
-leaving; what arrives for it later is dropped. A uid stays here until the scheduler is done with it, so closing a stream
-knows whether there is something to abort.
+Invariants: a stream ends exactly once, by whichever comes first: its terminal message, a failure, or the client's
+leaving. What arrives for it later is dropped. A uid stays here until the scheduler is done with it, so `Streams.close`
+knows whether there is anything to abort.
 
-What the scheduler must hear about a request it has (that it may stop, which cells are free) waits here while its link
-is full: a lost Release would cost a cell for as long as this process lives.
+Messages about a request that the scheduler has (that it may stop, or which cells are free) wait here while the link is
+full: a lost Release would cost a cell for as long as this process lives.
 
-A token's path is short, because there are many: `Streams.deliver` runs in the link's reader, feeds each
-stream, and calls the stream's `on_tokens`, which writes to the client's transport. No task wakes up.
+A token's path is short, because there are many tokens: `Streams.deliver` runs in the link's reader, feeds each stream,
+and calls the stream's `on_tokens`, which writes to the client's transport. No task wakes up.
 """
 
 import array
@@ -46,8 +46,8 @@ class Stream:
         min_tokens: int = 0,
         silent_ids: frozenset[int] = frozenset(),
     ) -> None:
-        """`min_tokens`: a stop string ends after so many, wherever it begins; `silent_ids` have no text: they end the
-        request."""
+        """A stop string counts only if it ends after the first `min_tokens` tokens, wherever it begins. `silent_ids`
+        have no text: they end the request."""
         loop = asyncio.get_running_loop()
         self.uid = uid
         self.num_siblings = 1
@@ -55,7 +55,7 @@ class Stream:
         self.started: asyncio.Future[None] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
         self.on_tokens: Callable[[], None] | None = None
-        self.on_outputs: Callable[[], None] | None = None  # after `on_tokens`, also for steps without a token
+        self.on_outputs: Callable[[], None] | None = None  # called after `on_tokens`, also for steps without a token
         self.outputs: Outputs | None = None  # None if the request wants only tokens
         self.reason: Reason | None = None
         self.error: RequestError | None = None
@@ -177,7 +177,7 @@ class Streams:
         return range(first, first + count)
 
     def submit(self, streams: Sequence[Stream], submit: Submit) -> None:
-        """Hand a request to the scheduler; a stream for each sibling. Whoever calls this closes them, however they
+        """Hand a request to the scheduler, with a stream for each sibling. The caller must close them, however they
         end."""
         self.catch_up()
         self._send(submit)
@@ -191,7 +191,7 @@ class Streams:
                 stream.outputs = Outputs(others if place else submit.returns, len(submit.prompt) // 4)
 
     def close(self, stream: Stream) -> None:
-        """The stream has no reader any more: if the scheduler still computes for it, abort it."""
+        """The stream has no reader any more: abort its request if the scheduler still computes for it."""
         stream.on_tokens = stream.on_outputs = None
         if stream.outputs is not None:
             self.release(stream.outputs.take_cells())
@@ -205,7 +205,7 @@ class Streams:
         tokens = memoryview(message.tokens).cast("i").tolist()
         with_outputs = self._add_outputs(uids, message) if message.block_sizes is not None else ()
         stopped: list[Stream] = []
-        gaps: dict[float, int] = {}  # seconds between two tokens -> how often: nearly all rows of a step have the same
+        gaps: dict[float, int] = {}  # seconds between two tokens -> how often; the same for nearly all rows of a step
         for uid, mine in zip(uids, _split(tokens, message.counts), strict=True):
             stream = self._live.get(uid)
             if stream is None or stream.stopped or stream.reason is not None or not mine:
@@ -232,7 +232,7 @@ class Streams:
             self._tell(Release(self._generation, array.array("i", cells).tobytes()))
 
     def _add_outputs(self, uids: list[int], message: Tokens) -> list[Stream]:
-        """Hand each stream its block before its tokens come; those that got one. What nobody reads is released."""
+        """Hand each stream its block before its tokens. Returns the streams that got one; releases unread cells."""
         assert message.block_sizes is not None
         sizes = memoryview(message.block_sizes).cast("i").tolist()
         blocks, start = memoryview(message.blocks), 0
@@ -255,7 +255,7 @@ class Streams:
         return streams
 
     def _show_outputs(self, stream: Stream) -> None:
-        """Notify the stream's reader, once its tokens are there too."""
+        """Notify the stream's reader of new outputs, once the tokens are there too."""
         if stream.outputs is not None and stream.stopped:
             self.release(stream.outputs.end(stream.num_tokens))
         if stream.on_outputs is None:
@@ -267,7 +267,7 @@ class Streams:
             stream.fail(_shown(error))
 
     def reject(self, message: Rejected) -> None:
-        """The scheduler did not accept a request, nor its siblings."""
+        """The scheduler accepted neither a request nor its siblings."""
         first = self._live.get(message.uid)
         for uid in range(message.uid, message.uid + (first.num_siblings if first is not None else 0)):
             if (stream := self._live.pop(uid, None)) is not None:
@@ -279,7 +279,7 @@ class Streams:
         self._untold.clear()
         for stream in streams.values():
             if stream.outputs is not None:
-                stream.outputs.take_cells()  # its next life hands these out again
+                stream.outputs.take_cells()  # not released: the scheduler's next life hands these out again
             stream.fail(error)
 
     def _tell(self, message: Abort | Finish | Release) -> None:
@@ -290,7 +290,7 @@ class Streams:
             _log.warning("the scheduler takes no messages: what it must hear waits")
 
     def catch_up(self) -> None:
-        """Send what waits for the scheduler, as far as it takes messages again."""
+        """Send what waits for the scheduler, as long as it takes messages."""
         while self._untold:
             try:
                 self._send(self._untold[0])
