@@ -229,6 +229,15 @@ def test_special_tokens_may_lie_in_a_file_of_their_own(tmp_path):
     assert template_of(tmp_path, source, **newer).render(Conversation([say("user", "a")])) == "<b><e><pad><i>"
 
 
+def test_a_template_has_every_special_token(tmp_path):
+    """Those that each tokenizer may have, and a model's own, whose names end in _token; flags end so too."""
+    names = ("bos", "eos", "unk", "sep", "pad", "cls", "mask", "image")
+    source = "".join(f"{{{{ {name}_token }}}}" for name in (*names, "add_bos"))
+    tokens = {f"{name}_token": f"<{name}>" for name in names} | {"add_bos_token": True}
+    shown = template_of(tmp_path, source, **tokens).render(Conversation([say("user", "a")]))
+    assert shown == "<bos><eos><unk><sep><pad><cls><mask><image>"
+
+
 def test_template_of_its_own_file_comes_first(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("file {{ messages[0].content }}")
     assert template_of(tmp_path, "config").render(Conversation([say("user", "a")])) == "file a"

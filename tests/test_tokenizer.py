@@ -1,5 +1,7 @@
 """Incremental detokenizing against whole-text decoding, stop strings against brute force, and what is refused."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,6 +10,7 @@ from tokenizers import Tokenizer as Library
 
 from nmoe.errors import CheckpointError, RequestError
 from nmoe.frontend.prompt import _beginnings
+from nmoe.frontend.special_tokens import added_bos
 from nmoe.frontend.stops import StopFinder
 from nmoe.frontend.tokenizer import Tokenizer
 from tests.scripted import BOS, TOKENIZER, ids_of
@@ -143,6 +146,48 @@ def test_a_token_begins_where_the_one_before_ended(tmp_path):
 def test_special_tokens_are_added_when_asked_for(byte_tokenizer):
     assert byte_tokenizer.encode("hi", add_special_tokens=True).ids == [BOS, *ids_of("hi")]
     assert byte_tokenizer.encode("<eos>hi", add_special_tokens=False).ids == [1, *ids_of("hi")]
+
+
+@pytest.mark.parametrize("own", ["none", "offsets", "bos", "eos"])
+def test_a_bos_of_ones_own_begins_a_text_once(tmp_path, own):
+    library = byte_level()
+    bos, eos = map(library.token_to_id, SPECIALS)
+    names = [("<s>", bos), ("</s>", eos)]
+    library.post_processor = {
+        "none": None,
+        "offsets": processors.ByteLevel(trim_offsets=False),
+        "bos": processors.TemplateProcessing("<s> $A", special_tokens=names),
+        "eos": processors.TemplateProcessing("$A </s>", special_tokens=names),
+    }[own]
+    tokenizer = Tokenizer(save(library, tmp_path), bos="<s>")
+    bare = tokenizer.encode("hi é", add_special_tokens=False)
+    encoding = tokenizer.encode("hi é", add_special_tokens=True)
+    assert encoding.ids == [bos, *bare.ids] and _beginnings(encoding) == [0, *_beginnings(bare)]
+    assert tokenizer.encode("", add_special_tokens=True).ids == [bos]
+
+
+def test_a_bos_that_is_no_token_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no token '<b>', .*add_bos_token"):
+        Tokenizer(save(byte_level(), tmp_path), bos="<b>")
+
+
+@pytest.mark.parametrize(
+    ("settings", "bos"),
+    [
+        ({"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True}, "<s>"),  # as DeepSeek-V3's
+        ({"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}, "<s>"),
+        ({"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "bos_token": None}, None),
+        ({"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": False}, None),
+        ({"tokenizer_class": "LlamaTokenizerFast"}, None),
+        ({"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True}, None),
+        ({"add_bos_token": True}, None),
+    ],
+)
+def test_where_tokenizer_config_json_adds_bos(tmp_path, settings, bos):
+    assert added_bos(tmp_path) is None
+    named = {"bos_token": {"__type": "AddedToken", "content": "<s>", "lstrip": False}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named | settings))
+    assert added_bos(tmp_path) == bos
 
 
 def test_truncation_in_the_file_is_ignored(tmp_path):

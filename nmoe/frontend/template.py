@@ -18,9 +18,9 @@ import jinja2.parser
 import jinja2.sandbox
 import msgspec
 
-from nmoe.config_json import read_json
 from nmoe.errors import CheckpointError, RequestError
 from nmoe.frontend.schema import ChatMessage, Conversation
+from nmoe.frontend.special_tokens import CONFIG, read_tokenizer_config, special_tokens
 
 
 class _Named(msgspec.Struct):
@@ -28,12 +28,6 @@ class _Named(msgspec.Struct):
 
     name: str
     template: str
-
-
-class _AddedToken(msgspec.Struct):
-    """A token written as an object with fields."""
-
-    content: str
 
 
 class _GenerationBlocks(jinja2.ext.Extension):
@@ -111,14 +105,13 @@ def load_template(folder: pathlib.Path) -> ChatTemplate | None:
 
     Raises CheckpointError if it has one that cannot be used.
     """
-    config_file, template_file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    config = read_json(config_file) if config_file.exists() else {}
-    where = template_file if template_file.exists() else config_file
+    config, template_file = read_tokenizer_config(folder), folder / "chat_template.jinja"
+    where = template_file if template_file.exists() else folder / CONFIG
     try:
         source = where.read_text(encoding="utf-8") if where == template_file else _default(where, config)
         if source is None:
             return None
-        return ChatTemplate(source, _special_tokens(folder, config))
+        return ChatTemplate(source, special_tokens(folder, config))
     except jinja2.TemplateSyntaxError as error:
         raise CheckpointError(
             f"{where}: the chat template is not valid: line {error.lineno}: {error}; copy it again from the original"
@@ -139,29 +132,6 @@ def _default(where: pathlib.Path, config: dict[str, Any]) -> str | None:
     if isinstance(source, list):
         return {entry.name: entry.template for entry in source}.get("default")
     return source
-
-
-def _special_tokens(folder: pathlib.Path, config: dict[str, Any]) -> dict[str, str]:
-    """bos_token and the like, written as a string or as an added token's fields; older checkpoints have them in a file
-    of their own, and a model's own ones have their names in `extra_special_tokens`."""
-    map_file = folder / "special_tokens_map.json"
-    older = read_json(map_file) if map_file.exists() else {}
-    extra = config.get("extra_special_tokens")
-    extra = extra if isinstance(extra, dict) else {}
-    given = older | {name: token for name, token in config.items() if token is not None} | extra
-    names = ("bos_token", "eos_token", "unk_token", "pad_token", *extra)
-    try:
-        found = {name: msgspec.convert(given.get(name), str | _AddedToken | None) for name in names}
-    except msgspec.ValidationError as error:
-        raise CheckpointError(
-            f"{folder}: a special token of tokenizer_config.json or special_tokens_map.json is neither a text nor an"
-            f" object with its content ({error}); copy both again from the original"
-        ) from None
-    return {
-        name: token.content if isinstance(token, _AddedToken) else token
-        for name, token in found.items()
-        if token is not None
-    }
 
 
 def _tojson(

@@ -8,6 +8,7 @@ import pathlib
 from typing import Any
 
 import tokenizers
+from tokenizers import processors
 
 from nmoe.errors import CheckpointError
 from nmoe.frontend import library
@@ -22,12 +23,13 @@ from nmoe.frontend.detokenizer import (
 
 
 class Tokenizer:
-    """A tokenizer.json. `eos_ids`: these ids, like special tokens, are never shown.
+    """A tokenizer.json. `eos_ids`: these ids, like special tokens, are never shown. `bos`: begins every text, even if
+    the file's post-processor adds none.
 
     Raises CheckpointError if the tokenizers library cannot read the file.
     """
 
-    def __init__(self, file: pathlib.Path, eos_ids: tuple[int, ...] = ()) -> None:
+    def __init__(self, file: pathlib.Path, eos_ids: tuple[int, ...] = (), bos: str | None = None) -> None:
         try:
             text = file.read_text(encoding="utf-8")
             tokenizer = library.load(text)
@@ -38,6 +40,8 @@ class Tokenizer:
             ) from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        if bos is not None:
+            _begin_with(tokenizer, bos, file)
         self._tokenizer = tokenizer
         special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
         self._hidden = frozenset(special | set(eos_ids))
@@ -50,8 +54,8 @@ class Tokenizer:
         self._token_bytes: dict[int, bytes] = {}
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tokenizers.Encoding:
-        """The encoding of `text`, whose `ids` are made when they are asked for; with `add_special_tokens` also what the
-        file's post-processor puts around it (BOS)."""
+        """The encoding of `text`, whose `ids` are made when they are asked for; with `add_special_tokens` also what
+        belongs around it (BOS)."""
         return library.encode(self._tokenizer, text, add_special_tokens=add_special_tokens)
 
     def least_tokens(self, text: str) -> int:
@@ -94,6 +98,20 @@ class Tokenizer:
         if self._pieces is not None:
             return ByteLevelDetokenizer(self._pieces)
         return WindowDetokenizer(self._tokenizer, self._hidden)
+
+
+def _begin_with(tokenizer: tokenizers.Tokenizer, bos: str, file: pathlib.Path) -> None:
+    """Let `bos` begin every text, once. What the file itself would put around a text without it is replaced, as in
+    transformers 4 (tokenization_llama_fast.py, `update_post_processor`)."""
+    token = tokenizer.token_to_id(bos)
+    if token is None:
+        raise CheckpointError(
+            f"{file}: has no token {bos!r}, which tokenizer_config.json names as bos_token and adds before every text"
+            " (add_bos_token); both files must come from the same model"
+        )
+    if library.encode(tokenizer, "", add_special_tokens=True).ids[:1] == [token]:
+        return
+    tokenizer.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, token)])
 
 
 def _is_byte_level(file: pathlib.Path, document: dict[str, Any]) -> bool:
