@@ -76,7 +76,7 @@ class Architecture(msgspec.Struct, frozen=True):
     rope: Rope
     tie_word_embeddings: bool
     max_position_embeddings: int
-    dtype: Dtype
+    dtype: Dtype | None  # None: config.json does not say
     quant_block: tuple[int, int] | None  # rows and columns of an FP8 weight that share a scale; None: no FP8
     num_mtp_layers: int  # MTP layers that a checkpoint may have after the last layer
     eos_token_ids: tuple[int, ...]
@@ -172,4 +172,5 @@ def _moe_tensors(a: Architecture, prefix: str) -> Iterator[tuple[str, tuple[int,
     yield f"{prefix}.gate.e_score_correction_bias", (a.num_experts,)
     for expert in range(a.num_experts):
         yield from _mlp_tensors(f"{prefix}.experts.{expert}", a.hidden_size, a.moe_intermediate_size)
-    yield from _mlp_tensors(f"{prefix}.shared_experts", a.hidden_size, a.moe_intermediate_size * a.num_shared_experts)
+    if shared := a.moe_intermediate_size * a.num_shared_experts:
+        yield from _mlp_tensors(f"{prefix}.shared_experts", a.hidden_size, shared)

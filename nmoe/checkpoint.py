@@ -28,12 +28,16 @@ SCALE_SUFFIX = "_scale_inv"
 _FP8 = "F8_E4M3"
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, _FP8: 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 _WEIGHT_DTYPES = ("F32", "BF16", "F16", _FP8)
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _SCALE_DTYPES = ("F32", "BF16", "F16")
 _MAX_HEADER_BYTES = 100_000_000
 _HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
 # The layers' weights that are quantised in an FP8 checkpoint; on a GPU they stay quantised.
 _QUANTISED = re.compile(r".*\.(q|q_a|q_b|o|gate|up|down)_proj\.weight|.*\.kv_a_proj_with_mqa\.weight")
 _HARMLESS = re.compile(r".*\.rotary_emb\.inv_freq")
+_MTP_PROJECTION = re.compile(r"model\.layers\.(\d+)\.eh_proj\.weight")  # only MTP layers have it
+_FUSED_EXPERTS = ".mlp.experts.gate_up_proj"
 _FEWEST_TOKENS = 2  # prompt and answer together
 _SHOWN = 3  # how many names of a list an error message spells out
 _MOST_SHOWN = 200  # characters of each
@@ -83,19 +87,26 @@ def open_checkpoint(config: Config) -> Checkpoint:
         tensors, architecture = _checked_tensors(path, architecture)
         if config.parallel.device == "cuda" and architecture.quant_block:
             _check_all_quantised(tensors)
-    return Checkpoint(
-        path, architecture, tensors, _compute_dtype(config, architecture), _max_seq_len(config, architecture)
-    )
+    dtype = _compute_dtype(config, architecture, tensors)
+    return Checkpoint(path, architecture, tensors, dtype, _max_seq_len(config, architecture))
 
 
-def _compute_dtype(config: Config, architecture: Architecture) -> str:
-    dtype = architecture.dtype if config.model.dtype == "auto" else config.model.dtype
+def _compute_dtype(config: Config, architecture: Architecture, tensors: dict[str, TensorInfo]) -> str:
+    dtype: str = config.model.dtype
+    if dtype == "auto":
+        dtype = architecture.dtype or _stored_dtype(tensors)
     if dtype == "float16":
         raise CheckpointError(
             f"{config_file(config.model.path)}: the model is float16, which is not computed in;"
             " set [model] dtype = 'bfloat16'"
         )
     return dtype
+
+
+def _stored_dtype(tensors: dict[str, TensorInfo]) -> str:
+    """The dtype of the weights, for a config.json that names none: that of the embedding, which is never quantised."""
+    embedding = tensors.get(_EMBEDDING)
+    return _DTYPES.get(embedding.dtype, "float32") if embedding else "float32"
 
 
 def _max_seq_len(config: Config, architecture: Architecture) -> int:
@@ -131,6 +142,7 @@ def _checked_tensors(folder: pathlib.Path, architecture: Architecture) -> tuple[
     tensors = _drop_unused(folder, architecture, found)
     missing = [name for name in wanted if name not in tensors]
     if missing:
+        _refuse_fused_experts(folder, found)
         raise CheckpointError(
             f"{folder}: {_listed(missing)} not in the checkpoint, though config.json asks for it;"
             " config.json and the shards must come from the same model"
@@ -146,6 +158,15 @@ def _checked_tensors(folder: pathlib.Path, architecture: Architecture) -> tuple[
     return tensors, architecture
 
 
+def _refuse_fused_experts(folder: pathlib.Path, found: dict[str, TensorInfo]) -> None:
+    for name in found:
+        if name.endswith(_FUSED_EXPERTS):
+            raise CheckpointError(
+                f"{folder}: {name} holds the experts of a whole layer, but each expert's own tensors are needed; load"
+                " the model with transformers and save it by save_pretrained with save_original_format = True"
+            )
+
+
 def _listed(names: list[str]) -> str:
     more = (
         f" and {len(names) - _SHOWN} more tensors are" if len(names) > _SHOWN else " is" if len(names) == 1 else " are"
@@ -159,7 +180,7 @@ def _is_scale(name: str, wanted: dict[str, tuple[int, ...]]) -> bool:
 
 def _drop_unused(folder: pathlib.Path, a: Architecture, found: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors, without MTP layers and without those that transformers also ignores."""
-    mtp = tuple(f"model.layers.{a.num_layers + index}." for index in range(a.num_mtp_layers))
+    mtp = tuple(f"model.layers.{layer}." for layer in sorted(_mtp_layers(a, found)))
     skipped = [name for name in found if name.startswith(mtp)] if mtp else []
     if skipped:
         log.info(
@@ -169,7 +190,17 @@ def _drop_unused(folder: pathlib.Path, a: Architecture, found: dict[str, TensorI
             len(skipped),
         )
     ignored = {*skipped, *(name for name in found if _HARMLESS.fullmatch(name))}
+    if not a.num_shared_experts:  # transformers writes them, without elements
+        ignored |= {name for name, info in found.items() if ".mlp.shared_experts." in name and 0 in info.shape}
     return {name: info for name, info in found.items() if name not in ignored}
+
+
+def _mtp_layers(a: Architecture, found: dict[str, TensorInfo]) -> set[int]:
+    """The MTP layers after the last layer: those that config.json counts, and any that show what they are (some
+    config.json count none so that other engines skip them)."""
+    shown = {int(match[1]) for match in map(_MTP_PROJECTION.fullmatch, found) if match}
+    counted = range(a.num_layers, a.num_layers + a.num_mtp_layers)
+    return {*counted, *(layer for layer in shown if layer >= a.num_layers)}
 
 
 def _check_tensor(
@@ -232,15 +263,17 @@ class _Entry(msgspec.Struct):
 
 
 def _read_tensors(folder: pathlib.Path) -> dict[str, TensorInfo]:
-    """Every tensor in the folder, taken from the index if there is one."""
-    if not (folder / INDEX).exists():
-        if (folder / SINGLE).is_file():
-            return _read_header(folder / SINGLE)
+    """Every tensor of the checkpoint: of the single file, or else of the shards that the index names."""
+    has_single, has_index = (folder / SINGLE).is_file(), (folder / INDEX).exists()
+    if not has_single and not has_index:
         raise CheckpointError(f"{folder}: {_no_weights(folder)}")
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{folder / INDEX}: has no 'weight_map' from tensor to file; copy it again")
+    if not has_index:
+        return _read_header(folder / SINGLE)
+    weight_map = _weight_map(folder / INDEX)
     shards = sorted(set(weight_map.values()))
+    if has_single and SINGLE not in shards:
+        log.warning("%s: has both %s and %s; as in transformers, the first is used", folder, SINGLE, INDEX)
+        return _read_header(folder / SINGLE)
     absent = [shard for shard in shards if not _is_file(folder / shard)]
     if absent:
         shown = [shard if shard.isprintable() else ascii(shard) for shard in absent[:_SHOWN]]
@@ -254,6 +287,14 @@ def _read_tensors(folder: pathlib.Path) -> dict[str, TensorInfo]:
         if name not in held[shard]:
             raise CheckpointError(f"{folder / shard}: lacks {name}, which {INDEX} says it holds; download both again")
     return {name: held[shard][name] for name, shard in weight_map.items()}
+
+
+def _weight_map(index: pathlib.Path) -> dict[str, str]:
+    """The file of each tensor, by the index."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index}: has no 'weight_map' from tensor to file; copy it again")
+    return weight_map
 
 
 def _is_file(path: pathlib.Path) -> bool:

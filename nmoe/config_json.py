@@ -9,7 +9,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -37,10 +37,10 @@ class _Keys:
         except msgspec.ValidationError as error:
             raise self.fail(f"{key} = {self.document[key]!r}: {str(error)[0].lower()}{str(error)[1:]}") from None
 
-    def size(self, key: str, default: Any = ...) -> int:
+    def size(self, key: str, default: Any = ..., least: int = 1) -> int:
         value: int = self.get(key, int, default)
-        if value < 1:
-            raise self.fail(f"{key} = {value}: must be at least 1")
+        if value < least:
+            raise self.fail(f"{key} = {value}: must be at least {least}")
         return value
 
     def only(self, key: str, supported: Any, what: str) -> None:
@@ -104,9 +104,11 @@ def _quant_block(keys: _Keys) -> tuple[int, int] | None:
     return rows, columns
 
 
-def _dtype(keys: _Keys) -> Dtype:
-    dtype: Dtype | None = keys.get("dtype", Dtype | None, None) or keys.get("torch_dtype", Dtype | None, None)
-    return dtype or "float32"
+def _dtype(keys: _Keys) -> Dtype | None:
+    dtype = keys.get("dtype", str | None, None) or keys.get("torch_dtype", str | None, None)
+    if dtype is not None and dtype not in DTYPE_BYTES:
+        raise keys.fail(f"dtype = {dtype!r}: supported are " + ", ".join(map(repr, DTYPE_BYTES)))
+    return cast(Dtype | None, dtype)
 
 
 def _eos(keys: _Keys, default: int | None) -> tuple[int, ...]:
@@ -144,9 +146,6 @@ def _check_routing(keys: _Keys, a: Architecture) -> None:
 
 def _deepseek_v3(keys: _Keys) -> Architecture:
     _refuse_other_semantics(keys)
-    dtype = keys.get("dtype", str | None, None) or keys.get("torch_dtype", str | None, None) or "float32"
-    if dtype not in DTYPE_BYTES:
-        raise keys.fail(f"dtype = {dtype!r}: supported are " + ", ".join(map(repr, DTYPE_BYTES)))
     architecture = Architecture(
         model_type=keys.get("model_type", str),
         vocab_size=keys.size("vocab_size"),
@@ -162,7 +161,7 @@ def _deepseek_v3(keys: _Keys) -> Architecture:
         moe_intermediate_size=keys.size("moe_intermediate_size", 2048),
         num_experts=keys.size("n_routed_experts", 256),
         num_experts_per_tok=keys.size("num_experts_per_tok", 8),
-        num_shared_experts=keys.size("n_shared_experts", 1),
+        num_shared_experts=keys.size("n_shared_experts", 1, least=0),
         n_group=keys.size("n_group", 8),
         topk_group=keys.size("topk_group", 4),
         norm_topk_prob=keys.get("norm_topk_prob", bool | None, True) or False,
@@ -174,7 +173,7 @@ def _deepseek_v3(keys: _Keys) -> Architecture:
         max_position_embeddings=keys.size("max_position_embeddings", 4096),
         dtype=_dtype(keys),
         quant_block=_quant_block(keys),
-        num_mtp_layers=keys.get("num_nextn_predict_layers", int, 1),
+        num_mtp_layers=keys.get("num_nextn_predict_layers", int | None, 1) or 0,
         eos_token_ids=_eos(keys, 1),
     )
     _check_routing(keys, architecture)

@@ -44,6 +44,8 @@ def _sizes(a: Architecture) -> Iterator[str]:
     ):
         if value % multiple:
             yield f"{name} = {value}: must be a multiple of {multiple}"
+    if not a.num_shared_experts:
+        yield "n_shared_experts = 0: must be at least 1"
     if a.num_heads != 16 and a.num_heads % 64:
         yield f"num_attention_heads = {a.num_heads}: must be 16 or a multiple of 64"
     if a.n_group > 1 and (a.num_experts & (a.num_experts - 1) or a.n_group & (a.n_group - 1)):

@@ -9,6 +9,7 @@ import struct
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from nmoe.architecture import expected_tensors
 from nmoe.checkpoint import eos_ids, open_checkpoint, tokenizer_file
@@ -87,6 +88,16 @@ def test_a_whole_checkpoint_is_opened(single, sharded):
     )
     assert opened(sharded).tensors.keys() == checkpoint.tensors.keys()
     assert opened(single, dtype="bfloat16", max_seq_len=100).max_seq_len == 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weights_say_their_dtype_if_config_json_does_not(single, dtype):
+    edit(single, dtype=...)
+    save_shards(single, {name: tensor.to(dtype) for name, tensor in load_tensors(single).items()}, 1)
+    assert f"torch.{opened(single).dtype}" == str(dtype)
+    assert opened(single, weights="random").dtype == "float32"
+    edit(single, torch_dtype="bfloat16")
+    assert opened(single).dtype == opened(single, weights="random").dtype == "bfloat16"
 
 
 def test_memory_follows_from_the_architecture(single):
@@ -189,7 +200,7 @@ def test_absent_keys_take_the_defaults_of_transformers(single):
     edit(single, q_lora_rank=None, dtype=...)
     architecture = read_architecture(single)
     assert (architecture.rope.theta, architecture.rope.interleave, architecture.rope.yarn) == (10000.0, True, None)
-    assert architecture.q_lora_rank is None and architecture.norm_topk_prob and architecture.dtype == "float32"
+    assert architecture.q_lora_rank is None and architecture.norm_topk_prob and architecture.dtype is None
 
 
 def test_experts_must_divide_among_the_workers(originals, single):
@@ -316,6 +327,30 @@ def test_a_tensor_has_another_shape(single):
 def test_a_tensor_has_another_type(single):
     change_tensors(single, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64, dtype=torch.int32)}))
     refused(single, "model.norm.weight is I32", "convert it to one of F32")
+
+
+def test_the_experts_of_a_layer_are_one_tensor(single):
+    """As transformers writes them with save_original_format = False."""
+
+    def fuse(tensors):
+        experts = [name for name in tensors if ".experts." in name]
+        names = dict.fromkeys(name.partition(".experts.")[0] + ".experts.gate_up_proj" for name in experts)
+        for name in experts:
+            del tensors[name]
+        tensors.update({name: torch.zeros(8, 64, 64) for name in names})
+
+    change_tensors(single, fuse)
+    refused(single, "model.layers.1.mlp.experts.gate_up_proj holds the experts", "save_original_format = True")
+
+
+def test_a_file_that_the_index_names_beside_others_is_not_the_whole(single):
+    tensors = load_tensors(single)
+    head = {"lm_head.weight": tensors.pop("lm_head.weight")}
+    change_tensors(single, lambda held: held.pop("lm_head.weight"))
+    save_file(head, single / "head.safetensors")
+    files = dict.fromkeys(tensors, "model.safetensors") | dict.fromkeys(head, "head.safetensors")
+    (single / INDEX).write_text(json.dumps({"weight_map": files}))
+    assert len({info.file for info in opened(single).tensors.values()}) == 2
 
 
 def test_a_tensor_is_unknown(single):

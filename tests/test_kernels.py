@@ -135,6 +135,7 @@ def test_the_norm_keeps_its_input_type_and_scales_to_one():
         ({}, None),
         ({"q_lora_rank": None}, None),
         ({"num_heads": 48}, "num_attention_heads = 48"),
+        ({"num_shared_experts": 0}, "n_shared_experts = 0"),
         ({"kv_lora_rank": 96}, "kv_lora_rank = 96"),
         ({"qk_nope_head_dim": 512}, "qk_nope_head_dim = 512: must be a power of two from 32 to 256"),
         ({"intermediate_size": 1004}, "intermediate_size = 1004: must be a multiple of 8"),

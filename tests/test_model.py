@@ -32,6 +32,7 @@ VARIANTS = {
     "no dense layer": {"first_k_dense_replace": 0},
     "two dense layers": {"first_k_dense_replace": 2},
     "two shared experts": {"n_shared_experts": 2, "first_k_dense_replace": 2},
+    "no shared expert": {"n_shared_experts": 0},
     "one group": {"n_group": 1, "topk_group": 1},
     "one group of four": {"topk_group": 1, "num_experts_per_tok": 2},
     "weights not normalised": {"norm_topk_prob": False, "routed_scaling_factor": 0.7},
@@ -92,6 +93,7 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # transformers' of no shared expert
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_logits_are_those_of_transformers(variant, tmp_path):
     folder = make_checkpoint(tmp_path, **VARIANTS[variant])
@@ -180,6 +182,25 @@ def test_the_mtp_layer_is_skipped_with_a_line_in_the_log(tmp_path, caplog):
         with_mtp = ours(make_checkpoint(tmp_path / "mtp", mtp=True))
     assert "skipping the multi-token-prediction layer (model.layers.3" in caplog.text
     assert torch.equal(at_once(with_mtp, PROMPT), at_once(ours(make_checkpoint(tmp_path / "plain")), PROMPT))
+
+
+@pytest.mark.parametrize("count", [0, None])
+def test_an_mtp_layer_that_config_json_does_not_count_is_skipped(tmp_path, count):
+    folder = make_checkpoint(tmp_path, mtp=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": count}))
+    close(at_once(ours(folder), PROMPT), theirs(folder, PROMPT))
+
+
+def test_a_single_file_comes_before_an_index(tmp_path, caplog):
+    """As in transformers; here the shards are another model's, of which one is missing."""
+    folder = make_checkpoint(tmp_path)
+    other = {name: tensor * 1.5 for name, tensor in load_tensors(folder).items()}
+    save_shards(folder, other, 3)
+    close(at_once(ours(folder), PROMPT), theirs(folder, PROMPT))
+    assert "has both model.safetensors and model.safetensors.index.json" in caplog.text
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    ours(folder)
 
 
 def test_both_rope_spellings_read_the_same(tmp_path):

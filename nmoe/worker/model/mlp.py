@@ -65,8 +65,9 @@ class MoE:
             _fill_mlp(source, f"{prefix}.experts.{expert}", w_gate_up_GD, w_down_DF)
             put_expert(self._w_gate_up, slot, w_gate_up_GD, halves=True)
             put_expert(self._w_down, slot, w_down_DF, halves=False)
-        shared = a.num_shared_experts * inter
-        self._shared = DenseMLP(source, f"{prefix}.shared_experts", shared, like, fp8=fp8)
+        self._shared: DenseMLP | None = None
+        if shared := a.num_shared_experts * inter:
+            self._shared = DenseMLP(source, f"{prefix}.shared_experts", shared, like, fp8=fp8)
 
     def forward(self, inputs: Activations, ops: Ops) -> tuple[Any, torch.Tensor]:
         """The output, [T, D], or its terms where `add_rms_norm` takes them, and the experts chosen, [T, K]. Routed and
@@ -81,7 +82,7 @@ class MoE:
 
         combine = self._exchange.dispatch(experts, x_TD, routes)
         with self._exchange.beside():
-            shared_TD = self._shared.forward(inputs, ops)
+            shared_TD = torch.zeros_like(x_TD) if self._shared is None else self._shared.forward(inputs, ops)
         return ops.sum_experts(combine(), shared_TD), routes.ids_TK
 
 
