@@ -15,7 +15,7 @@ from nmoe.config_json import config_file
 from nmoe.errors import CheckpointError, RequestError
 from nmoe.frontend.openai import Call
 from nmoe.frontend.schema import Conversation
-from nmoe.frontend.special_tokens import added_bos
+from nmoe.frontend.special_tokens import added_bos, added_tokens
 from nmoe.frontend.template import ChatTemplate, load_template
 from nmoe.frontend.tokenizer import Tokenizer
 from nmoe.messages import Sampling, Submit, bias_fields
@@ -129,7 +129,7 @@ def load_prompts(config: Config, eos: tuple[int, ...], vocab_size: int) -> Promp
     folder = config_file(config.model.path).parent
     if config.model.weights == "random" and not (folder / "tokenizer.json").exists():
         return Prompts(None, None, vocab_size)
-    tokenizer = Tokenizer(tokenizer_file(config.model.path), eos, added_bos(folder))
+    tokenizer = Tokenizer(tokenizer_file(config.model.path), eos, added_bos(folder), added_tokens(folder))
     if tokenizer.largest_id >= vocab_size:
         raise CheckpointError(
             f"{folder}: tokenizer.json has token ids up to {tokenizer.largest_id}, but vocab_size = {vocab_size} in"

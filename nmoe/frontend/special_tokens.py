@@ -13,10 +13,15 @@ _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 _OBEY_ADD_BOS = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
-class _AddedToken(msgspec.Struct):
-    """A token written as an object with fields."""
+class AddedToken(msgspec.Struct, frozen=True):
+    """A token written as an object; the fields are the tokenizers library's."""
 
     content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool | None = None  # None: unless it is special
+    special: bool = False
 
 
 def read_tokenizer_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -36,17 +41,31 @@ def special_tokens(folder: pathlib.Path, config: dict[str, Any]) -> dict[str, st
     own = [name for name, token in given.items() if name.endswith("_token") and isinstance(token, str)]
     names = dict.fromkeys((*_NAMES, *own, *extra))
     try:
-        found = {name: msgspec.convert(given.get(name), str | _AddedToken | None) for name in names}
+        found = {name: msgspec.convert(given.get(name), str | AddedToken | None) for name in names}
     except msgspec.ValidationError as error:
         raise CheckpointError(
             f"{folder}: a special token of tokenizer_config.json or special_tokens_map.json is neither a text nor an"
             f" object with its content ({error}); copy both again from the original"
         ) from None
     return {
-        name: token.content if isinstance(token, _AddedToken) else token
+        name: token.content if isinstance(token, AddedToken) else token
         for name, token in found.items()
         if token is not None
     }
+
+
+def added_tokens(folder: pathlib.Path) -> dict[int, AddedToken]:
+    """The tokens that tokenizer_config.json adds to tokenizer.json's, by id; most checkpoints have the same in both.
+    Raises CheckpointError."""
+    given = read_tokenizer_config(folder).get("added_tokens_decoder")
+    try:
+        found = msgspec.convert(given or {}, dict[int, AddedToken], strict=False)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(
+            f"{folder / CONFIG}: added_tokens_decoder does not map ids to tokens ({error}); copy it again from the"
+            " original"
+        ) from None
+    return dict(sorted(found.items()))
 
 
 def added_bos(folder: pathlib.Path) -> str | None:

@@ -5,6 +5,8 @@
 
 import json
 import pathlib
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import tokenizers
@@ -20,16 +22,23 @@ from nmoe.frontend.detokenizer import (
     WindowDetokenizer,
     token_bytes,
 )
+from nmoe.frontend.special_tokens import AddedToken
 
 
 class Tokenizer:
     """A tokenizer.json. `eos_ids`: these ids, like special tokens, are never shown. `bos`: begins every text, even if
-    the file's post-processor adds none.
+    the file's post-processor adds none. `added`: tokens that the file may lack.
 
     Raises CheckpointError if the tokenizers library cannot read the file.
     """
 
-    def __init__(self, file: pathlib.Path, eos_ids: tuple[int, ...] = (), bos: str | None = None) -> None:
+    def __init__(
+        self,
+        file: pathlib.Path,
+        eos_ids: tuple[int, ...] = (),
+        bos: str | None = None,
+        added: Mapping[int, AddedToken] = types.MappingProxyType({}),
+    ) -> None:
         try:
             text = file.read_text(encoding="utf-8")
             tokenizer = library.load(text)
@@ -40,6 +49,7 @@ class Tokenizer:
             ) from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        _add_tokens(tokenizer, added, file)
         if bos is not None:
             _begin_with(tokenizer, bos, file)
         self._tokenizer = tokenizer
@@ -98,6 +108,26 @@ class Tokenizer:
         if self._pieces is not None:
             return ByteLevelDetokenizer(self._pieces)
         return WindowDetokenizer(self._tokenizer, self._hidden)
+
+
+def _add_tokens(tokenizer: tokenizers.Tokenizer, added: Mapping[int, AddedToken], file: pathlib.Path) -> None:
+    """Add the tokens that the file lacks or has with other fields, as transformers does (`tokens_to_add`), but only by
+    the ids that they should have."""
+    own = {token: repr(each) for token, each in tokenizer.get_added_tokens_decoder().items()}
+    wanted = {token: _library_token(each) for token, each in added.items()}
+    tokenizer.add_tokens([each for token, each in wanted.items() if own.get(token) != repr(each)])
+    for token, each in wanted.items():
+        if (found := tokenizer.token_to_id(each.content)) != token:
+            raise CheckpointError(
+                f"{file}: makes {each.content!r} token {found}, but added_tokens_decoder in tokenizer_config.json says"
+                f" {token}; both files must come from the same model"
+            )
+
+
+def _library_token(token: AddedToken) -> tokenizers.AddedToken:
+    normalized = not token.special if token.normalized is None else token.normalized
+    fields = {"single_word": token.single_word, "lstrip": token.lstrip, "rstrip": token.rstrip}
+    return tokenizers.AddedToken(token.content, special=token.special, normalized=normalized, **fields)
 
 
 def _begin_with(tokenizer: tokenizers.Tokenizer, bos: str, file: pathlib.Path) -> None:
