@@ -397,7 +397,7 @@ def tokenizer_file(path: str | pathlib.Path) -> pathlib.Path:
         if found := sorted(folder.glob(pattern)):
             raise CheckpointError(
                 f"{folder}: has {found[0].name} ({kind}), but a tokenizer.json is needed; make one with"
-                f' python -c "from transformers import AutoTokenizer as T;'
-                f' T.from_pretrained({str(folder)!r}, use_fast=True).save_pretrained({str(folder)!r})"'
+                f' python -c "from transformers import AutoTokenizer as T;'  # no "; ", which precedes a remedy
+                f'T.from_pretrained({str(folder)!r}, use_fast=True).save_pretrained({str(folder)!r})"'
             )
     raise CheckpointError(f"{folder}: has no tokenizer.json; copy it from the model's original repository")

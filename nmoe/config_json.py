@@ -98,6 +98,11 @@ def _quant_block(keys: _Keys) -> tuple[int, int] | None:
     method = inner.get("quant_method", str)
     if method != "fp8":
         raise inner.fail(f"quant_method {method!r} is not supported; supported is 'fp8' with block scales")
+    if quantization.get("weight_block_size") is None:
+        raise inner.fail(
+            "key 'weight_block_size' is missing: FP8 is supported with block scales only; take config.json from the"
+            " model's original repository if it has them there, or quantise the weights in blocks"
+        )
     rows, columns = inner.get("weight_block_size", tuple[int, int])
     if rows < 1 or columns < 1:
         raise inner.fail(f"weight_block_size = {[rows, columns]}: must be positive")

@@ -186,7 +186,11 @@ def test_config_json_is_damaged(single, text, word):
         ({"rope_parameters": YARN | {"original_max_position_embeddings": -64}}, ["= -64", "above 0"]),
         ({"rope_parameters": YARN | {"beta_fast": -1}}, ["beta_fast = -1", "above 0"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["'awq' is not supported", "'fp8'"]),
-        ({"quantization_config": {"quant_method": "fp8"}}, ["'weight_block_size' is missing"]),
+        ({"quantization_config": {"quant_method": "fp8"}}, ["'weight_block_size' is missing", "in blocks"]),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": None}},
+            ["'weight_block_size' is missing", "in blocks"],
+        ),
     ],
 )
 def test_an_architecture_that_cannot_be_served(single, changes, words):

@@ -7,6 +7,7 @@ import json
 import pathlib
 import resource
 import runpy
+import shlex
 import socket
 
 import msgspec
@@ -110,7 +111,10 @@ def test_tokenizer(tmp_path):
     assert row(doctor.checks(config), "tokenizer").status == "fail"
     (tmp_path / "tiktoken.model").touch()
     found = row(doctor.checks(config), "tokenizer")
-    assert found.status == "fail" and "tiktoken" in found.detail and "save_pretrained" in found.remedy
+    assert found.status == "fail" and found.detail.endswith("(a tiktoken vocabulary), but a tokenizer.json is needed")
+    command = shlex.split(found.remedy.removeprefix("make one with "))
+    assert command[:2] == ["python", "-c"] and len(command) == 3
+    compile(command[2], "remedy", "exec")
 
 
 @pytest.mark.parametrize(
