@@ -140,6 +140,9 @@ def _checked_tensors(folder: pathlib.Path, architecture: Architecture) -> tuple[
         architecture = msgspec.structs.replace(architecture, tie_word_embeddings=False)
     wanted = dict(expected_tensors(architecture))
     tensors = _drop_unused(folder, architecture, found)
+    if architecture.quant_block and not any(info.dtype == _FP8 for info in tensors.values()):
+        log.info("%s: no weight is FP8, although config.json has a quantization_config, which is ignored", folder)
+        architecture = msgspec.structs.replace(architecture, quant_block=None)
     missing = [name for name in wanted if name not in tensors]
     if missing:
         _refuse_fused_experts(folder, found)

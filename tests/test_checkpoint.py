@@ -357,6 +357,14 @@ def test_a_file_that_the_index_names_beside_others_is_not_the_whole(single):
     assert len({info.file for info in opened(single).tensors.values()}) == 2
 
 
+def test_weights_that_were_expanded_from_fp8_beside_their_old_config_json(single):
+    """As DeepSeek's own converter to bfloat16 leaves them."""
+    edit(single, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    for device in ("cpu", "cuda"):
+        assert opened(single, device=device).architecture.quant_block is None
+    assert opened(single, weights="random").architecture.quant_block == (128, 128)
+
+
 def test_a_tensor_is_unknown(single):
     change_tensors(single, lambda tensors: tensors.update({"model.layers.0.self_attn.q_a_proj.bias": torch.ones(24)}))
     refused(single, "model.layers.0.self_attn.q_a_proj.bias is in the checkpoint, but not part of the model")
