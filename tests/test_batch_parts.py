@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import errno
 import io
 import json
 import os
@@ -206,6 +207,26 @@ def test_output_that_no_batch_wrote_is_refused(tmp_path):
         (tmp_path / "output.jsonl").write_bytes(junk)
         with pytest.raises(NmoeError, match="changed by something else"):
             folder.recover(tmp_path, 3)
+
+
+def test_a_disk_without_room_for_the_first_file_is_a_message(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(NmoeError, match="cannot be written: No space left on device"):
+        folder.claim(tmp_path, manifest())
+
+
+@pytest.mark.parametrize("name", ["batch.json", "output.jsonl", "index.jsonl"])
+def test_a_file_that_cannot_be_opened_is_named(tmp_path, name):
+    folder.claim(tmp_path, manifest())
+    (tmp_path / "output.jsonl").write_bytes(b"something")
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(NmoeError, match=rf"{name}: cannot be written: Is a directory"):
+        folder.claim(tmp_path, manifest())
+        folder.recover(tmp_path, 3)
 
 
 class Killed(BaseException):

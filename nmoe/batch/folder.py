@@ -12,11 +12,12 @@ interruption leaves behind lies at the files' ends: a torn line, output lines wh
 that nothing names. `recover` removes all of this, and the requests are computed again.
 """
 
+import contextlib
 import fcntl
 import os
 import pathlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 import msgspec
@@ -127,11 +128,20 @@ def kept_output(output: Iterable[bytes], shards: set[str]) -> Kept:
     return kept
 
 
+@contextlib.contextmanager
+def _writing(folder: pathlib.Path) -> Iterator[None]:
+    """Turn what the system refuses (a full disk, files of another user) into a message for the operator."""
+    try:
+        yield
+    except OSError as error:
+        raise NmoeError(f"{error.filename or folder}: cannot be written: {error.strerror}") from error
+
+
 def open_folder(folder: pathlib.Path) -> BinaryIO:
     """Create the folder if there is none, and lock it until the returned file is closed, here and in all processes
     forked meanwhile: the engine of a batch that was killed takes a moment to end, and the next batch needs its memory.
     Raises NmoeError if another batch is running in the folder, or if it is not a batch's or cannot be written."""
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         strangers = [path.name for path in folder.iterdir()] if not (folder / _MANIFEST).exists() else []
         if strangers := [name for name in strangers if name not in (_LOCK, _MANIFEST + TEMPORARY)]:
@@ -139,8 +149,6 @@ def open_folder(folder: pathlib.Path) -> BinaryIO:
                 f"{folder}: has {strangers[0]!r} and is no batch's folder; name a new folder, or one that was begun"
             )
         lock = (folder / _LOCK).open("wb")
-    except OSError as error:
-        raise NmoeError(f"{folder}: cannot be written: {error.strerror}") from error
     try:
         _wait_for(lock, folder)
     except BaseException:
@@ -165,17 +173,13 @@ def _wait_for(lock: BinaryIO, folder: pathlib.Path) -> None:
 def claim(folder: pathlib.Path, manifest: Manifest) -> None:
     """Start or resume. Raises NmoeError if the folder has results from another input or with other options."""
     path, output = folder / _MANIFEST, folder / OUTPUT
-    if not path.exists() or not output.exists() or not output.stat().st_size:
-        temporary = folder / (_MANIFEST + TEMPORARY)
-        with temporary.open("wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-        sync_folder(folder)
-        return
+    with _writing(folder):
+        if not path.exists() or not output.exists() or not output.stat().st_size:
+            _write_manifest(folder, manifest)
+            return
+        written = path.read_bytes()
     try:
-        before = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        before = msgspec.json.decode(written, type=Manifest)
     except msgspec.DecodeError as error:
         raise NmoeError(f"{path}: is not readable ({error}); name another folder") from None
     if before.sha256 != manifest.sha256:
@@ -184,6 +188,16 @@ def claim(folder: pathlib.Path, manifest: Manifest) -> None:
         )
     if changes := list(_changes(before, manifest)):
         raise NmoeError(f"{folder}: was begun with {'; '.join(changes)}; use the same, or name a new folder")
+
+
+def _write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:
+    temporary = folder / (_MANIFEST + TEMPORARY)
+    with temporary.open("wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(folder / _MANIFEST)
+    sync_folder(folder)
 
 
 def _changes(before: Manifest, now: Manifest) -> Iterable[str]:
@@ -205,7 +219,12 @@ def manifest_of(found: Survey, profile: str | None, config: Config) -> Manifest:
 
 def recover(folder: pathlib.Path, last_line: int) -> Finished:
     """Remove what an interruption left behind, and return what is finished. Raises NmoeError if the files are not as a
-    batch leaves them."""
+    batch leaves them, or cannot be changed."""
+    with _writing(folder):
+        return _recover(folder, last_line)
+
+
+def _recover(folder: pathlib.Path, last_line: int) -> Finished:
     index, output = folder / INDEX, folder / OUTPUT
     try:
         with _opened(index) as file:
