@@ -17,7 +17,7 @@ import msgspec
 
 from nmoe.architecture import Architecture, expected_tensors
 from nmoe.config import Config
-from nmoe.config_json import config_file, is_lfs_pointer, read_architecture, read_json
+from nmoe.config_json import config_file, is_lfs_pointer, is_there, read_architecture, read_json
 from nmoe.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -267,7 +267,8 @@ class _Entry(msgspec.Struct):
 
 def _read_tensors(folder: pathlib.Path) -> dict[str, TensorInfo]:
     """Every tensor of the checkpoint: of the single file, or else of the shards that the index names."""
-    has_single, has_index = (folder / SINGLE).is_file(), (folder / INDEX).exists()
+    has_single = is_there(folder / SINGLE) and (folder / SINGLE).is_file()
+    has_index = is_there(folder / INDEX)
     if not has_single and not has_index:
         raise CheckpointError(f"{folder}: {_no_weights(folder)}")
     if not has_index:
@@ -365,7 +366,7 @@ def eos_ids(path: str | pathlib.Path, architecture: Architecture) -> tuple[int, 
     """The token ids that end an answer, from generation_config.json or else config.json. Raises CheckpointError."""
     source, ids = config_file(path), architecture.eos_token_ids
     file = source.parent / "generation_config.json"
-    if file.exists() and (value := read_json(file).get("eos_token_id")) is not None:
+    if is_there(file) and (value := read_json(file).get("eos_token_id")) is not None:
         source, ids = file, tuple(value) if isinstance(value, list) else (value,)
         if not all(type(token) is int for token in ids):
             raise CheckpointError(f"{file}: eos_token_id = {value!r}: must be a token id or a list of them")
@@ -392,7 +393,7 @@ def tokenizer_file(path: str | pathlib.Path) -> pathlib.Path:
     """The checkpoint's tokenizer.json. Raises CheckpointError saying what is there instead and how to convert it."""
     folder = config_file(path).parent
     file = folder / "tokenizer.json"
-    if file.is_file():
+    if is_there(file) and file.is_file():
         if "model" not in read_json(file):
             raise CheckpointError(f"{file}: is not a tokenizer of the tokenizers library (no 'model'); copy it again")
         return file

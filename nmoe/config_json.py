@@ -209,6 +209,14 @@ def is_lfs_pointer(path: pathlib.Path) -> bool:
         return file.read(24) == b"version https://git-lfs."
 
 
+def is_there(path: pathlib.Path) -> bool:
+    """Whether there is such a file. Raises CheckpointError if nobody may know: its folder cannot be searched."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; check the file and its permissions") from None
+
+
 def config_file(path: str | pathlib.Path) -> pathlib.Path:
     """The config.json of a checkpoint folder, or `path` itself if it names a JSON file."""
     path = pathlib.Path(path)

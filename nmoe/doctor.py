@@ -25,6 +25,7 @@ from rich.text import Text
 from nmoe import envs, gpus
 from nmoe.checkpoint import Checkpoint, open_checkpoint, tokenizer_file
 from nmoe.config import Config
+from nmoe.config_json import is_there
 from nmoe.errors import CheckpointError, LaunchError
 from nmoe.gpu_limits import refusals
 from nmoe.memory import CPU_CACHE_SHARE, free_ram, pages_that_fill
@@ -134,11 +135,11 @@ def _model(facts: Facts) -> Row:
 
 def _tokenizer(facts: Facts) -> Row | None:
     model, folder = facts.config.model, pathlib.Path(facts.config.model.path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # pathlib raises if a folder above it may not be searched
         return None  # missing (the model row reports that), or a benchmark's config.json: prompts are token ids
-    if model.weights == "random" and not (folder / "tokenizer.json").exists():
-        return None  # same as for a config.json
     try:
+        if model.weights == "random" and not is_there(folder / "tokenizer.json"):
+            return None  # same as for a config.json
         file = tokenizer_file(model.path)
         if not isinstance(facts.checkpoint, CheckpointError):
             # Imported by name, like a child's module: the root and the command line do not load frontend libraries.
@@ -300,7 +301,7 @@ def _kernel_cache(facts: Facts) -> Row | None:
     if facts.gpus is None:
         return None
     folder = pathlib.Path(facts.config.engine.cache_dir)
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         remedy = "set [engine] cache_dir to a folder that you may write"
         return Row("kernel cache", "fail", f"{folder}: cannot write to {there}", remedy)
@@ -340,10 +341,18 @@ def _trace(facts: Facts) -> Row | None:
     if not facts.config.trace.record:
         return None
     file = pathlib.Path(facts.config.trace.record)
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+    if not _can_write(file):
         remedy = "set [trace] record to a file in a folder that is there and that you may write"
         return Row("trace", "fail", f"{file}: cannot be written", remedy)
     return Row("trace", "ok", str(file))
+
+
+def _can_write(file: pathlib.Path) -> bool:
+    """Whether `file` can be written, or made."""
+    try:
+        return not file.is_dir() and os.access(file if file.exists() else file.parent, os.W_OK)
+    except OSError:  # a folder above it may not be searched, or the name is too long
+        return False
 
 
 def _port(facts: Facts) -> Row:

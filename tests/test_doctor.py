@@ -1,13 +1,16 @@
 """The preflight checks: every row can fail, and says what to do when it does."""
 
 import dataclasses
+import errno
 import importlib.util
 import io
 import json
+import os
 import pathlib
 import resource
 import runpy
 import shlex
+import shutil
 import socket
 
 import msgspec
@@ -134,6 +137,47 @@ def test_a_tokenizer_that_the_frontend_would_refuse(tmp_path, name, content, say
     (tmp_path / name).write_text(content)
     found = row(doctor.checks(config), "tokenizer")
     assert found.status == "fail" and name in found.detail and says in found.detail and "again" in found.remedy
+
+
+@pytest.fixture
+def forbid(monkeypatch):
+    """Makes a folder one that may not be searched: those who run the tests may be allowed everything."""
+
+    def forbid(folder):
+        def refused(path, *arguments, **options):
+            if folder in pathlib.Path(path).parents:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return real(path, *arguments, **options)
+
+        real = os.stat
+        monkeypatch.setattr(os, "stat", refused)
+
+    return forbid
+
+
+def test_a_checkpoint_in_a_folder_that_may_not_be_searched(tmp_path, forbid):
+    path = tmp_path / "home" / "demo"
+    shutil.copytree(DEMO, path)
+    forbid(tmp_path / "home")
+    rows = doctor.checks(vary(CPU, model={"path": str(path)}))
+    assert [(found.name, found.status) for found in rows[:2]] == [("model", "fail"), ("shared memory", "ok")]
+    assert str(path) in rows[0].detail and "Permission denied" in rows[0].detail and "permissions" in rows[0].remedy
+
+
+def test_a_checkpoint_folder_that_may_not_be_searched(tmp_path, forbid):
+    path = tmp_path / "demo"
+    shutil.copytree(DEMO, path)
+    forbid(path)
+    rows = doctor.checks(vary(CPU, model={"path": str(path)}))
+    for name in ("model", "tokenizer"):
+        found = row(rows, name)
+        assert found.status == "fail" and "Permission denied" in found.detail and "permissions" in found.remedy
+
+
+def test_names_that_are_too_long(tmp_path):
+    long = str(tmp_path / ("x" * 300))
+    rows = doctor.checks(vary(CPU, model={"path": long}, trace={"record": long}))
+    assert row(rows, "model").status == row(rows, "trace").status == "fail"
 
 
 def test_a_trace_that_cannot_be_written(tmp_path):

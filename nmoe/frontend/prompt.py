@@ -11,7 +11,7 @@ import tokenizers
 
 from nmoe.checkpoint import tokenizer_file
 from nmoe.config import Config
-from nmoe.config_json import config_file
+from nmoe.config_json import config_file, is_there
 from nmoe.errors import CheckpointError, RequestError
 from nmoe.frontend.openai import Call
 from nmoe.frontend.schema import Conversation
@@ -127,7 +127,7 @@ class Prompts:
 def load_prompts(config: Config, eos: tuple[int, ...], vocab_size: int) -> Prompts:
     """Load the checkpoint's tokenizer and chat template; optional with random weights. Raises CheckpointError."""
     folder = config_file(config.model.path).parent
-    if config.model.weights == "random" and not (folder / "tokenizer.json").exists():
+    if config.model.weights == "random" and not is_there(folder / "tokenizer.json"):
         return Prompts(None, None, vocab_size)
     tokenizer = Tokenizer(tokenizer_file(config.model.path), eos, added_bos(folder), added_tokens(folder))
     if tokenizer.largest_id >= vocab_size:

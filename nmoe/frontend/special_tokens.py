@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from nmoe.config_json import read_json
+from nmoe.config_json import is_there, read_json
 from nmoe.errors import CheckpointError
 
 CONFIG = "tokenizer_config.json"
@@ -27,14 +27,14 @@ class AddedToken(msgspec.Struct, frozen=True):
 def read_tokenizer_config(folder: pathlib.Path) -> dict[str, Any]:
     """tokenizer_config.json; empty where there is none. Raises CheckpointError."""
     file = folder / CONFIG
-    return read_json(file) if file.exists() else {}
+    return read_json(file) if is_there(file) else {}
 
 
 def special_tokens(folder: pathlib.Path, config: dict[str, Any]) -> dict[str, str]:
     """bos_token and the like, written as a string or as an added token's fields; older checkpoints have them in a file
     of their own. A model's own ones have names that end in `_token`, or are listed in `extra_special_tokens`."""
     map_file = folder / "special_tokens_map.json"
-    older = read_json(map_file) if map_file.exists() else {}
+    older = read_json(map_file) if is_there(map_file) else {}
     extra = config.get("extra_special_tokens")
     extra = extra if isinstance(extra, dict) else {}
     given = older | {name: token for name, token in config.items() if token is not None} | extra

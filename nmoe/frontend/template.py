@@ -18,6 +18,7 @@ import jinja2.parser
 import jinja2.sandbox
 import msgspec
 
+from nmoe.config_json import is_there
 from nmoe.errors import CheckpointError, RequestError
 from nmoe.frontend.schema import ChatMessage, Conversation
 from nmoe.frontend.special_tokens import CONFIG, read_tokenizer_config, special_tokens
@@ -106,7 +107,7 @@ def load_template(folder: pathlib.Path) -> ChatTemplate | None:
     Raises CheckpointError if it has one that cannot be used.
     """
     config, template_file = read_tokenizer_config(folder), folder / "chat_template.jinja"
-    where = template_file if template_file.exists() else folder / CONFIG
+    where = template_file if is_there(template_file) else folder / CONFIG
     try:
         source = where.read_text(encoding="utf-8") if where == template_file else _default(where, config)
         if source is None:
