@@ -9,7 +9,8 @@ scheduler and each frontend are groups of their own. Everybody else is told of a
 
 A group that dies again before it is up, or right after, is restarted with growing delays; after `MAX_TRIES` restarts in
 a row the server gives up.
-A process whose heartbeat stops, or a worker that misses a step's deadline, is killed, which makes it a death.
+A process whose heartbeat stops, or a worker that misses a step's deadline, is killed, which makes it a death. While the
+launcher itself is stopped (Ctrl-Z, a paused container), so are the others: that time is nobody's silence.
 """
 
 import logging
@@ -31,6 +32,7 @@ _FIRST_PAUSE_S = 0.2
 _MAX_SILENCE_S = 5.0  # heartbeats come every second
 _MAX_LOADING_SILENCE_S = 60.0  # the first heartbeat follows the imports, perhaps from a cold disk
 _LOOK_S = 0.5  # how often heartbeats and deadlines are checked
+_STOPPED_S = 2.0  # a launcher that has not looked for so long was stopped
 
 Fork = Callable[[Role, int], None]
 
@@ -74,6 +76,8 @@ class Supervisor:
         self._loading: set[str] = set()  # titles of restarted processes that are not up yet
         self._failures: dict[int, str] = {}  # pid -> its failure message
         self._killed: set[int] = set()  # pids that have been killed but not reaped
+        self._looked_at = time.monotonic()
+        self._awake_since = 0.0  # silence and delays count from here, if it is later
 
     def run(self) -> None:
         """Supervise until a signal arrives. Raises LaunchError if a group keeps dying."""
@@ -143,16 +147,26 @@ class Supervisor:
 
     def _kill_silent(self) -> None:
         """Kill hung processes: a death is something that everybody already handles."""
-        now = time.monotonic()
+        now = self._look()
         due = self._board.rows[row_index("scheduler", 0, self._world_size)].get("nmoe:step_deadline_seconds")
+        if due:
+            due = max(due, self._awake_since + _MAX_SILENCE_S)
         for child in self._children:
             if child.pid in self._killed:
                 continue  # a process with much memory takes a while to die
             row = self._board.rows[row_index(child.role, child.index, self._world_size)]
-            silence = now - row.get("nmoe:heartbeat_seconds")
+            silence = now - max(row.get("nmoe:heartbeat_seconds"), self._awake_since)
             overdue = child.role == "worker" and 0 < due < now and not self._is_loading(child)
             if overdue or silence > (_MAX_LOADING_SILENCE_S if self._is_loading(child) else _MAX_SILENCE_S):
                 what = "has a step overdue" if overdue else f"has not answered for {silence:.0f} s"
                 _log.error("%s %s: killed", child.title, what)
                 os.kill(child.pid, signal.SIGKILL)
                 self._killed.add(child.pid)
+
+    def _look(self) -> float:
+        """The time, noting whether this process has just been stopped for a while."""
+        now = time.monotonic()
+        if now - self._looked_at > _STOPPED_S:
+            self._awake_since = now
+        self._looked_at = now
+        return now

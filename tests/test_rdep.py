@@ -25,6 +25,7 @@ from nmoe.worker.kernels.lists import Routes
 from nmoe.worker.rdep import TILE_ROWS, OneRank
 from nmoe.worker.rdep.reference import exchange
 from nmoe.worker.rdep.shared_memory import SharedMemory
+from nmoe.worker.rdep.signals import Signals
 from tests.forking import fork_call
 
 HIDDEN, INTERMEDIATE, TOP_K, EXPERTS = 24, 16, 4, 32
@@ -383,6 +384,25 @@ def come_late(rank, link, layers, bound_s):
 
 def test_a_late_rank_is_poisoned_too_and_a_new_life_starts_clean(tmp_path):
     run(tmp_path, 4, "float32", prepare_uniform, come_late, 0.6)
+
+
+def test_time_in_which_a_waiting_rank_was_stopped_does_not_count(monkeypatch):
+    """Whatever stopped it may have stopped its peers as well."""
+    layout = make_layout(2)
+    memory = mmap.mmap(-1, layout.total_bytes)
+    waiting, late = (Signals(layout, memory, rank) for rank in (0, 1))
+    waiting.set_bound(5.0)
+    looks = []
+
+    def stopped_for_a_minute_between_looks():
+        looks.append(60.0 * len(looks))
+        if len(looks) == 4:
+            assert late.meet(1, never)
+        return looks[-1]
+
+    monkeypatch.setattr(time, "monotonic", stopped_for_a_minute_between_looks)
+    assert waiting.meet(1, never) and waiting.check()
+    assert len(looks) == 4
 
 
 def leave(rank, link, layers, bound_s):

@@ -105,6 +105,28 @@ def test_who_says_nothing_is_killed_once(silence: float, loading: bool, dies: bo
         theirs.close()
 
 
+def test_nobody_is_killed_for_the_time_in_which_all_were_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by Ctrl-Z, or in a container that is paused; when all go on, the launcher may be the first."""
+    killed: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, signum: killed.append(pid))
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    ours, theirs = Control.pair()
+    board = Board(3)
+    supervisor = Supervisor([Child("worker", 0, 1, "worker 0", 1234, -1, ours)], board, 1, lambda role, index: None)
+    board.rows[row_index("worker", 0, 1)].set("nmoe:heartbeat_seconds", now)
+    board.rows[row_index("scheduler", 0, 1)].set("nmoe:step_deadline_seconds", now + 30)
+    for pause in (600, 0.5, 1, 1, 1, 1):
+        now += pause
+        supervisor._kill_silent()
+        assert not killed
+    now += 1  # whoever still says nothing has had its time
+    supervisor._kill_silent()
+    assert killed == [1234]
+    ours.close()
+    theirs.close()
+
+
 def test_a_restart_waits_for_the_last_of_the_dead_without_spinning() -> None:
     """Processes with much memory take seconds to die, and their deaths wake the launcher."""
     started: list[tuple[Role, int]] = []

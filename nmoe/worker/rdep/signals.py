@@ -27,6 +27,7 @@ from nmoe.worker.rdep import futex
 
 _YIELD_S = 50e-6
 _NAP_S = 0.05  # between checks of the clock and of the poison words
+_LONGEST_NAP_S = 0.5  # whoever naps longer was stopped (Ctrl-Z, a paused container), and the others perhaps as well
 # Words of a flag's line, and of the line that holds what a rank waits for, in units of 8 bytes.
 _EPOCH, _TOKENS = 0, 1
 _CHANNEL, _PHASE, _AWAITED, _SLEEPS = 0, 1, 2, 3
@@ -127,9 +128,11 @@ class Signals:
             return True
         at = self._awaited[self._rank]
         self._words[at + _CHANNEL], self._words[at + _PHASE], self._words[at + _AWAITED] = channel, phase, epoch
-        started = time.monotonic()
+        waited, looked_at = 0.0, time.monotonic()
         while not self._raised(flags, epoch):
-            waited = time.monotonic() - started
+            now = time.monotonic()
+            waited += min(now - looked_at, _LONGEST_NAP_S)
+            looked_at = now
             if waited < _YIELD_S:
                 os.sched_yield()
             elif stopped():
