@@ -212,6 +212,8 @@ def test_packed_ids_are_bounded(prompt):
         (b"\x81\xaalogit_bias\x82\xa11\x01\xd9\x011\x02", 400, "logit_bias.1: appears more than once"),
         (b"\x81\xa1x\x92\xc0\x81\xa1a\x91\x82\xa1b\x01\xa1b\x02", 400, "x[1].a[0].b: appears more than once"),
         (b"\x81\xaalogit_bias\xde\x00\x02\xa11\x01\xa11\x02", 400, "logit_bias.1: appears more than once"),
+        (b"\x82\x91\xa1a\x01\x91\xa1a\x02", 400, "more than once"),
+        (b"\x82\xa6prompt\xa1x\xaalogit_bias\x81\x91\xa15\x01", 400, "logit_bias"),
         (b"\x91" * 3000, 400, "nested too deeply"),
         (b"\x81\xa1a" * 900 + b"\x01", 400, ""),
         (b"\x81\xa1a" * 20_000 + b"\x01", 400, "nested too deeply"),
@@ -227,7 +229,7 @@ def test_packed_ids_are_bounded(prompt):
         (b"\x82\xa6prompt\xa1x\xa8metadata\x82\xa1a\xa1b\xa1a\xa1c", 400, "appears more than once"),
         (b"\x82\xa6prompt\xa1x\xaalogit_bias\xde\x00\x02\xa15\x01\xa15\x02", 400, "appears more than once"),
     ],
-    ids=range(23),
+    ids=range(25),
 )
 async def test_bad_bodies_get_the_usual_error(rig, body, status, told):
     got, error = await send(rig, body)

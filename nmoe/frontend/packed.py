@@ -20,6 +20,7 @@ _PLAIN = {0xC0: 1, 0xC2: 1, 0xC3: 1, 0xCA: 5, 0xCB: 9, 0xCC: 2, 0xCD: 3, 0xCE: 5
 _PLAIN |= {0xD3: 9, 0xD4: 3, 0xD5: 4, 0xD6: 6, 0xD7: 10, 0xD8: 18}
 _SIZED = {0xC4: (2, 1), 0xC5: (3, 2), 0xC6: (5, 4), 0xC7: (3, 1), 0xC8: (4, 2), 0xC9: (6, 4)}
 _SIZED |= {0xD9: (2, 1), 0xDA: (3, 2), 0xDB: (5, 4)}
+_MAP_OF_ONE, _NIL = b"\x81", b"\xc0"
 _HOLDING = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}  # bytes of the length, values per item
 
 
@@ -81,7 +82,7 @@ def _refuse_repeated_key(body: bytes, place: int, path: str = "") -> int:
     seen = set()
     for _ in range(held // 2):
         end = _refuse_repeated_key(body, place)
-        key = msgspec.msgpack.decode(body[place:end])
+        (key,) = msgspec.msgpack.decode(_MAP_OF_ONE + body[place:end] + _NIL)  # as a key: an array is a tuple there
         name = inside(path, key)
         if key in seen:
             raise RequestError(f"{name}: appears more than once", param=name)
