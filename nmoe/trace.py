@@ -56,7 +56,9 @@ class Recorder:
 
     def __init__(self, path: str) -> None:
         try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            # Without waiting: a named pipe that nobody reads is an error.
+            self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+            os.set_blocking(self._fd, True)
         except OSError as error:
             raise NmoeError(f"[trace] record = {path!r}: cannot be opened: {error.strerror}") from error
         self._path = path

@@ -305,6 +305,20 @@ def test_a_trace_that_cannot_be_written_stops_the_start(tmp_path):
         Recorder(str(tmp_path / "no" / "trace.jsonl"))
 
 
+def test_a_pipe_that_nobody_reads_stops_the_start(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(NmoeError, match="cannot be opened: No such device or address"):
+        Recorder(str(path))
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    recorder = Recorder(str(path))
+    recorder.add(partial(Record, 1.0, [1] * 100_000, {}, 5, "stop", 0.1, 0.2))  # more than a pipe holds
+    os.set_blocking(reader, True)
+    with open(reader, "rb") as lines:
+        assert json.loads(lines.readline())["prompt_token_ids"] == [1] * 100_000
+    recorder.close()
+
+
 def test_a_record_that_is_cut_off_or_cannot_be_made_spoils_no_other(tmp_path, monkeypatch, caplog):
     path, write = tmp_path / "trace.jsonl", os.write
     record = partial(Record, 1.0, [1], {}, 5, "stop", 0.1, 0.2)
