@@ -15,6 +15,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 
+from nmoe.errors import LaunchError
+
 _log = logging.getLogger("nmoe.launch")
 PREFIX = "nmoe-run-"
 _YOUNG_S = 60.0  # grace period: a new directory may not be locked yet
@@ -22,16 +24,28 @@ _YOUNG_S = 60.0  # grace period: a new directory may not be locked yet
 
 @contextlib.contextmanager
 def run_dir() -> Iterator[pathlib.Path]:
-    """A new directory in TMPDIR, mode 0700, for the lifetime of the context. First removes those that nobody holds."""
-    parent = pathlib.Path(tempfile.gettempdir())
-    _sweep(parent)
-    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=parent) as folder:
+    """A new directory in TMPDIR, mode 0700, for the lifetime of the context. First removes those that nobody holds.
+
+    Raises LaunchError if no directory can be made.
+    """
+    with _make() as folder:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield pathlib.Path(folder)
         finally:
             os.close(lock)
+
+
+def _make() -> tempfile.TemporaryDirectory[str]:
+    try:
+        parent = pathlib.Path(tempfile.gettempdir())  # TMPDIR, or the first of the usual ones that can be written
+        _sweep(parent)
+        return tempfile.TemporaryDirectory(prefix=PREFIX, dir=parent)
+    except OSError as error:
+        raise LaunchError(
+            f"no folder for sockets can be made: {error.strerror}; set TMPDIR to a folder that you may write"
+        ) from None
 
 
 def _sweep(parent: pathlib.Path) -> None:

@@ -102,6 +102,13 @@ def test_what_a_killed_server_leaves_is_removed_by_the_next(tmp_path: pathlib.Pa
             holder.end()
 
 
+def test_a_machine_without_a_folder_for_sockets_is_a_message(tmp_path: pathlib.Path, monkeypatch) -> None:
+    """As in a container whose file system is read-only."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(LaunchError, match="No such file or directory; set TMPDIR"), run_dir():
+        pass
+
+
 @pytest.mark.parametrize("redirection", ["<&- >&- 2>&-", "| true", "2>&1 | true", "> /dev/full 2>&1"])
 def test_nobody_has_to_read_what_the_server_prints(
     checkpoint: pathlib.Path, tmp_path: pathlib.Path, redirection
