@@ -1,6 +1,7 @@
 """The command line: `nmoe serve`, `nmoe batch` and `nmoe doctor`."""
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -36,10 +37,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Replace streams closed at start (`nmoe serve >&-`); else a socket takes the descriptor, and prints go there."""
+    """Replace streams closed at start (`nmoe serve >&-`); else a socket takes the descriptor, and prints go there. What
+    the terminal's encoding lacks is escaped."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for the life of the process)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

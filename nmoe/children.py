@@ -25,6 +25,11 @@ _ENTRY = {"frontend": "nmoe.frontend.server", "scheduler": "nmoe.scheduler.proce
 _MOST_TOLD = 4000  # characters of a child's failure message, which must fit one control message
 
 
+def _told(message: str) -> str:
+    """The message as it can be sent: a path in it may have bytes that are no UTF-8."""
+    return message[:_MOST_TOLD].encode("utf-8", "backslashreplace").decode()
+
+
 class Child(msgspec.Struct):
     """A running child process, as its parent sees it."""
 
@@ -105,10 +110,10 @@ class Children:
             importlib.import_module(_ENTRY[boot.role]).main(boot)
             code = 0
         except NmoeError as error:
-            boot.control.send(Failed(str(error)[:_MOST_TOLD]))
+            boot.control.send(Failed(_told(str(error))))
         except BaseException as error:
             _log.exception("%s failed", boot.title)
-            boot.control.send(Failed(f"{type(error).__name__}: {error}"[:_MOST_TOLD]))
+            boot.control.send(Failed(_told(f"{type(error).__name__}: {error}")))
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

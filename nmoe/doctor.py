@@ -7,6 +7,7 @@ are left out.
 
 import dataclasses
 import importlib
+import json
 import logging
 import os
 import pathlib
@@ -70,7 +71,7 @@ def run(config: Config, as_json: bool = False) -> int:
     """Print the checks to standard output. Returns the exit code: 1 if any fails."""
     rows = checks(config)
     if as_json:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(rows), indent=2).decode() + "\n")
+        sys.stdout.write(json.dumps(msgspec.to_builtins(rows), indent=2) + "\n")  # takes any path, also no UTF-8
     else:
         report(rows, Console())
     return int(any(row.status == "fail" for row in rows))

@@ -46,7 +46,7 @@ def serve(config: Config) -> None:
     host, port = config.server.host, config.server.port
     with _bind(host, port) as http_socket, run_dir() as folder:
         address = f"{f'[{host}]' if ':' in host else host}:{http_socket.getsockname()[1]}"
-        _serve_on(config, http_socket, folder, lambda: _announce(f"nmoe ready on http://{address}\n"))
+        _serve_on(config, http_socket, folder, lambda: print_line(f"nmoe ready on http://{address}\n"))
 
 
 def serve_privately(config: Config, announce: Callable[[pathlib.Path], None]) -> None:
@@ -73,8 +73,8 @@ def _serve_on(config: Config, http_socket: socket.socket, folder: pathlib.Path, 
         server.children.stop(_GRACE_S)
 
 
-def _announce(line: str) -> None:
-    """Print a line for anyone waiting for it; failing to print must not end the server."""
+def print_line(line: str) -> None:
+    """Print a line for anyone waiting for it; failing to print must end neither a server nor a batch."""
     try:
         sys.stdout.write(line)
         sys.stdout.flush()

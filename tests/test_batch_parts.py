@@ -218,6 +218,16 @@ def test_a_disk_without_room_for_the_first_file_is_a_message(tmp_path, monkeypat
         folder.claim(tmp_path, manifest())
 
 
+def test_nobody_has_to_read_the_summary(tmp_path, monkeypatch, caplog):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        command._summarise(tmp_path, 3, 3, 0, "all done before")
+        sys.stdout.close()
+        with contextlib.suppress(OSError):
+            full.close()  # what it still holds cannot be written either
+    assert "No space left on device" in caplog.text and "3 of 3 lines done" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["batch.json", "output.jsonl", "index.jsonl"])
 def test_a_file_that_cannot_be_opened_is_named(tmp_path, name):
     folder.claim(tmp_path, manifest())

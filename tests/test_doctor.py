@@ -12,6 +12,7 @@ import runpy
 import shlex
 import shutil
 import socket
+import sys
 
 import msgspec
 import pytest
@@ -387,6 +388,16 @@ def test_the_command_line_in_json(tmp_path, capsys):
     rows = json.loads(capsys.readouterr().out)
     assert all(row.keys() == {"name", "status", "detail", "remedy"} for row in rows)
     assert [row["name"] for row in rows if row["status"] == "fail"] == ["model"]
+
+
+def test_a_path_that_no_encoding_has(monkeypatch):
+    """A folder's name may have any bytes, and a terminal may take ASCII only."""
+    for as_json, shown in ((False, r"/h\xf6hle\udcff"), (True, r"/h\u00f6hle\udcff")):
+        printed = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii", write_through=True))
+        cli._open_standard_streams()
+        assert doctor.run(vary(CPU, model={"path": "/höhle\udcff"}), as_json=as_json) == 1
+        assert shown.encode() in printed.getvalue()
 
 
 def test_json_without_the_checks_is_refused(capsys):

@@ -15,7 +15,7 @@ import aiohttp
 import psutil
 import pytest
 
-from nmoe.children import Child, Children, Died, Said
+from nmoe.children import Child, Children, Died, Said, _told
 from nmoe.ipc import Control, Failed, Role
 from nmoe.metrics import Board, row_index
 from nmoe.supervision import MAX_TRIES, Supervisor
@@ -103,6 +103,14 @@ def test_who_says_nothing_is_killed_once(silence: float, loading: bool, dies: bo
         os.close(child.pidfd)
         ours.close()
         theirs.close()
+
+
+def test_a_failure_that_names_no_utf8_is_told() -> None:
+    ours, theirs = Control.pair()
+    theirs.send(Failed(_told("/models/\udcff: cannot be read")))
+    assert ours.receive() == Failed(r"/models/\udcff: cannot be read")
+    ours.close()
+    theirs.close()
 
 
 def test_nobody_is_killed_for_the_time_in_which_all_were_stopped(monkeypatch: pytest.MonkeyPatch) -> None:

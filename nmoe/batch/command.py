@@ -18,6 +18,7 @@ from nmoe.batch.lines import longest_line
 from nmoe.batch.survey import Survey, survey
 from nmoe.config import Config
 from nmoe.ipc import STOPPING
+from nmoe.launch import print_line
 from nmoe.profiles import PROFILES
 from nmoe.serve import configuration
 
@@ -103,6 +104,6 @@ def _on_stop(loop: asyncio.AbstractEventLoop, stop: Callable[[], object]) -> Non
 
 def _summarise(folder: pathlib.Path, num_lines: int, done: int, errors: int, speed: str) -> None:
     left = f", {num_lines - done} left for the same command" if done < num_lines else ""
-    sys.stdout.write(
+    print_line(
         f"nmoe batch: {done} of {num_lines} lines done, {errors} with errors{left}; {speed}; {folder / OUTPUT}\n"
     )
