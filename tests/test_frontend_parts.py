@@ -26,6 +26,7 @@ from nmoe.frontend.openai import parse_call
 from nmoe.frontend.prompt import Prompt
 from nmoe.frontend.replies import Answer, Choice, Chunks
 from nmoe.frontend.schema import ChatMessage, Conversation, TextPart
+from nmoe.frontend.special_tokens import read_tokenizer_config
 from nmoe.frontend.sse import EventStream
 from nmoe.frontend.streams import Stream, Streams
 from nmoe.frontend.template import load_template
@@ -177,7 +178,7 @@ def say(role, content):
 
 def template_of(folder, source, **settings):
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": source, **settings}))
-    return load_template(folder)
+    return load_template(folder, read_tokenizer_config(folder))
 
 
 def test_template_renders_as_transformers_does(tmp_path):

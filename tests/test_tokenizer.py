@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Library
 
 from nmoe.errors import CheckpointError, RequestError
 from nmoe.frontend.prompt import _beginnings
-from nmoe.frontend.special_tokens import added_bos, added_tokens
+from nmoe.frontend.special_tokens import added_bos, added_tokens, read_tokenizer_config
 from nmoe.frontend.stops import StopFinder
 from nmoe.frontend.tokenizer import Tokenizer
 from tests.scripted import BOS, TOKENIZER, ids_of
@@ -184,10 +184,10 @@ def test_a_bos_that_is_no_token_is_refused(tmp_path):
     ],
 )
 def test_where_tokenizer_config_json_adds_bos(tmp_path, settings, bos):
-    assert added_bos(tmp_path) is None
+    assert added_bos(tmp_path, read_tokenizer_config(tmp_path)) is None
     named = {"bos_token": {"__type": "AddedToken", "content": "<s>", "lstrip": False}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(named | settings))
-    assert added_bos(tmp_path) == bos
+    assert added_bos(tmp_path, read_tokenizer_config(tmp_path)) == bos
 
 
 def test_tokens_that_only_tokenizer_config_json_has(tmp_path):
@@ -204,7 +204,7 @@ def test_tokens_that_only_tokenizer_config_json_has(tmp_path):
     file = save(library, tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    tokenizer = Tokenizer(file, added=added_tokens(tmp_path))
+    tokenizer = Tokenizer(file, added=added_tokens(tmp_path, read_tokenizer_config(tmp_path)))
     ids = tokenizer.encode("a<new> b<think>cZd<neW>", add_special_tokens=True).ids
     assert ids == theirs.encode("a<new> b<think>cZd<neW>") and {size, letter, think} <= {*ids}
     detokenizer = tokenizer.detokenizer()
@@ -217,14 +217,14 @@ def test_a_token_that_has_two_ids_is_refused(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"makes '<new>' token \d+, but added_tokens_decoder .* says 7; both files"
     ):
-        Tokenizer(save(byte_level(), tmp_path), added=added_tokens(tmp_path))
+        Tokenizer(save(byte_level(), tmp_path), added=added_tokens(tmp_path, read_tokenizer_config(tmp_path)))
 
 
 @pytest.mark.parametrize("listed", [["<new>"], {"x": {"content": "<new>"}}, {"7": "<new>"}, {"7": {}}])
 def test_a_list_of_tokens_that_is_none_is_refused(tmp_path, listed):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
     with pytest.raises(CheckpointError, match="added_tokens_decoder does not map ids to tokens"):
-        added_tokens(tmp_path)
+        added_tokens(tmp_path, read_tokenizer_config(tmp_path))
 
 
 def test_truncation_in_the_file_is_ignored(tmp_path):

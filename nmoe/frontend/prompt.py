@@ -15,7 +15,7 @@ from nmoe.config_json import config_file, is_there
 from nmoe.errors import CheckpointError, RequestError
 from nmoe.frontend.openai import Call
 from nmoe.frontend.schema import Conversation
-from nmoe.frontend.special_tokens import added_bos, added_tokens
+from nmoe.frontend.special_tokens import added_bos, added_tokens, read_tokenizer_config
 from nmoe.frontend.template import ChatTemplate, load_template
 from nmoe.frontend.tokenizer import Tokenizer
 from nmoe.messages import Sampling, Submit, bias_fields
@@ -129,13 +129,14 @@ def load_prompts(config: Config, eos: tuple[int, ...], vocab_size: int) -> Promp
     folder = config_file(config.model.path).parent
     if config.model.weights == "random" and not is_there(folder / "tokenizer.json"):
         return Prompts(None, None, vocab_size)
-    tokenizer = Tokenizer(tokenizer_file(config.model.path), eos, added_bos(folder), added_tokens(folder))
+    file, besides = tokenizer_file(config.model.path), read_tokenizer_config(folder)
+    tokenizer = Tokenizer(file, eos, added_bos(folder, besides), added_tokens(folder, besides))
     if tokenizer.largest_id >= vocab_size:
         raise CheckpointError(
             f"{folder}: tokenizer.json has token ids up to {tokenizer.largest_id}, but vocab_size = {vocab_size} in"
             " config.json; tokenizer and model must come from the same repository"
         )
-    return Prompts(tokenizer, load_template(folder), vocab_size)
+    return Prompts(tokenizer, load_template(folder, besides), vocab_size)
 
 
 def _beginnings(encoding: tokenizers.Encoding) -> list[int]:

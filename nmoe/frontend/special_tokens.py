@@ -54,10 +54,10 @@ def special_tokens(folder: pathlib.Path, config: dict[str, Any]) -> dict[str, st
     }
 
 
-def added_tokens(folder: pathlib.Path) -> dict[int, AddedToken]:
+def added_tokens(folder: pathlib.Path, config: dict[str, Any]) -> dict[int, AddedToken]:
     """The tokens that tokenizer_config.json adds to tokenizer.json's, by id; most checkpoints have the same in both.
     Raises CheckpointError."""
-    given = read_tokenizer_config(folder).get("added_tokens_decoder")
+    given = config.get("added_tokens_decoder")
     try:
         found = msgspec.convert(given or {}, dict[int, AddedToken], strict=False)
     except msgspec.ValidationError as error:
@@ -68,13 +68,12 @@ def added_tokens(folder: pathlib.Path) -> dict[int, AddedToken]:
     return dict(sorted(found.items()))
 
 
-def added_bos(folder: pathlib.Path) -> str | None:
+def added_bos(folder: pathlib.Path, config: dict[str, Any]) -> str | None:
     """The token that tokenizer_config.json wants before every text, whatever tokenizer.json says; None: it wants none.
 
     DeepSeek-V3 is published so: its tokenizer.json adds no BOS, and `add_bos_token` does. Only the classes that obeyed
     the flag in transformers 4 count; transformers 5 drops it beside a tokenizer.json. Raises CheckpointError.
     """
-    config = read_tokenizer_config(folder)
     if config.get("tokenizer_class") not in _OBEY_ADD_BOS or config.get("add_bos_token") is not True:
         return None
     return special_tokens(folder, config).get("bos_token")

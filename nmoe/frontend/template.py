@@ -21,7 +21,7 @@ import msgspec
 from nmoe.config_json import is_there
 from nmoe.errors import CheckpointError, RequestError
 from nmoe.frontend.schema import ChatMessage, Conversation
-from nmoe.frontend.special_tokens import CONFIG, read_tokenizer_config, special_tokens
+from nmoe.frontend.special_tokens import CONFIG, special_tokens
 
 
 class _Named(msgspec.Struct):
@@ -101,12 +101,13 @@ def _cut_at(text: str, mark: str, final: str) -> str:
     return kept
 
 
-def load_template(folder: pathlib.Path) -> ChatTemplate | None:
-    """The template of a checkpoint: chat_template.jinja, or the one in tokenizer_config.json; None when it has neither.
+def load_template(folder: pathlib.Path, config: dict[str, Any]) -> ChatTemplate | None:
+    """The template of a checkpoint: chat_template.jinja, or the one in `config`, its tokenizer_config.json; None if it
+    has neither.
 
     Raises CheckpointError if it has one that cannot be used.
     """
-    config, template_file = read_tokenizer_config(folder), folder / "chat_template.jinja"
+    template_file = folder / "chat_template.jinja"
     where = template_file if is_there(template_file) else folder / CONFIG
     try:
         source = where.read_text(encoding="utf-8") if where == template_file else _default(where, config)

@@ -40,7 +40,7 @@ def put_expert(weights: Weight, expert: int, weight: Weight, *, halves: bool) ->
     grouped = to.dim() == 4
     if grouped:
         size = to.shape[2]
-        values = grouped_view(_alternating(values, size // 2) if halves else values, size)
+        values = _grouped(_alternating(values, size // 2) if halves else values, size)
     to.copy_(values)
     if isinstance(weights, BlockFP8):
         assert isinstance(weight, BlockFP8)
@@ -55,10 +55,10 @@ def in_groups(weights_EOI: Weight) -> Weight:
 
 
 def _in_groups(weights_EOI: torch.Tensor) -> torch.Tensor:
-    return weights_EOI.view(grouped_view(weights_EOI, 256 if weights_EOI.shape[1] % 256 == 0 else 128).shape)
+    return weights_EOI.view(_grouped(weights_EOI, 256 if weights_EOI.shape[1] % 256 == 0 else 128).shape)
 
 
-def grouped_view(weight_OI: torch.Tensor, size: int) -> torch.Tensor:
+def _grouped(weight_OI: torch.Tensor, size: int) -> torch.Tensor:
     """A view of a weight, [..., O, I], in groups of `size` outputs, [..., G, C, P, Q]; not contiguous."""
     *front, outputs, inputs = weight_OI.shape
     block = _BYTES // weight_OI.itemsize
