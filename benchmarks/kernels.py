@@ -116,6 +116,7 @@ class Bench:
         expert = 3.0 * a.moe_intermediate_size * a.hidden_size
 
         def experts(i: int) -> object:
+            routing[i].lists.renew()
             return ops.grouped_mlp(given, routing[i], layers[i].mlp._w_gate_up, layers[i].mlp._w_down)
 
         moved = used * expert * width + row * (1 + a.num_experts_per_tok)

@@ -116,6 +116,30 @@ def test_experts(num_experts, skew, fp8):
     same_rows(mlp)
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(("shared", "tokens"), [(2, 16), (1, 64), (2, 100), (3, 256), (2, 300), (1, 512)])
+def test_shared_experts_beside_routed_ones(tokens, shared, fp8):
+    """The bits of kernels of their own, whatever the number of tokens, and again when they run anew."""
+    hidden, inter, num_experts, slots = 1024, 384, 16, 4
+    shapes = (2 * shared * inter, hidden), (hidden, shared * inter)
+    x, routes = random(tokens, hidden), routing(tokens, num_experts, slots)
+    if fp8:
+        weights, module = [quantised(*shape, std=0.05)[0] for shape in shapes], experts_fp8_gluon
+        experts = [quantised(num_experts, *shape, std=0.05)[0] for shape in ((2 * inter, hidden), (hidden, inter))]
+    else:
+        weights, module = [random(*shape, std=0.05) for shape in shapes], experts_gluon
+        experts = [random(num_experts, *shape, std=0.05) for shape in ((2 * inter, hidden), (hidden, inter))]
+    experts = stored(*experts)
+    parts = module.grouped_mlp(x, routes, *experts)
+    ops = ops_for(GPU, Numerics.EXACT, fp8=fp8)
+    given = fp8_triton.quantise(x) if fp8 else x
+    alone = ops.linear(ops.silu_mul(ops.linear(given, weights[0])), weights[1])
+    for _ in range(3):
+        routes.lists.renew()
+        terms = module.mlp_with_shared(given, routes, *experts, weights)
+        assert torch.equal(terms.parts_TKD, parts) and torch.equal(terms.shared_TD, alone)
+
+
 def logits(x, gate):
     """The router's, added as its kernels say."""
     parts, span = router_triton.logits_in_parts(x, gate)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nmoe.architecture import Architecture
 from nmoe.profiles import Numerics
 from nmoe.worker.kernels.experts import Arrived
 from nmoe.worker.kernels.fp8 import Activations, BlockFP8, Weight, unquantised
@@ -22,9 +23,9 @@ _Tensor = torch.Tensor
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ops:
-    """The building blocks of a layer, as specified by the reference functions. `sum_experts` returns what
-    `add_rms_norm` adds. On the GPU, `route` makes lists if told to (`listed=True`), and norms and `silu_mul` return
-    `Quantised` if weights are FP8."""
+    """The building blocks of a layer, as specified by the reference functions. `sum_experts` and `mlp_with_shared`
+    return what `add_rms_norm` adds. On the GPU, `route` makes lists if told to (`listed=True`), and norms and
+    `silu_mul` return `Quantised` if weights are FP8."""
 
     rms_norm: Callable[..., Activations]
     add_rms_norm: Callable[..., tuple[_Tensor, Activations]]
@@ -35,6 +36,9 @@ class Ops:
     silu_mul: Callable[..., Activations]
     grouped_mlp: Callable[..., _Tensor]
     sum_experts: Callable[[Any, _Tensor], Any]
+    # For so many tokens, whether the routed experts and the shared ones, all on this rank, are better computed at once.
+    takes_shared: Callable[[int, Architecture], bool]
+    mlp_with_shared: Callable[..., Any]
 
 
 def ops_for(device: torch.device, numerics: Numerics, *, fp8: bool = False) -> Ops:
@@ -67,6 +71,8 @@ def _reference() -> Ops:
         silu_mul=experts.silu_mul,
         grouped_mlp=experts.grouped_mlp,
         sum_experts=experts.sum_experts,
+        takes_shared=_never,
+        mlp_with_shared=_never,
     )
 
 
@@ -83,6 +89,8 @@ def _exact_reference() -> Ops:
         silu_mul=exact.silu_mul,
         grouped_mlp=exact.grouped_mlp,
         sum_experts=experts.sum_experts,
+        takes_shared=_never,
+        mlp_with_shared=_never,
     )
 
 
@@ -90,6 +98,7 @@ def _triton() -> Ops:
     from nmoe.worker.kernels import (
         experts_fp8_gluon,
         experts_gluon,
+        experts_launch,
         experts_triton,
         fp8_triton,
         linear_parts_gluon,
@@ -116,6 +125,13 @@ def _triton() -> Ops:
         assert isinstance(x, _Tensor | Arrived) and isinstance(w_gate_up, _Tensor) and isinstance(w_down, _Tensor)
         return experts_gluon.grouped_mlp(x, routes, w_gate_up, w_down)
 
+    def mlp_with_shared(
+        x: Activations, routes: Routes, w_gate_up: Weight, w_down: Weight, shared: tuple[Weight, Weight]
+    ) -> experts_triton.Terms:
+        module: Any = experts_fp8_gluon if isinstance(w_gate_up, BlockFP8) else experts_gluon
+        terms: experts_triton.Terms = module.mlp_with_shared(x, routes, w_gate_up, w_down, shared)
+        return terms
+
     return Ops(
         rms_norm=norm_triton.rms_norm,
         add_rms_norm=norm_triton.add_rms_norm,
@@ -126,6 +142,8 @@ def _triton() -> Ops:
         silu_mul=experts_triton.silu_mul,
         grouped_mlp=grouped_mlp,
         sum_experts=experts_triton.Terms,
+        takes_shared=experts_launch.takes_shared,
+        mlp_with_shared=mlp_with_shared,
     )
 
 
@@ -151,6 +169,10 @@ def _quantising(ops: Ops) -> Ops:
         add_rms_norm=functools.partial(ops.add_rms_norm, quantised=True),
         silu_mul=functools.partial(ops.silu_mul, quantised=True),
     )
+
+
+def _never(*_: object) -> bool:
+    return False
 
 
 def _library_product(x_TI: _Tensor, weight_OI: _Tensor, out_TO: _Tensor) -> None:

@@ -5,17 +5,18 @@ microsecond where a step is a chain of short kernels. Next to the long kernels o
 up room: measured, 3% of its time.
 
 A norm lets its successor launch first of all: the kernel after a norm multiplies by weights, and reads as many of them
-as it has room for while the norm still waits.
+as it has room for while the norm still waits. So does the kernel that chooses a token's experts: the experts' kernel
+begins with the shared ones, whose inputs are what the norm before the router gave.
 
-Before its wait a kernel writes nothing except its own counter, which was zeroed two kernels earlier (the experts'
-second product: lists.py), and reads only
+Before its wait a kernel writes nothing that others read, and reads only
 - weights;
 - the step's plan: positions, places, contexts and their running sums. Between the kernels that write these and the
   first layer there is an ordinary launch, the embedding's, which nothing overtakes;
 - cache rows written by earlier steps: pages that a step writes are read by others only from the next step on
   (nmoe/scheduler/scheduler.py);
-- bypassing the multiprocessor's own cache (`.cg`), what kernels before its predecessor wrote, unless the predecessor
-  is a norm: the predecessor let it launch after its own wait, so the kernels before that one have finished.
+- bypassing the multiprocessor's own cache (`.cg`), what kernels before its predecessor wrote: the predecessor let it
+  launch after its own wait, so the kernels before that one have finished. Of a predecessor that lets it launch first of
+  all, the same holds for one kernel earlier.
 A caller that launches such a kernel by itself ensures that the kernel before wrote neither its weights nor its plan.
 """
 

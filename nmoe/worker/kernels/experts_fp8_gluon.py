@@ -1,5 +1,5 @@
-"""The experts in FP8 on the GPU: the products of experts_triton.py with block-quantised weights and activations, with
-specialised warps, in Gluon; see warps_gluon.py and experts_warps_gluon.py.
+"""The experts in FP8 on the GPU: the products of experts_triton.py, and of the shared experts, with block-quantised
+weights and activations, by specialised warps in one kernel, in Gluon; see warps_gluon.py and experts_warps_gluon.py.
 
 Each of the two warpgroups has half of a tile's rows, 64 outputs at a time: while one applies scales, the other
 multiplies. The arithmetic is that of scaled_product in products_triton.py: 128 inputs summed from zero, times the
@@ -21,27 +21,32 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nmoe.worker.kernels.early import early
-from nmoe.worker.kernels.expert_weights import experts_sizes
+from nmoe.worker.kernels.expert_weights import experts_sizes, stored_rows
 from nmoe.worker.kernels.experts import Arrived
-from nmoe.worker.kernels.experts_triton import most_tiles
+from nmoe.worker.kernels.experts_launch import Room, rows_per_expert, terms_of
+from nmoe.worker.kernels.experts_triton import Terms
 from nmoe.worker.kernels.experts_warps_gluon import (
+    DOWN,
+    UP,
     ListPointers,
-    down_work,
-    load_down,
+    Sizes,
+    count_stored,
+    down_blocks,
+    is_shared,
     load_now,
-    load_up,
+    load_pieces,
     make_pieces,
+    pairs_of,
     produce_pieces,
+    rows_apart,
     told_piece,
-    up_work,
+    up_blocks,
 )
 from nmoe.worker.kernels.fp8 import BLOCK, Activations, BlockFP8
 from nmoe.worker.kernels.fp8_triton import quantise
-from nmoe.worker.kernels.hopper_gluon import wait_for_kernel_before
 from nmoe.worker.kernels.kept import kept
 from nmoe.worker.kernels.lists import Routes
 from nmoe.worker.kernels.warps_gluon import (
-    OUTPUTS,
     WORKER_WARPS,
     Form,
     descriptor,
@@ -68,13 +73,14 @@ def _add(ring, stage, part: gl.constexpr, x, scale, acc, product):
 
 
 @gluon.jit
-def _multiply(ring, scales, w_scales_ptr, work, at, C: gl.constexpr, STAGES: gl.constexpr, mine: gl.constexpr):
-    """Warpgroup `mine`: both blocks' outputs for its half of the rows, as four float32 [64, N / 2]. `at` as in
-    `load_rows`."""
+def _multiply(ring, scales, w_scales_ptr, blocks, at, C, STAGES: gl.constexpr, mine: gl.constexpr):
+    """Warpgroup `mine`: both blocks' outputs for its half of the rows, as four float32 [64, N / 2]. `w_scales_ptr`: the
+    scales [blocks, C] in which these two are. `at` as in `load_rows`."""
     HALF: gl.constexpr = ring.x.shape[1] // 2
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 32])
-    first_ptr = w_scales_ptr + work.first * C
-    second_ptr = w_scales_ptr + work.second * C
+    first, second = blocks
+    first_ptr = w_scales_ptr + first * C
+    second_ptr = w_scales_ptr + second * C
     first_0 = gl.zeros([64, HALF], gl.float32, S)
     first_1 = gl.zeros([64, HALF], gl.float32, S)
     second_0 = gl.zeros([64, HALF], gl.float32, S)
@@ -105,64 +111,126 @@ def _multiply(ring, scales, w_scales_ptr, work, at, C: gl.constexpr, STAGES: gl.
 
 
 @gluon.jit
-def _multiply_up(
-    ring,
-    scales,
-    items,
-    w_scales_ptr,
-    out,
-    num_rows,
-    C: gl.constexpr,
-    F: gl.constexpr,
-    STAGES: gl.constexpr,
-    KEPT: gl.constexpr,
-    mine: gl.constexpr,
-):
-    """Warpgroup `mine`, 0 or 1: silu(x @ gate) * (x @ up), quantised, for its half of a tile's rows."""
-    out_ptr, out_scales_ptr = out
-    ROWS: gl.constexpr = ring.x.shape[1]
+def _rounded(shared, values):
+    """Values of the shared experts as their own kernels, of longer steps, round them in between."""
+    return gl.where(shared, values.to(gl.bfloat16).to(gl.float32), values)
+
+
+@gluon.jit
+def _store_up(piece, gates, ups, hidden, sizes: gl.constexpr, KEPT: gl.constexpr, mine: gl.constexpr):
+    """Store silu(gate) * up, quantised, of warpgroup `mine`'s half of a tile's rows, in two halves of a block's
+    columns."""
+    hidden_ptr, hidden_scales_ptr, num_rows = hidden
+    gate_0, gate_1 = gates
+    up_0, up_1 = ups
+    BLOCKS: gl.constexpr = sizes.intermediate // 128
+    HALF: gl.constexpr = gate_0.shape[1]
+    shared = is_shared(piece, sizes)
+    if sizes.shared > 0:
+        gate_0 = _rounded(shared, gate_0)
+        gate_1 = _rounded(shared, gate_1)
+        up_0 = _rounded(shared, up_0)
+        up_1 = _rounded(shared, up_1)
+    hidden_0 = gate_0 / (1.0 + gl.exp(-gate_0)) * up_0
+    hidden_1 = gate_1 / (1.0 + gl.exp(-gate_1)) * up_1
+    if sizes.shared > 0:
+        hidden_0 = _rounded(shared, hidden_0)
+        hidden_1 = _rounded(shared, hidden_1)
+    peak = gl.maximum(gl.max(gl.abs(hidden_0), 0), gl.max(gl.abs(hidden_1), 0))
+    scale = gl.maximum(peak, 1e-12) / 448.0  # `scales_of` in fp8_triton.py
+    first = piece.between + piece.block // BLOCKS
+    column = piece.block % BLOCKS * 128
+    row = first + store_rows(mine * HALF, HALF, 1) * rows_apart(piece, sizes)
+    rows_ptr = hidden_ptr + row.to(gl.int64) * sizes.intermediate
+    store(rows_ptr, row >= 0, column, sizes.intermediate, (hidden_0 / scale[None, :]).to(gl.float8e4nv), KEPT)
+    store(rows_ptr, row >= 0, column + 64, sizes.intermediate, (hidden_1 / scale[None, :]).to(gl.float8e4nv), KEPT)
+    row = first + (mine * HALF + gl.arange(0, HALF, scale.type.layout)) * rows_apart(piece, sizes)
+    gl.store(hidden_scales_ptr + piece.block % BLOCKS * num_rows + row, scale)
+
+
+@gluon.jit
+def _compute_down(memory, piece, at, sizes: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, mine: gl.constexpr):
+    """A piece of the second product, times the router's weights; warpgroup `mine`'s half of the tile's rows."""
+    ring, scales, _, w_scales, lists, weights_ptr, _, out_ptr, tokens = memory
+    HALF: gl.constexpr = ring.x.shape[1] // 2
+    C: gl.constexpr = sizes.intermediate // 128
+    w_scales_ptr = w_scales[1]
+    expert = piece.expert
+    if sizes.shared > 0:
+        if is_shared(piece, sizes):
+            w_scales_ptr = w_scales[3]
+            expert = piece.expert * 0
+    blocks = down_blocks(expert, piece.block, sizes)
+    c = rows_apart(piece, sizes) * C
+    first_0, first_1, second_0, second_1, at = _multiply(ring, scales, w_scales_ptr, blocks, at, c, STAGES, mine)
+    lane = mine * HALF + gl.arange(0, HALF, gl.SliceLayout(0, first_0.type.layout))
+    pair = pairs_of(piece, lane, lists, tokens, sizes)
+    factor = load_now(weights_ptr + pair, (pair >= 0) & (piece.expert < sizes.experts), 1.0)[None, :]
+    pair = pairs_of(piece, store_rows(mine * HALF, HALF, 2), lists, tokens, sizes)
+    rows_ptr = out_ptr + pair.to(gl.int64) * sizes.hidden
+    column = piece.block * 128
+    store(rows_ptr, pair >= 0, column, sizes.hidden, first_0 * factor, KEPT)
+    store(rows_ptr, pair >= 0, column + 64, sizes.hidden, first_1 * factor, KEPT)
+    store(rows_ptr, pair >= 0, column + 128, sizes.hidden, second_0 * factor, KEPT)
+    store(rows_ptr, pair >= 0, column + 192, sizes.hidden, second_1 * factor, KEPT)
+    return at
+
+
+@gluon.jit
+def _compute(memory, sizes: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, mine: gl.constexpr):
+    """Warpgroup `mine`, 0 or 1: its half of every piece's rows."""
+    ring, scales, items, w_scales, lists, _, hidden, _, _ = memory
+    C: gl.constexpr = sizes.hidden // 128
+    SHARED_BLOCKS: gl.constexpr = sizes.shared * sizes.intermediate // 128
     nth = 0
     at = 0
     piece = told_piece(items, nth)
-    while piece.number >= 0:
-        work = up_work(piece, F // 128)
-        gate_0, gate_1, up_0, up_1, at = _multiply(ring, scales, w_scales_ptr, work, at, C, STAGES, mine)
-        hidden_0 = gate_0 / (1.0 + gl.exp(-gate_0)) * up_0
-        hidden_1 = gate_1 / (1.0 + gl.exp(-gate_1)) * up_1
-        peak = gl.maximum(gl.max(gl.abs(hidden_0), 0), gl.max(gl.abs(hidden_1), 0))
-        scale = gl.maximum(peak, 1e-12) / 448.0  # `scales_of` in fp8_triton.py
-        row = store_rows(work.tile * ROWS + mine * (ROWS // 2), ROWS // 2, 1)
-        rows_ptr = out_ptr + row.to(gl.int64) * F
-        hidden_0 = (hidden_0 / scale[None, :]).to(gl.float8e4nv)
-        store(rows_ptr, row >= 0, work.block * 128, F, hidden_0, KEPT)
-        hidden_1 = (hidden_1 / scale[None, :]).to(gl.float8e4nv)
-        store(rows_ptr, row >= 0, work.block * 128 + 64, F, hidden_1, KEPT)
-        row = work.tile * ROWS + mine * (ROWS // 2) + gl.arange(0, ROWS // 2, scale.type.layout)
-        gl.store(out_scales_ptr + work.block * num_rows + row, scale)
+    if sizes.shared > 0:
+        while (piece.kind == UP) & is_shared(piece, sizes):
+            blocks = (piece.block, piece.block + SHARED_BLOCKS)
+            gate_0, gate_1, up_0, up_1, at = _multiply(ring, scales, w_scales[2], blocks, at, C, STAGES, mine)
+            _store_up(piece, (gate_0, gate_1), (up_0, up_1), hidden, sizes, KEPT, mine)
+            nth += 1
+            piece = told_piece(items, nth)
+        count_stored(lists, sizes.experts)
+    while piece.kind == UP:
+        blocks = up_blocks(piece.expert, piece.block, sizes)
+        gate_0, gate_1, up_0, up_1, at = _multiply(ring, scales, w_scales[0], blocks, at, C, STAGES, mine)
+        _store_up(piece, (gate_0, gate_1), (up_0, up_1), hidden, sizes, KEPT, mine)
+        count_stored(lists, piece.expert)
+        nth += 1
+        piece = told_piece(items, nth)
+    while piece.kind == DOWN:
+        at = _compute_down(memory, piece, at, sizes, STAGES, KEPT, mine)
         nth += 1
         piece = told_piece(items, nth)
 
 
-@gluon.jit(do_not_specialize=["block_stride", "num_rows", "capacity", "most"])
-def _gate_up_kernel(
+@gluon.jit(do_not_specialize=["block_stride", "num_rows", "capacity", "most", "tokens"])
+def _mlp_kernel(
     x_ptr,
     x_scales_ptr,
     slots_ptr,
-    w_desc,
-    w_scales_ptr,
+    up_desc,
+    down_desc,
+    shared_up_desc,
+    shared_down_desc,
+    up_scales_ptr,
+    down_scales_ptr,
+    shared_up_scales_ptr,
+    shared_down_scales_ptr,
+    weights_ptr,
     pairs_ptr,
     counts_ptr,
+    hidden_ptr,
+    hidden_scales_ptr,
     out_ptr,
-    out_scales_ptr,
     block_stride,
     num_rows,
     capacity,
     most,
-    D: gl.constexpr,
-    F: gl.constexpr,
-    K: gl.constexpr,
-    E: gl.constexpr,
-    GROUP: gl.constexpr,
+    tokens,
+    SIZES: gl.constexpr,
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
@@ -170,109 +238,23 @@ def _gate_up_kernel(
     WORKER_REGISTERS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
-    """The tiles' rows: silu(x @ gate) * (x @ up), quantised. `slots_ptr`: each token's index in x and its scales, with
-    a token's scales contiguous; without it tokens are in order, and a block's scales are contiguous."""
-    C: gl.constexpr = D // 128
-    ring = make_ring(w_desc, ROWS, STAGES)
-    scales = make_scales(ROWS, STAGES)
-    items = make_pieces()
-    wait_for_kernel_before()
-    lists = ListPointers(pairs_ptr, counts_ptr, capacity, most)
-    out = (out_ptr, out_scales_ptr)
-    x = (x_ptr, x_scales_ptr, slots_ptr, block_stride)
-    gl.warp_specialize(
-        [
-            (_multiply_up, (ring, scales, items, w_scales_ptr, out, num_rows, C, F, STAGES, KEPT, 0)),
-            (_multiply_up, (ring, scales, items, w_scales_ptr, out, num_rows, C, F, STAGES, KEPT, 1)),
-            (produce_pieces, (ring, items, w_desc, lists, E, C, F // 128, True, GROUP, STAGES, TOGETHER)),
-            (load_up, (ring, scales, items, x, pairs_ptr, C, K, STAGES)),
-        ],
-        WORKER_WARPS,
-        [WORKER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
-    )
-
-
-@gluon.jit
-def _multiply_down(
-    ring,
-    scales,
-    items,
-    w_scales_ptr,
-    weights_ptr,
-    pairs_ptr,
-    out_ptr,
-    C: gl.constexpr,
-    D: gl.constexpr,
-    STAGES: gl.constexpr,
-    KEPT: gl.constexpr,
-    mine: gl.constexpr,
-):
-    """Warpgroup `mine`, 0 or 1: its half of a tile's rows."""
-    HALF: gl.constexpr = ring.x.shape[1] // 2
-    nth = 0
-    at = 0
-    piece = told_piece(items, nth)
-    while piece.number >= 0:
-        work = down_work(piece, D // 128)
-        first_0, first_1, second_0, second_1, at = _multiply(ring, scales, w_scales_ptr, work, at, C, STAGES, mine)
-        lane = mine * HALF + gl.arange(0, HALF, gl.SliceLayout(0, first_0.type.layout))
-        pair = load_now(pairs_ptr + piece.first + lane, lane < piece.rows, -1)
-        weight = load_now(weights_ptr + pair, pair >= 0, 0.0)[None, :]
-        lane = store_rows(mine * HALF, HALF, 2)
-        pair = load_now(pairs_ptr + piece.first + lane, lane < piece.rows, -1)
-        rows_ptr = out_ptr + pair.to(gl.int64) * D
-        store(rows_ptr, pair >= 0, work.block * 128, D, first_0 * weight, KEPT)
-        store(rows_ptr, pair >= 0, work.block * 128 + 64, D, first_1 * weight, KEPT)
-        store(rows_ptr, pair >= 0, work.block * 128 + 128, D, second_0 * weight, KEPT)
-        store(rows_ptr, pair >= 0, work.block * 128 + 192, D, second_1 * weight, KEPT)
-        nth += 1
-        piece = told_piece(items, nth)
-
-
-@gluon.jit(do_not_specialize=["num_rows", "capacity", "most"])
-def _down_kernel(
-    hidden_ptr,
-    hidden_scales_ptr,
-    w_desc,
-    w_scales_ptr,
-    weights_ptr,
-    pairs_ptr,
-    counts_ptr,
-    out_ptr,
-    num_rows,
-    capacity,
-    most,
-    D: gl.constexpr,
-    F: gl.constexpr,
-    E: gl.constexpr,
-    GROUP: gl.constexpr,
-    ROWS: gl.constexpr,
-    STAGES: gl.constexpr,
-    TOGETHER: gl.constexpr,
-    KEPT: gl.constexpr,
-    WORKER_REGISTERS: gl.constexpr,
-    OTHER_REGISTERS: gl.constexpr,
-):
-    """hidden @ down times the router's weight, returned in pair order. Weights may start loading while the first
-    product is finishing, as that has waited for the lists; the loader waits for its results."""
-    C: gl.constexpr = F // 128
-    ring = make_ring(w_desc, ROWS, STAGES)
+    """Both products of all experts. `slots_ptr`: each token's index in x and its scales, with a token's scales
+    contiguous; without it tokens are in order, and a block's scales are contiguous."""
+    ring = make_ring(up_desc, ROWS, STAGES)
     scales = make_scales(ROWS, STAGES)
     items = make_pieces()
     lists = ListPointers(pairs_ptr, counts_ptr, capacity, most)
-    hidden = (hidden_ptr, hidden_scales_ptr)
+    descs = (up_desc, down_desc, shared_up_desc, shared_down_desc)
+    w_scales = (up_scales_ptr, down_scales_ptr, shared_up_scales_ptr, shared_down_scales_ptr)
+    x = (x_ptr, x_scales_ptr, block_stride, slots_ptr)
+    hidden = (hidden_ptr, hidden_scales_ptr, num_rows)
+    memory = (ring, scales, items, w_scales, lists, weights_ptr, hidden, out_ptr, tokens)
     gl.warp_specialize(
         [
-            (
-                _multiply_down,
-                (ring, scales, items, w_scales_ptr, weights_ptr, pairs_ptr, out_ptr, C, D, STAGES, KEPT, 0),
-            ),
-            (
-                _multiply_down,
-                (ring, scales, items, w_scales_ptr, weights_ptr, pairs_ptr, out_ptr, C, D, STAGES, KEPT, 1),
-            ),
-            (produce_pieces, (ring, items, w_desc, lists, E, C, D // 128, False, GROUP, STAGES, TOGETHER)),
-            (load_down, (ring, scales, items, hidden, num_rows, C, D, STAGES)),
+            (_compute, (memory, SIZES, STAGES, KEPT, 0)),
+            (_compute, (memory, SIZES, STAGES, KEPT, 1)),
+            (produce_pieces, (ring, items, descs, lists, tokens, SIZES, STAGES, TOGETHER)),
+            (load_pieces, (ring, scales, items, x, hidden, lists, SIZES, STAGES)),
         ],
         WORKER_WARPS,
         [WORKER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
@@ -287,64 +269,71 @@ def _form(rows_per_expert: float) -> Form:
 
 
 def grouped_mlp(x: Activations | Arrived, routes: Routes, w_gate_up: BlockFP8, w_down: BlockFP8) -> torch.Tensor:
-    """See experts_triton.py; D and F are multiples of 128, and arrived rows are quantised."""
+    """See experts_triton.py; D and F are multiples of 128, arrived rows are quantised. Uses up the lists' counts."""
+    num_experts, hidden, _ = experts_sizes(w_down.values)
+    (tokens, slots), device = routes.weights_TK.shape, routes.weights_TK.device
+    if not tokens * slots:
+        return torch.empty(tokens, slots, hidden, dtype=torch.bfloat16, device=device)
+    form = _form(rows_per_expert(x, routes, num_experts))
+    parts_TKD = _launch(form, x, routes, w_gate_up, w_down).parts_TKD
+    assert isinstance(parts_TKD, torch.Tensor)
+    return parts_TKD
+
+
+def mlp_with_shared(
+    x: Activations, routes: Routes, w_gate_up: BlockFP8, w_down: BlockFP8, shared: tuple[BlockFP8, BlockFP8]
+) -> Terms:
+    """See experts_gluon.py."""
+    form = _form(rows_per_expert(x, routes, len(w_down.values)))
+    return _launch(form._replace(left=0), x, routes, w_gate_up, w_down, *shared)
+
+
+def _launch(
+    form: Form,
+    x: Activations | Arrived,
+    routes: Routes,
+    w_gate_up: BlockFP8,
+    w_down: BlockFP8,
+    w_shared_up: BlockFP8 | None = None,
+    w_shared_down: BlockFP8 | None = None,
+) -> Terms:
     assert routes.lists is not None
     (tokens, slots), (num_experts, hidden, inter) = routes.weights_TK.shape, experts_sizes(w_down.values)
-    device = routes.weights_TK.device
-    parts_TKD = torch.empty(tokens, slots, hidden, dtype=torch.bfloat16, device=device)
-    pairs = tokens * slots
-    if not pairs:
-        return parts_TKD
     if isinstance(x, Arrived):
         arrived, values, scales, block_stride = x, x.values_CD, x.scales_CG, 1
     else:
         quantised = quantise(x)
         arrived, values, scales = None, quantised.values_PI, quantised.scales_CP
         block_stride = scales.stride(0)
-    form = _form(arrived.per_expert if arrived else pairs / num_experts)
-    pairs_EC, counts_EW = routes.lists.pairs_EC, routes.lists.counts_EW
-    sizes = {"D": hidden, "F": inter, "E": num_experts}
-    most = most_tiles(pairs, num_experts, form.rows)
-    num_rows = most * form.rows
-    hidden_NF = torch.empty(num_rows, inter, dtype=torch.float8_e4m3fn, device=device)
-    hidden_scales = torch.empty(inter // BLOCK, num_rows, dtype=torch.float32, device=device)
-    _gate_up_kernel[(form.programs(most * (inter // BLOCK), device),)](
+    shared = 0 if w_shared_down is None else w_shared_down.values.shape[1] // inter
+    room = Room.of(form, routes, num_experts, hidden, inter, shared)
+    out = torch.empty(room.out, hidden, dtype=torch.bfloat16, device=values.device)
+    _mlp_kernel[(form.programs(room.pieces, values.device),)](
         values,
         scales,
         arrived.slots_S if arrived else None,
-        descriptor(w_gate_up.values),
+        descriptor(stored_rows(w_gate_up.values)),
+        descriptor(stored_rows(w_down.values)),
+        w_shared_up and descriptor(w_shared_up.values),
+        w_shared_down and descriptor(w_shared_down.values),
         w_gate_up.scales,
-        pairs_EC,
-        counts_EW,
-        hidden_NF,
-        hidden_scales,
-        block_stride,
-        num_rows,
-        pairs_EC.shape[1],
-        most,
-        **sizes,
-        K=slots,
-        GROUP=w_gate_up.values.shape[3],
-        **form.options(hidden // BLOCK),
-        KEPT=kept(tokens),
-        launch_pdl=early(tokens),
-    )
-    _down_kernel[(form.programs(most * -(-hidden // OUTPUTS), device),)](
-        hidden_NF,
-        hidden_scales,
-        descriptor(w_down.values),
         w_down.scales,
+        w_shared_up and w_shared_up.scales,
+        w_shared_down and w_shared_down.scales,
         routes.weights_TK,
-        pairs_EC,
-        counts_EW,
-        parts_TKD,
-        num_rows,
-        pairs_EC.shape[1],
-        most,
-        **sizes,
-        GROUP=w_down.values.shape[3],
-        **form.options(inter // BLOCK),
+        routes.lists.pairs_EC,
+        routes.lists.counts_EW,
+        values.new_empty(room.between, inter),
+        torch.empty(inter // BLOCK, room.between, dtype=torch.float32, device=values.device),
+        out,
+        block_stride,
+        room.between,
+        routes.lists.pairs_EC.shape[1],
+        room.most,
+        tokens,
+        SIZES=Sizes(hidden, inter, slots, num_experts, shared, w_gate_up.values.shape[3], w_down.values.shape[3]),
         KEPT=kept(tokens),
+        **form.options(),
         launch_pdl=early(tokens),
     )
-    return parts_TKD
+    return terms_of(out, routes)

@@ -1,5 +1,5 @@
-"""The experts in bfloat16 on the GPU: the products of experts_triton.py with specialised warps, in Gluon; see
-warps_gluon.py and experts_warps_gluon.py.
+"""The experts in bfloat16 on the GPU: the products of experts_triton.py, and of the shared experts, by specialised
+warps in one kernel, in Gluon; see warps_gluon.py and experts_warps_gluon.py.
 
 Each of the two warpgroups has half of a tile's outputs, 64 of either block. An element's inputs are added in order, 16
 at a time, in one accumulator, so its bits are those of experts_triton.py, in a tile of any size.
@@ -20,25 +20,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from nmoe.worker.kernels import experts_triton
 from nmoe.worker.kernels.early import early
-from nmoe.worker.kernels.expert_weights import experts_sizes
+from nmoe.worker.kernels.expert_weights import experts_sizes, stored_rows
 from nmoe.worker.kernels.experts import Arrived
-from nmoe.worker.kernels.experts_triton import most_tiles
+from nmoe.worker.kernels.experts_launch import Room, rows_per_expert, terms_of
+from nmoe.worker.kernels.experts_triton import Terms
 from nmoe.worker.kernels.experts_warps_gluon import (
+    DOWN,
+    UP,
     ListPointers,
-    down_work,
-    load_down,
+    Sizes,
+    count_stored,
+    is_shared,
     load_now,
-    load_up,
+    load_pieces,
     make_pieces,
+    pairs_of,
     produce_pieces,
+    rows_apart,
     told_piece,
-    up_work,
 )
-from nmoe.worker.kernels.hopper_gluon import wait_for_kernel_before
 from nmoe.worker.kernels.kept import kept
 from nmoe.worker.kernels.lists import Routes
 from nmoe.worker.kernels.warps_gluon import (
-    OUTPUTS,
     WORKER_WARPS,
     Form,
     descriptor,
@@ -56,7 +59,7 @@ _MANY = Form(128, 4, 168, 216, 56)
 
 
 @gluon.jit
-def _multiply(ring, at, C: gl.constexpr, STAGES: gl.constexpr, mine: gl.constexpr):
+def _multiply(ring, at, C, STAGES: gl.constexpr, mine: gl.constexpr):
     """Warpgroup `mine`: its half of both blocks' outputs, as two float32 [64, N]. `at` as in `load_rows`."""
     ROWS: gl.constexpr = ring.x.shape[1]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
@@ -86,114 +89,93 @@ def _multiply(ring, at, C: gl.constexpr, STAGES: gl.constexpr, mine: gl.constexp
 
 
 @gluon.jit
-def _multiply_up(
-    ring, items, out_ptr, C: gl.constexpr, F: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, mine: gl.constexpr
-):
-    """Warpgroup `mine`, 0 or 1: silu(x @ gate) * (x @ up) for its half of a block's columns."""
-    ROWS: gl.constexpr = ring.x.shape[1]
-    nth = 0
-    at = 0
-    piece = told_piece(items, nth)
-    while piece.number >= 0:
-        work = up_work(piece, F // 128)
-        gate, up, at = _multiply(ring, at, C, STAGES, mine)
-        hidden = gate / (1.0 + gl.exp(-gate)) * up
-        lane = store_rows(0, ROWS, 2)
-        rows_ptr = out_ptr + (work.tile * ROWS + lane).to(gl.int64) * F
-        store(rows_ptr, lane < piece.rows, work.block * 128 + mine * 64, F, hidden, KEPT)
-        nth += 1
-        piece = told_piece(items, nth)
-
-
-@gluon.jit(do_not_specialize=["capacity", "most"])
-def _gate_up_kernel(
-    x_ptr,
-    slots_ptr,
-    w_desc,
-    pairs_ptr,
-    counts_ptr,
-    out_ptr,
-    capacity,
-    most,
-    D: gl.constexpr,
-    F: gl.constexpr,
-    K: gl.constexpr,
-    E: gl.constexpr,
-    GROUP: gl.constexpr,
-    ROWS: gl.constexpr,
-    STAGES: gl.constexpr,
-    TOGETHER: gl.constexpr,
-    KEPT: gl.constexpr,
-    WORKER_REGISTERS: gl.constexpr,
-    OTHER_REGISTERS: gl.constexpr,
-):
-    """The tiles' rows: silu(x @ gate) * (x @ up). `slots_ptr`: each token's index in x, if not in order."""
-    C: gl.constexpr = D // 64
-    ring = make_ring(w_desc, ROWS, STAGES)
-    items = make_pieces()
-    wait_for_kernel_before()
-    lists = ListPointers(pairs_ptr, counts_ptr, capacity, most)
-    x = (x_ptr, None, slots_ptr, None)
-    gl.warp_specialize(
-        [
-            (_multiply_up, (ring, items, out_ptr, C, F, STAGES, KEPT, 0)),
-            (_multiply_up, (ring, items, out_ptr, C, F, STAGES, KEPT, 1)),
-            (produce_pieces, (ring, items, w_desc, lists, E, C, F // 128, True, GROUP, STAGES, TOGETHER)),
-            (load_up, (ring, None, items, x, pairs_ptr, C, K, STAGES)),
-        ],
-        WORKER_WARPS,
-        [WORKER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
-    )
+def _store_up(piece, gate, up, hidden_ptr, sizes: gl.constexpr, KEPT: gl.constexpr, mine: gl.constexpr):
+    """Store silu(gate) * up, of warpgroup `mine`'s half of a block's columns."""
+    ROWS: gl.constexpr = gate.shape[1]
+    if sizes.shared > 0:
+        # As where they are computed by kernels of their own, the shared experts' products are rounded first.
+        gate = gl.where(is_shared(piece, sizes), gate.to(gl.bfloat16).to(gl.float32), gate)
+        up = gl.where(is_shared(piece, sizes), up.to(gl.bfloat16).to(gl.float32), up)
+    hidden = gate / (1.0 + gl.exp(-gate)) * up
+    lane = store_rows(0, ROWS, 2)
+    row = piece.between + lane * rows_apart(piece, sizes)
+    rows_ptr = hidden_ptr + row.to(gl.int64) * sizes.intermediate
+    column = piece.block * 128 + mine * 64
+    store(rows_ptr, lane < piece.rows, column, column + 64, hidden, KEPT)
 
 
 @gluon.jit
-def _multiply_down(
+def _compute_down(
     ring,
-    items,
+    piece,
+    lists,
     weights_ptr,
-    pairs_ptr,
     out_ptr,
-    C: gl.constexpr,
-    D: gl.constexpr,
+    tokens,
+    at,
+    sizes: gl.constexpr,
     STAGES: gl.constexpr,
     KEPT: gl.constexpr,
     mine: gl.constexpr,
 ):
-    """Warpgroup `mine`, 0 or 1: its half of both blocks' columns."""
+    """A piece of the second product, times the router's weights; warpgroup `mine`'s half of both blocks' columns."""
     ROWS: gl.constexpr = ring.x.shape[1]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    pair = pairs_of(piece, gl.arange(0, ROWS, gl.SliceLayout(0, S)), lists, tokens, sizes)
+    factor = load_now(weights_ptr + pair, (pair >= 0) & (piece.expert < sizes.experts), 1.0)[None, :]
+    pair = pairs_of(piece, store_rows(0, ROWS, 2), lists, tokens, sizes)
+    first, second, at = _multiply(ring, at, rows_apart(piece, sizes) * (sizes.intermediate // 64), STAGES, mine)
+    rows_ptr = out_ptr + pair.to(gl.int64) * sizes.hidden
+    column = piece.block * 128 + mine * 64
+    store(rows_ptr, pair >= 0, column, sizes.hidden, first * factor, KEPT)
+    store(rows_ptr, pair >= 0, column + 128, sizes.hidden, second * factor, KEPT)
+    return at
+
+
+@gluon.jit
+def _compute(work, sizes: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, mine: gl.constexpr):
+    """Warpgroup `mine`, 0 or 1: its half of every piece's columns."""
+    ring, items, lists, weights_ptr, hidden_ptr, out_ptr, tokens = work
+    C: gl.constexpr = sizes.hidden // 64
     nth = 0
     at = 0
     piece = told_piece(items, nth)
-    while piece.number >= 0:
-        work = down_work(piece, D // 128)
-        lane = gl.arange(0, ROWS, gl.SliceLayout(0, S))
-        pair = load_now(pairs_ptr + piece.first + lane, lane < piece.rows, -1)
-        factor = load_now(weights_ptr + pair, pair >= 0, 0.0)[None, :]
-        lane = store_rows(0, ROWS, 2)
-        pair = load_now(pairs_ptr + piece.first + lane, lane < piece.rows, -1)
-        first, second, at = _multiply(ring, at, C, STAGES, mine)
-        rows_ptr = out_ptr + pair.to(gl.int64) * D
-        store(rows_ptr, pair >= 0, work.block * 128 + mine * 64, D, first * factor, KEPT)
-        store(rows_ptr, pair >= 0, work.block * 128 + 128 + mine * 64, D, second * factor, KEPT)
+    if sizes.shared > 0:
+        while (piece.kind == UP) & is_shared(piece, sizes):
+            gate, up, at = _multiply(ring, at, C, STAGES, mine)
+            _store_up(piece, gate, up, hidden_ptr, sizes, KEPT, mine)
+            nth += 1
+            piece = told_piece(items, nth)
+        count_stored(lists, sizes.experts)
+    while piece.kind == UP:
+        gate, up, at = _multiply(ring, at, C, STAGES, mine)
+        _store_up(piece, gate, up, hidden_ptr, sizes, KEPT, mine)
+        count_stored(lists, piece.expert)
+        nth += 1
+        piece = told_piece(items, nth)
+    while piece.kind == DOWN:
+        at = _compute_down(ring, piece, lists, weights_ptr, out_ptr, tokens, at, sizes, STAGES, KEPT, mine)
         nth += 1
         piece = told_piece(items, nth)
 
 
-@gluon.jit(do_not_specialize=["capacity", "most"])
-def _down_kernel(
-    hidden_ptr,
-    w_desc,
+@gluon.jit(do_not_specialize=["capacity", "most", "tokens"])
+def _mlp_kernel(
+    x_ptr,
+    slots_ptr,
+    up_desc,
+    down_desc,
+    shared_up_desc,
+    shared_down_desc,
     weights_ptr,
     pairs_ptr,
     counts_ptr,
+    hidden_ptr,
     out_ptr,
     capacity,
     most,
-    D: gl.constexpr,
-    F: gl.constexpr,
-    E: gl.constexpr,
-    GROUP: gl.constexpr,
+    tokens,
+    SIZES: gl.constexpr,
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
@@ -201,17 +183,20 @@ def _down_kernel(
     WORKER_REGISTERS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
-    """hidden @ down times the router's weight, returned in pair order."""
-    C: gl.constexpr = F // 64
-    ring = make_ring(w_desc, ROWS, STAGES)
+    """Both products of all experts. `slots_ptr`: each token's index in x, if not in order."""
+    ring = make_ring(up_desc, ROWS, STAGES)
     items = make_pieces()
     lists = ListPointers(pairs_ptr, counts_ptr, capacity, most)
+    descs = (up_desc, down_desc, shared_up_desc, shared_down_desc)
+    x = (x_ptr, None, None, slots_ptr)
+    hidden = (hidden_ptr, None, None)
+    work = (ring, items, lists, weights_ptr, hidden_ptr, out_ptr, tokens)
     gl.warp_specialize(
         [
-            (_multiply_down, (ring, items, weights_ptr, pairs_ptr, out_ptr, C, D, STAGES, KEPT, 0)),
-            (_multiply_down, (ring, items, weights_ptr, pairs_ptr, out_ptr, C, D, STAGES, KEPT, 1)),
-            (produce_pieces, (ring, items, w_desc, lists, E, C, D // 128, False, GROUP, STAGES, TOGETHER)),
-            (load_down, (ring, None, items, (hidden_ptr, None), None, C, D, STAGES)),
+            (_compute, (work, SIZES, STAGES, KEPT, 0)),
+            (_compute, (work, SIZES, STAGES, KEPT, 1)),
+            (produce_pieces, (ring, items, descs, lists, tokens, SIZES, STAGES, TOGETHER)),
+            (load_pieces, (ring, None, items, x, hidden, lists, SIZES, STAGES)),
         ],
         WORKER_WARPS,
         [WORKER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
@@ -231,47 +216,63 @@ def _form(rows_per_expert: float) -> Form | None:
 def grouped_mlp(
     x: torch.Tensor | Arrived, routes: Routes, w_gate_up: torch.Tensor, w_down: torch.Tensor
 ) -> torch.Tensor:
-    """See experts_triton.py, whose kernels handle sizes that are not in blocks of 128."""
+    """See experts_triton.py, whose kernels handle sizes that are not in blocks of 128. Uses up the lists' counts."""
+    num_experts, hidden, inter = experts_sizes(w_down)
+    form = _form(rows_per_expert(x, routes, num_experts))
+    if form is None or hidden % 128 or inter % 128 or not len(routes.weights_TK):
+        return experts_triton.grouped_mlp(x, routes, w_gate_up, w_down)
+    parts_TKD = _launch(form, x, routes, w_gate_up, w_down).parts_TKD
+    assert isinstance(parts_TKD, torch.Tensor)
+    return parts_TKD
+
+
+def mlp_with_shared(
+    x_TD: torch.Tensor,
+    routes: Routes,
+    w_gate_up: torch.Tensor,
+    w_down: torch.Tensor,
+    shared: tuple[torch.Tensor, torch.Tensor],
+) -> Terms:
+    """Each token's weighted expert results and its shared experts', whose weights are [2SF, D] and [D, SF], with the
+    bits of `grouped_mlp` and of kernels of their own. For steps of which `takes_shared` says so."""
+    form = _form(rows_per_expert(x_TD, routes, len(w_down)))
+    assert form is not None
+    return _launch(form._replace(left=0), x_TD, routes, w_gate_up, w_down, *shared)
+
+
+def _launch(
+    form: Form,
+    x: torch.Tensor | Arrived,
+    routes: Routes,
+    w_gate_up: torch.Tensor,
+    w_down: torch.Tensor,
+    w_shared_up: torch.Tensor | None = None,
+    w_shared_down: torch.Tensor | None = None,
+) -> Terms:
     assert routes.lists is not None
     arrived, x_TD = (x, x.values_CD) if isinstance(x, Arrived) else (None, x)
     (tokens, slots), (num_experts, hidden, inter) = routes.weights_TK.shape, experts_sizes(w_down)
-    form = _form(arrived.per_expert if arrived else tokens * slots / num_experts)
-    if form is None or hidden % 128 or inter % 128 or not tokens:
-        return experts_triton.grouped_mlp(x, routes, w_gate_up, w_down)
-    parts_TKD = x_TD.new_empty(tokens, slots, hidden)
-    pairs_EC, counts_EW = routes.lists.pairs_EC, routes.lists.counts_EW
-    sizes = {"D": hidden, "F": inter, "E": num_experts}
-    most = most_tiles(tokens * slots, num_experts, form.rows)
-    hidden_NF = x_TD.new_empty(most * form.rows, inter)
-    _gate_up_kernel[(form.programs(most * (inter // 128), x_TD.device),)](
+    shared = 0 if w_shared_down is None else w_shared_down.shape[1] // inter
+    room = Room.of(form, routes, num_experts, hidden, inter, shared)
+    out = x_TD.new_empty(room.out, hidden)
+    _mlp_kernel[(form.programs(room.pieces, x_TD.device),)](
         x_TD,
         arrived.slots_S if arrived else None,
-        descriptor(w_gate_up),
-        pairs_EC,
-        counts_EW,
-        hidden_NF,
-        pairs_EC.shape[1],
-        most,
-        **sizes,
-        K=slots,
-        GROUP=w_gate_up.shape[3],
-        **form.options(hidden // 64),
-        KEPT=kept(tokens),
-        launch_pdl=early(tokens),
-    )
-    _down_kernel[(form.programs(most * -(-hidden // OUTPUTS), x_TD.device),)](
-        hidden_NF,
-        descriptor(w_down),
+        descriptor(stored_rows(w_gate_up)),
+        descriptor(stored_rows(w_down)),
+        None if w_shared_up is None else descriptor(w_shared_up),
+        None if w_shared_down is None else descriptor(w_shared_down),
         routes.weights_TK,
-        pairs_EC,
-        counts_EW,
-        parts_TKD,
-        pairs_EC.shape[1],
-        most,
-        **sizes,
-        GROUP=w_down.shape[3],
-        **form.options(inter // 64),
+        routes.lists.pairs_EC,
+        routes.lists.counts_EW,
+        x_TD.new_empty(room.between, inter),
+        out,
+        routes.lists.pairs_EC.shape[1],
+        room.most,
+        tokens,
+        SIZES=Sizes(hidden, inter, slots, num_experts, shared, w_gate_up.shape[3], w_down.shape[3]),
         KEPT=kept(tokens),
+        **form.options(),
         launch_pdl=early(tokens),
     )
-    return parts_TKD
+    return terms_of(out, routes)

@@ -20,9 +20,15 @@ class Lists:
     """
 
     pairs_EC: torch.Tensor  # int32: an expert's pairs are at the start of its row
-    # int32 [E + 1, WORDS]: each expert's number of pairs; then how many pieces of work the programs of the first and
-    # the second product have taken, zero except while these run.
+    # int32 [E + 1, WORDS], zero before pairs are added. Word 0: each expert's number of pairs; at E, how many pieces of
+    # work have been taken. Word 1: how many results of each expert's first product are stored, see
+    # experts_warps_gluon.py; at E, the shared experts'. So lists serve one launch.
     counts_EW: torch.Tensor
+
+    def renew(self) -> None:
+        """Let them serve another launch."""
+        self.counts_EW[:, 1] = 0
+        self.counts_EW[-1, 0] = 0
 
 
 class Routes(NamedTuple):

@@ -139,13 +139,13 @@ def _choose_kernel(
     NORM: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    tl.extra.cuda.gdc_launch_dependents()
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     expert = tl.arange(0, BLOCK_E)[None, :]
     routed = expert < E
     exists = (token < num_tokens) & routed
     bias = tl.load(bias_ptr + tl.broadcast_to(expert, [ROWS, BLOCK_E]), mask=exists, other=0.0)  # laid out as scores
     tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
     logits = tl.zeros([ROWS, BLOCK_E], tl.float32)
     for first in tl.static_range(0, PARTS, SPAN):
         span = tl.zeros([ROWS, BLOCK_E], tl.float32)

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nmoe.worker.kernels.device import multiprocessors
-from nmoe.worker.kernels.expert_weights import TILE, stored_rows
+from nmoe.worker.kernels.expert_weights import TILE
 from nmoe.worker.kernels.hopper_gluon import copy_tile, gather
 
 OUTPUTS = 256  # per tile: two blocks of 128, not necessarily adjacent
@@ -48,11 +48,10 @@ class Form(NamedTuple):
         """How many programs to launch for at most this many pieces of work."""
         return min(pieces, multiprocessors(device) - self.left)
 
-    def options(self, stages_of_tile: int) -> dict[str, int]:
+    def options(self) -> dict[str, int]:
         """Options for launching a kernel."""
         registers = {"WORKER_REGISTERS": self.worker_registers, "OTHER_REGISTERS": self.other_registers}
-        together = self.together if stages_of_tile % self.together == 0 else 1
-        ring = {"ROWS": self.rows, "STAGES": self.stages, "TOGETHER": together}
+        ring = {"ROWS": self.rows, "STAGES": self.stages, "TOGETHER": self.together}
         return {**ring, **registers, "maxnreg": self.registers, "num_warps": 4}
 
 
@@ -63,15 +62,6 @@ class Ring(NamedTuple):
     x: gl.shared_memory_descriptor  # [stages, N, I]
     filled: gl.shared_memory_descriptor  # [stages] barriers
     free: gl.shared_memory_descriptor  # [stages] barriers
-
-
-class Work(NamedTuple):
-    """A program's piece of work: a tile of rows, and two blocks of outputs."""
-
-    tile: gl.tensor
-    block: gl.tensor  # the first one
-    first: gl.tensor  # the two as they are stored, counted over all experts' weights
-    second: gl.tensor
 
 
 @gluon.jit
@@ -101,22 +91,29 @@ def make_scales(ROWS: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def produce(ring, w_desc, work, at, C: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr):
-    """Producer: load a tile's weights, which are stored in groups of GROUP outputs (expert_weights.py); C is a multiple
-    of TOGETHER. `at` is the number of stages so far, passed in and returned."""
+def produce(
+    ring, w_desc, blocks, at, C: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr
+):
+    """Producer: load the weights of two blocks of outputs, numbered as they are stored: in groups of GROUP outputs
+    (expert_weights.py), or, if that is 0, in rows. C is a multiple of TOGETHER. `at` is the number of stages so far,
+    passed in and returned."""
+    first, second = blocks
     for c in range(0, C, TOGETHER):
         for i in gl.static_range(TOGETHER):
             mbarrier.wait(ring.free.index((at + i) % STAGES), ((at + i) // STAGES & 1) ^ 1)
             mbarrier.expect(ring.filled.index((at + i) % STAGES), 4 * 64 * 128)
         for part in gl.static_range(4):
             if part < 2:
-                output = work.first * 128 + part * 64
+                output = first * 128 + part * 64
             else:
-                output = work.second * 128 + (part - 2) * 64
+                output = second * 128 + (part - 2) * 64
             for i in gl.static_range(TOGETHER):
                 stage = (at + i) % STAGES
-                row = (output // GROUP * C + c + i) * GROUP + output % GROUP
-                copy_tile(w_desc, [row, 0], ring.filled.index(stage), ring.w.index(stage * 4 + part))
+                if GROUP > 0:
+                    where = [(output // GROUP * C + c + i) * GROUP + output % GROUP, 0]
+                else:
+                    where = [output, (c + i) * ring.w.shape[2]]
+                copy_tile(w_desc, where, ring.filled.index(stage), ring.w.index(stage * 4 + part))
         at += TOGETHER
     return at
 
@@ -172,9 +169,9 @@ def store_rows(first, ROWS: gl.constexpr, BYTES: gl.constexpr):
     return first + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
 
 
-def descriptor(weights_EGCPQ: torch.Tensor) -> TensorDescriptor:
-    """For copying half a block of the experts' outputs (expert_weights.py), and a stage's inputs."""
-    fp8 = weights_EGCPQ.dtype == torch.float8_e4m3fn
-    block = [TILE, weights_EGCPQ.shape[4]]
+def descriptor(rows: torch.Tensor) -> TensorDescriptor:
+    """For copying half a block of outputs, and a stage's inputs, from a weight [O, I] or the experts' `stored_rows`."""
+    fp8 = rows.dtype == torch.float8_e4m3fn
+    block = [TILE, 128 if fp8 else 64]
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv if fp8 else gl.bfloat16)
-    return TensorDescriptor.from_tensor(stored_rows(weights_EGCPQ), block, layout)
+    return TensorDescriptor.from_tensor(rows, block, layout)

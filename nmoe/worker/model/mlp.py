@@ -27,6 +27,11 @@ class DenseMLP:
         self._w_down_DF = empty_weight(like, hidden, intermediate, fp8=fp8)
         _fill_mlp(source, prefix, self._w_gate_up_GD, self._w_down_DF)
 
+    @property
+    def weights(self) -> tuple[Weight, Weight]:
+        """Of the first product, gate above up, [2F, D], and of the second, [D, F]."""
+        return self._w_gate_up_GD, self._w_down_DF
+
     def forward(self, x: Activations, ops: Ops) -> torch.Tensor:
         """[T, D]."""
         return ops.linear(ops.silu_mul(ops.linear(x, self._w_gate_up_GD)), self._w_down_DF)
@@ -72,9 +77,14 @@ class MoE:
     def forward(self, inputs: Activations, ops: Ops) -> tuple[Any, torch.Tensor]:
         """The output, [T, D], or its terms where `add_rms_norm` takes them, and the experts chosen, [T, K]. Routed and
         shared experts are added in float32."""
-        x_TD = unquantised(inputs)
-        self._exchange.announce(len(x_TD))
-        routes = ops.route(x_TD, self._gate, self._bias_E, self._architecture, listed=self._all_here)
+        x_TD, a = unquantised(inputs), self._architecture
+        together = self._all_here and ops.takes_shared(len(x_TD), a)
+        if not together:
+            self._exchange.announce(len(x_TD))
+        routes = ops.route(x_TD, self._gate, self._bias_E, a, listed=self._all_here)
+        if together and self._shared is not None:  # nothing is sent
+            weights = self._w_gate_up, self._w_down, self._shared.weights
+            return ops.mlp_with_shared(inputs, routes, *weights), routes.ids_TK
 
         def experts(x: torch.Tensor | Arrived, routes: Routes) -> torch.Tensor:
             # Tokens that stayed on this rank are already quantised.
