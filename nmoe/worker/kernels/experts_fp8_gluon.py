@@ -265,7 +265,7 @@ def _form(rows_per_expert: float) -> Form:
     """Tiles usually hold all of an expert's rows, so that its weights are read once."""
     if rows_per_expert <= 22:
         return _FEW
-    return _SOME if rows_per_expert <= 80 else _MANY
+    return _SOME if rows_per_expert <= 48 else _MANY
 
 
 def grouped_mlp(x: Activations | Arrived, routes: Routes, w_gate_up: BlockFP8, w_down: BlockFP8) -> torch.Tensor:
