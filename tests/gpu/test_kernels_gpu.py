@@ -411,7 +411,19 @@ def test_where_tokens_are(rows, tokens):
         assert torch.equal(actual.cpu(), expected)
 
 
-@pytest.mark.parametrize(("heads", "tokens", "absorbed"), [(16, 75, 60), (16, 1, 1), (48, 75, 75), (128, 300, 300)])
+@pytest.mark.parametrize(
+    ("heads", "tokens", "absorbed"),
+    [
+        (16, 75, 60),
+        (16, 1, 1),
+        (48, 75, 75),
+        (128, 300, 300),
+        (128, 200, 130),
+        (128, 600, 65),
+        (64, 400, 300),
+        (16, 900, 800),
+    ],
+)
 def test_enter(heads, tokens, absorbed):
     buffer, weight = random(tokens, heads * 192 + 576), random(512)
     q_TA, kv = buffer.split([heads * 192, 576], -1)

@@ -17,6 +17,10 @@ Before its wait a kernel writes nothing that others read, and reads only
 - bypassing the multiprocessor's own cache (`.cg`), what kernels before its predecessor wrote: the predecessor let it
   launch after its own wait, so the kernels before that one have finished. Of a predecessor that lets it launch first of
   all, the same holds for one kernel earlier.
+The kernel that ropes many queries (mla_inputs_triton.py) runs beside its predecessor, which absorbs them, and does not
+wait for it. The predecessor let it launch after its own wait, so the kernels before both have finished; and neither
+writes what the other one reads or writes. It, too, lets its successor launch first of all. One of its programs waits at
+its end, so that whoever waits for it has waited for both.
 A caller that launches such a kernel by itself ensures that the kernel before wrote neither its weights nor its plan.
 """
 

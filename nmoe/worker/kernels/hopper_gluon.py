@@ -1,5 +1,5 @@
-"""What the Gluon kernels share on Hopper: copies into shared memory, by TMA or by threads, a barrier of a partition's
-warps, and the wait for the kernel before.
+"""What the Gluon kernels share on Hopper: copies into shared memory, by TMA or by threads, and from it, by TMA; a
+barrier of a partition's warps; and the wait for the kernel before.
 """
 
 from triton.experimental import gluon
@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, tma
 # Before Triton 3.9 they have the second names.
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # descriptor, where, barrier, to
 thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global  # descriptor, where, from
 gather = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # to, pointers, mask
 
 

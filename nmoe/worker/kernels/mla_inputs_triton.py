@@ -1,8 +1,8 @@
-"""The processing of a token's projections before attention, on the GPU, in one kernel: the cache row is normalised,
-roped and written; the queries are roped in place, and absorbed. `norm.py`, `rope.py` and `mla.py`'s `absorb_queries`
-are the reference.
+"""The processing of a token's projections before attention, on the GPU: the cache row is normalised, roped and written;
+the queries are roped in place, and absorbed. `norm.py`, `rope.py` and `mla.py`'s `absorb_queries` are the reference.
 
-No program reads what another one writes: absorbing reads the nope dimensions, roping writes the others.
+No program reads what another one writes: absorbing reads the nope dimensions, roping writes the others. So one kernel
+does both; for many tokens, two kernels do it side by side, and mla_absorb_gluon.py has the one that absorbs.
 
 Shape suffixes: T tokens, R those that are absorbed, H heads, Q = N + P dimensions of a query, L latent, C = L + P, K
 rows of the cache, M positions.
@@ -16,6 +16,7 @@ import triton.language as tl
 
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.kept import kept
+from nmoe.worker.kernels.mla_absorb_gluon import absorb_many, are_many
 
 _HEADS = 16  # per program
 _LEAST = 200  # minimum number of programs; with fewer, a smaller tile is used
@@ -24,14 +25,12 @@ _LEAST = 200  # minimum number of programs; with fewer, a smaller tile is used
 class _Tile(NamedTuple):
     rows: int  # tokens
     columns: int  # latent dimensions
-    tiles: int = 1  # per program
 
     def programs(self, tokens: int, heads: int, latent: int) -> int:
-        return heads * (latent // (self.columns * self.tiles)) * -(-tokens // self.rows)
+        return heads * (latent // self.columns) * -(-tokens // self.rows)
 
 
-_LARGE = _Tile(128, 128, 4), _Tile(128, 128)
-_SMALL = _Tile(64, 128), _Tile(64, 64), _Tile(64, 32), _Tile(16, 128), _Tile(16, 64), _Tile(16, 32)
+_TILES = _Tile(64, 128), _Tile(64, 64), _Tile(64, 32), _Tile(16, 128), _Tile(16, 64), _Tile(16, 32)
 
 
 @triton.jit
@@ -46,12 +45,12 @@ def _store_row(kv_ptr, row_ptr, weight_ptr, cos, sin, eps, LATENT: tl.constexpr,
     """Write a token's cache row [C] from its projection [C]."""
     latent = tl.arange(0, LATENT)
     half = tl.arange(0, ROPE // 2)
-    x = tl.load(kv_ptr + latent).to(tl.float32)
+    x = tl.load(kv_ptr + latent, cache_modifier=".cg").to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 0) / LATENT + eps)
     weight = tl.load(weight_ptr + latent).to(tl.float32)
     tl.store(row_ptr + latent, _finite((x * scale * weight).to(row_ptr.dtype.element_ty)))
-    first = tl.load(kv_ptr + LATENT + half).to(tl.float32)
-    second = tl.load(kv_ptr + LATENT + ROPE // 2 + half).to(tl.float32)
+    first = tl.load(kv_ptr + LATENT + half, cache_modifier=".cg").to(tl.float32)
+    second = tl.load(kv_ptr + LATENT + ROPE // 2 + half, cache_modifier=".cg").to(tl.float32)
     tl.store(row_ptr + LATENT + half, _finite((first * cos - second * sin).to(row_ptr.dtype.element_ty)))
     tl.store(row_ptr + LATENT + ROPE // 2 + half, _finite((second * cos + first * sin).to(row_ptr.dtype.element_ty)))
 
@@ -61,8 +60,8 @@ def _rope_queries(q_ptr, head, cos, sin, HEADS: tl.constexpr, NOPE: tl.constexpr
     """Rope a token's queries of these heads, [H, Q], in place."""
     inside = (head < HEADS)[:, None]
     at = q_ptr + head[:, None] * (NOPE + ROPE) + NOPE + tl.arange(0, ROPE // 2)[None, :]
-    left = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    right = tl.load(at + ROPE // 2, mask=inside, other=0.0).to(tl.float32)
+    left = tl.load(at, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+    right = tl.load(at + ROPE // 2, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
     tl.store(at, (left * cos[None, :] - right * sin[None, :]).to(q_ptr.dtype.element_ty), mask=inside)
     tl.store(at + ROPE // 2, (right * cos[None, :] + left * sin[None, :]).to(q_ptr.dtype.element_ty), mask=inside)
 
@@ -84,28 +83,62 @@ def _absorb(
     LATENT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    TILES: tl.constexpr,
     KEPT: tl.constexpr,
 ):
-    """A head's q_nope @ W_UK, several tiles of the same tokens in turn. The first tile's weights, which no kernel
-    writes, start loading before the wait."""
-    PER_HEAD: tl.constexpr = LATENT // (COLUMNS * TILES)
+    """A tile of a head's q_nope @ W_UK. Its weights, which no kernel writes, start loading before the wait."""
+    BLOCKS: tl.constexpr = LATENT // COLUMNS
     head = (program % HEADS).to(tl.int64)
-    column = (program // HEADS) % PER_HEAD * (COLUMNS * TILES) + tl.arange(0, COLUMNS)
-    token = ((program // (HEADS * PER_HEAD)) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = (program // HEADS) % BLOCKS * COLUMNS + tl.arange(0, COLUMNS)
+    token = ((program // (HEADS * BLOCKS)) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     nope = tl.arange(0, NOPE)
-    w_at = w_uk_ptr + head * W_HEAD + nope[:, None] * LATENT + column[None, :]
-    w = tl.load(w_at)
+    w = tl.load(w_uk_ptr + head * W_HEAD + nope[:, None] * LATENT + column[None, :])
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
     exists = (token < num_absorbed)[:, None]
     q = tl.load(q_ptr + token[:, None] * Q_STRIDE + head * (NOPE + ROPE) + nope[None, :], mask=exists, other=0.0)
+    absorbed = tl.dot(q, w).to(absorbed_ptr.dtype.element_ty)
     out = absorbed_ptr + token[:, None] * out_token + head * out_head + column[None, :]
-    for i in tl.static_range(TILES):
-        absorbed = tl.dot(q, w).to(absorbed_ptr.dtype.element_ty)
-        if i + 1 < TILES:
-            w = tl.load(w_at + (i + 1) * COLUMNS)
-        tl.store(out + i * COLUMNS, absorbed, mask=exists, eviction_policy=KEPT)
+    tl.store(out, absorbed, mask=exists, eviction_policy=KEPT)
+
+
+@triton.jit
+def _rope(
+    q_ptr,
+    kv_ptr,
+    positions_ptr,
+    places_ptr,
+    rope_ptr,
+    weight_ptr,
+    rows_ptr,
+    program,
+    eps,
+    Q_STRIDE: tl.constexpr,
+    KV_STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    NOPE: tl.constexpr,
+    ROPE: tl.constexpr,
+    LATENT: tl.constexpr,
+    WAIT: tl.constexpr,
+):
+    """Of a token's programs, the first writes its cache row, the others rope its heads. Positions, places and the table
+    are older than the previous kernel, so they are read before the wait."""
+    PARTS: tl.constexpr = 1 + (HEADS + BLOCK_H - 1) // BLOCK_H
+    token = (program // PARTS).to(tl.int64)
+    part = program % PARTS
+    half = tl.arange(0, ROPE // 2)
+    table = rope_ptr + tl.load(positions_ptr + token).to(tl.int64) * (2 * ROPE)
+    cos = tl.load(table + half).to(tl.float32)
+    sin = tl.load(table + ROPE + ROPE // 2 + half).to(tl.float32)
+    row_ptr = rows_ptr + tl.load(places_ptr + token).to(tl.int64) * (LATENT + ROPE)
+    if WAIT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if part == 0:
+        _store_row(kv_ptr + token * KV_STRIDE, row_ptr, weight_ptr, cos, sin, eps, LATENT, ROPE)
+    else:
+        head = (part - 1) * BLOCK_H + tl.arange(0, BLOCK_H)
+        _rope_queries(q_ptr + token * Q_STRIDE, head, cos, sin, HEADS, NOPE, ROPE)
 
 
 @triton.jit(
@@ -137,10 +170,9 @@ def _inputs_kernel(
     LATENT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    TILES: tl.constexpr,
     KEPT: tl.constexpr,
 ):
-    """The first programs absorb a tile each; of the others, one per token writes its cache row, the rest its heads."""
+    """The first programs absorb a tile each, the others rope."""
     if tl.program_id(0) < num_absorbing:
         _absorb(
             q_ptr,
@@ -158,36 +190,76 @@ def _inputs_kernel(
             LATENT,
             ROWS,
             COLUMNS,
-            TILES,
             KEPT,
         )
     else:
-        # Positions, places and the table are older than the previous kernel, so they are read before the wait.
-        PARTS: tl.constexpr = 1 + (HEADS + BLOCK_H - 1) // BLOCK_H
-        work = tl.program_id(0) - num_absorbing
-        token = (work // PARTS).to(tl.int64)
-        part = work % PARTS
-        half = tl.arange(0, ROPE // 2)
-        table = rope_ptr + tl.load(positions_ptr + token).to(tl.int64) * (2 * ROPE)
-        cos = tl.load(table + half).to(tl.float32)
-        sin = tl.load(table + ROPE + ROPE // 2 + half).to(tl.float32)
-        row_ptr = rows_ptr + tl.load(places_ptr + token).to(tl.int64) * (LATENT + ROPE)
+        _rope(
+            q_ptr,
+            kv_ptr,
+            positions_ptr,
+            places_ptr,
+            rope_ptr,
+            weight_ptr,
+            rows_ptr,
+            tl.program_id(0) - num_absorbing,
+            eps,
+            Q_STRIDE,
+            KV_STRIDE,
+            HEADS,
+            BLOCK_H,
+            NOPE,
+            ROPE,
+            LATENT,
+            True,
+        )
+
+
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "places_ptr"])
+def _rope_kernel(
+    q_ptr,
+    kv_ptr,
+    positions_ptr,
+    places_ptr,
+    rope_ptr,
+    weight_ptr,
+    rows_ptr,
+    eps,
+    Q_STRIDE: tl.constexpr,
+    KV_STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    NOPE: tl.constexpr,
+    ROPE: tl.constexpr,
+    LATENT: tl.constexpr,
+):
+    """Rope beside the kernel before, which absorbs; see early.py."""
+    tl.extra.cuda.gdc_launch_dependents()
+    _rope(
+        q_ptr,
+        kv_ptr,
+        positions_ptr,
+        places_ptr,
+        rope_ptr,
+        weight_ptr,
+        rows_ptr,
+        tl.program_id(0),
+        eps,
+        Q_STRIDE,
+        KV_STRIDE,
+        HEADS,
+        BLOCK_H,
+        NOPE,
+        ROPE,
+        LATENT,
+        False,
+    )
+    if tl.program_id(0) == 0:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-        if part == 0:
-            _store_row(kv_ptr + token * KV_STRIDE, row_ptr, weight_ptr, cos, sin, eps, LATENT, ROPE)
-        else:
-            head = (part - 1) * BLOCK_H + tl.arange(0, BLOCK_H)
-            _rope_queries(q_ptr + token * Q_STRIDE, head, cos, sin, HEADS, NOPE, ROPE)
 
 
 def _tile(tokens: int, heads: int, latent: int) -> _Tile:
     """The largest tile with enough programs to fill the multiprocessors, or else the smallest tile."""
-    tiles = [
-        tile
-        for tile in (*_LARGE, *_SMALL)
-        if latent % (tile.columns * tile.tiles) == 0 and tile.rows < 2 * max(tokens, 16)
-    ]
+    tiles = [tile for tile in _TILES if tile.rows < 2 * max(tokens, 16)]
     return next((tile for tile in tiles if tile.programs(tokens, heads, latent) >= _LEAST), tiles[-1])
 
 
@@ -213,41 +285,36 @@ def enter(
     rope, latent, absorbed = rope_M2P.shape[-1], len(weight_L), len(absorbed_RHL)
     if not tokens:
         return
+    common = {
+        "Q_STRIDE": q_THQ.stride(0),
+        "KV_STRIDE": kv_TC.stride(0),
+        "HEADS": heads,
+        "BLOCK_H": _HEADS,
+        "NOPE": query - rope,
+        "ROPE": rope,
+        "LATENT": latent,
+        "launch_pdl": early(tokens),
+    }
+    step = (q_THQ, kv_TC, positions_T, places_T, rope_M2P, weight_L, rows_KC)
+    roping = tokens * (1 + triton.cdiv(heads, _HEADS))
+    if are_many(absorbed, w_uk_HNL):
+        absorb_many(q_THQ, w_uk_HNL, absorbed_RHL)
+        _rope_kernel[(roping,)](*step, eps, **common)
+        return
     tile = _tile(absorbed, heads, latent)
-    others = tokens * (1 + triton.cdiv(heads, _HEADS))
-    programs = tile.programs(absorbed, heads, latent)
-    if tile in _LARGE:  # its programs' register use would limit the others
-        launches = [(tile, programs, 0, 8), (_SMALL[-1], 0, others, 4)]
-    else:
-        launches = [(tile, programs, others, 4)]
-    for kind, absorbing, roping, warps in launches:
-        _inputs_kernel[(absorbing + roping,)](
-            q_THQ,
-            kv_TC,
-            positions_T,
-            places_T,
-            rope_M2P,
-            weight_L,
-            rows_KC,
-            w_uk_HNL,
-            absorbed_RHL,
-            absorbed,
-            absorbing,
-            absorbed_RHL.stride(0),
-            absorbed_RHL.stride(1),
-            eps,
-            Q_STRIDE=q_THQ.stride(0),
-            KV_STRIDE=kv_TC.stride(0),
-            W_HEAD=w_uk_HNL.stride(0),
-            HEADS=heads,
-            BLOCK_H=_HEADS,
-            NOPE=query - rope,
-            ROPE=rope,
-            LATENT=latent,
-            ROWS=kind.rows,
-            COLUMNS=kind.columns,
-            TILES=kind.tiles,
-            KEPT=kept(tokens),
-            num_warps=warps,
-            launch_pdl=early(tokens),
-        )
+    absorbing = tile.programs(absorbed, heads, latent)
+    _inputs_kernel[(absorbing + roping,)](
+        *step,
+        w_uk_HNL,
+        absorbed_RHL,
+        absorbed,
+        absorbing,
+        absorbed_RHL.stride(0),
+        absorbed_RHL.stride(1),
+        eps,
+        W_HEAD=w_uk_HNL.stride(0),
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        KEPT=kept(tokens),
+        **common,
+    )
