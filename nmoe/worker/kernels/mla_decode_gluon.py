@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.hopper_gluon import wait_for_kernel_before
+from nmoe.worker.kernels.kept import kept
 from nmoe.worker.kernels.mla_tiles_triton import block_of_rows
 from nmoe.worker.kernels.mla_values_gluon import Parts
 from nmoe.worker.kernels.mla_warps_gluon import (
@@ -91,6 +92,7 @@ def _attend(
     BLOCK_R: gl.constexpr,
     PAGE: gl.constexpr,
     STAGES: gl.constexpr,
+    KEPT: gl.constexpr,
     mine: gl.constexpr,
 ):
     """Warpgroup `mine`, 0 or 1."""
@@ -132,12 +134,12 @@ def _attend(
         mbarrier.arrive(shared.merge_bars.index(1), count=1)
         if whole:
             place = ((head + lane_O).to(gl.int64) * num_rows + row)[:, None] * (4 * QUARTER) + column
-            gl.store(out_ptr + place, (acc_0 * factor).to(out_ptr.dtype.element_ty))
-            gl.store(out_ptr + place + QUARTER, (acc_1 * factor).to(out_ptr.dtype.element_ty))
+            gl.store(out_ptr + place, (acc_0 * factor).to(out_ptr.dtype.element_ty), eviction_policy=KEPT)
+            gl.store(out_ptr + place + QUARTER, (acc_1 * factor).to(out_ptr.dtype.element_ty), eviction_policy=KEPT)
         else:
             place = (slot + lane_O)[:, None] * (4 * QUARTER) + column
-            gl.store(partial_ptr + place, acc_0 * factor)
-            gl.store(partial_ptr + place + QUARTER, acc_1 * factor)
+            gl.store(partial_ptr + place, acc_0 * factor, eviction_policy=KEPT)
+            gl.store(partial_ptr + place + QUARTER, acc_1 * factor, eviction_policy=KEPT)
         pieces += 1
         row += 1
 
@@ -162,6 +164,7 @@ def _decode_kernel(
     BLOCK_R: gl.constexpr,
     PAGE: gl.constexpr,
     STAGES: gl.constexpr,
+    KEPT: gl.constexpr,
 ):
     shared = make_shared(q_desc, q_rope_desc, latent_desc, rope_desc, STAGES)
     plan = (contexts_ptr, prefix_ptr, num_rows)
@@ -170,8 +173,8 @@ def _decode_kernel(
     wait_for_kernel_before()
     gl.warp_specialize(
         [
-            (_attend, (shared, plan, rows, scale_log2, HEADS, BLOCK_R, PAGE, STAGES, 0)),
-            (_attend, (shared, plan, rows, scale_log2, HEADS, BLOCK_R, PAGE, STAGES, 1)),
+            (_attend, (shared, plan, rows, scale_log2, HEADS, BLOCK_R, PAGE, STAGES, KEPT, 0)),
+            (_attend, (shared, plan, rows, scale_log2, HEADS, BLOCK_R, PAGE, STAGES, KEPT, 1)),
             (_produce, (shared, plan, descs, pages_ptr, max_pages, NOPE, BLOCK_R, PAGE, STAGES)),
         ],
         [4, 1],
@@ -217,6 +220,7 @@ def attend_parts(
         BLOCK_R=block_of_rows(rows),
         PAGE=page_size,
         STAGES=stages_of(rows_KC.shape[1]),
+        KEPT=kept(rows),
         num_warps=4,
         launch_pdl=early(rows),
     )
