@@ -1,10 +1,12 @@
-"""World size 1 on a GPU: every expert is local, and the shared experts run on a second stream beside the routed ones.
+"""World size 1 on a GPU: every expert is local. In most decode steps one kernel computes routed and shared experts, and
+nothing comes here (`takes_shared` in experts_launch.py); otherwise, of very few tokens and of many, the shared experts
+run on a second stream beside the routed ones.
 
-Both are captured into one graph. The routed experts' kernels follow the router's on one stream, each launched early
-while its predecessor runs (early.py), and then occupy every multiprocessor. The shared experts start with the router,
-to be there first; but for a single token they start with the routed experts, as they would slow the router's kernels by
-more than they gain. The terms of a token's sum are returned unsummed, [T, K, D]; the norm after the layer adds them,
-which saves one pass over memory.
+Both streams are captured into one graph. The routed experts' kernels follow the router's on one stream, each launched
+early while its predecessor runs (early.py), and then occupy every multiprocessor. The shared experts start with the
+router, to be there first; but for a single token they start with the routed experts, as they would slow the router's
+kernels by more than they gain. The terms of a token's sum are returned unsummed, [T, K, D]; the norm after the layer
+adds them, which saves one pass over memory.
 """
 
 import contextlib
