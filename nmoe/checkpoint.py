@@ -267,7 +267,7 @@ class _Entry(msgspec.Struct):
 
 def _read_tensors(folder: pathlib.Path) -> dict[str, TensorInfo]:
     """Every tensor of the checkpoint: of the single file, or else of the shards that the index names."""
-    has_single = is_there(folder / SINGLE) and (folder / SINGLE).is_file()
+    has_single = _has(folder / SINGLE)
     has_index = is_there(folder / INDEX)
     if not has_single and not has_index:
         raise CheckpointError(f"{folder}: {_no_weights(folder)}")
@@ -299,6 +299,11 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{index}: has no 'weight_map' from tensor to file; copy it again")
     return weight_map
+
+
+def _has(file: pathlib.Path) -> bool:
+    """Whether it is there, and a file. Raises CheckpointError if a folder on the way may not be searched."""
+    return is_there(file) and file.is_file()
 
 
 def _is_file(path: pathlib.Path) -> bool:
@@ -393,7 +398,7 @@ def tokenizer_file(path: str | pathlib.Path) -> pathlib.Path:
     """The checkpoint's tokenizer.json. Raises CheckpointError saying what is there instead and how to convert it."""
     folder = config_file(path).parent
     file = folder / "tokenizer.json"
-    if is_there(file) and file.is_file():
+    if _has(file):
         if "model" not in read_json(file):
             raise CheckpointError(f"{file}: is not a tokenizer of the tokenizers library (no 'model'); copy it again")
         return file

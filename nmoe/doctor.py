@@ -68,12 +68,20 @@ def checks(config: Config) -> list[Row]:
 
 
 def run(config: Config, as_json: bool = False) -> int:
-    """Print the checks to standard output. Returns the exit code: 1 if any fails."""
+    """Print the checks to standard output. Returns the exit code: 1 if any fails. Raises LaunchError if nobody can read
+    them there: a full disk, a closed pipe."""
     rows = checks(config)
-    if as_json:
-        sys.stdout.write(json.dumps(msgspec.to_builtins(rows), indent=2) + "\n")  # takes any path, also no UTF-8
-    else:
-        report(rows, Console())
+    try:
+        if as_json:
+            sys.stdout.write(json.dumps(msgspec.to_builtins(rows), indent=2) + "\n")  # takes any path, also no UTF-8
+        else:
+            report(rows, Console())
+        sys.stdout.flush()
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (nothing else can be printed there either)
+        raise LaunchError(
+            f"standard output cannot be written ({error.strerror}); print the checks elsewhere"
+        ) from error
     return int(any(row.status == "fail" for row in rows))
 
 

@@ -31,7 +31,7 @@ from nmoe.errors import LaunchError
 from nmoe.metrics import Board, row_index
 from nmoe.run_dir import run_dir
 from nmoe.slab import ControlLayout, SlabLayout, make_slabs
-from nmoe.supervision import Supervisor
+from nmoe.supervision import LOOK_S, Supervisor
 
 _log = logging.getLogger("nmoe.launch")
 _BACKLOG = 4096  # pending connections while a frontend is busy
@@ -188,7 +188,9 @@ class _Server:
             child.control.send(ipc.Drain())
         deadline = time.monotonic() + timeout
         while draining and (left := deadline - time.monotonic()) > 0:
-            for event in self.children.events(left):
+            events = self.children.events(min(left, LOOK_S))
+            supervisor.kill_silent()  # else its requests, or a frontend, would keep the others waiting
+            for event in events:
                 match event:
                     case Signalled():
                         return

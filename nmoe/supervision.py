@@ -31,7 +31,7 @@ _AT_ONCE_S = 0.5  # a group that stays up longer has recovered from whatever kil
 _FIRST_PAUSE_S = 0.2
 _MAX_SILENCE_S = 5.0  # heartbeats come every second
 _MAX_LOADING_SILENCE_S = 60.0  # the first heartbeat follows the imports, perhaps from a cold disk
-_LOOK_S = 0.5  # how often heartbeats and deadlines are checked
+LOOK_S = 0.5  # how often heartbeats and deadlines are checked
 _STOPPED_S = 2.0  # a launcher that has not looked for so long was stopped
 
 Fork = Callable[[Role, int], None]
@@ -88,7 +88,7 @@ class Supervisor:
             if any(isinstance(event, Signalled) for event in events):
                 return
             self._restart_due()
-            self._kill_silent()
+            self.kill_silent()
 
     def handle(self, event: Event) -> None:
         """Handle a child's message or death."""
@@ -118,7 +118,7 @@ class Supervisor:
         """How long to wait for an event, such as the death of a group's last process, before something is due."""
         alive, now = self._alive(), time.monotonic()
         dead = [group.restart_at for name, group in self._groups.items() if name not in alive]
-        return max(0.0, min([_LOOK_S, *(at - now for at in dead if at is not None)]))
+        return max(0.0, min([LOOK_S, *(at - now for at in dead if at is not None)]))
 
     def _lost(self, child: Child, how: str) -> None:
         name = group_of(child.role, child.index)
@@ -145,7 +145,7 @@ class Supervisor:
                     self._fork(role, index)
                 self._loading |= {child.title for child in self._children if group_of(child.role, child.index) == name}
 
-    def _kill_silent(self) -> None:
+    def kill_silent(self) -> None:
         """Kill hung processes: a death is something that everybody already handles."""
         now = self._look()
         due = self._board.rows[row_index("scheduler", 0, self._world_size)].get("nmoe:step_deadline_seconds")

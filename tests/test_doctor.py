@@ -1,5 +1,6 @@
 """The preflight checks: every row can fail, and says what to do when it does."""
 
+import contextlib
 import dataclasses
 import errno
 import importlib.util
@@ -388,6 +389,17 @@ def test_the_command_line_in_json(tmp_path, capsys):
     rows = json.loads(capsys.readouterr().out)
     assert all(row.keys() == {"name", "status", "detail", "remedy"} for row in rows)
     assert [row["name"] for row in rows if row["status"] == "fail"] == ["model"]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_checks_that_cannot_be_printed(monkeypatch, as_json):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(LaunchError, match=r"standard output.*No space left"):
+            doctor.run(CPU, as_json)
+        sys.stdout.close()
+        with contextlib.suppress(OSError):
+            full.close()  # what it still holds cannot be written either
 
 
 def test_a_path_that_no_encoding_has(monkeypatch):

@@ -1,6 +1,7 @@
 """The process boundary with real processes: start, refuse to start, stop, drain. Nothing may be left behind."""
 
 import asyncio
+import contextlib
 import json
 import os
 import pathlib
@@ -156,6 +157,23 @@ async def test_sigterm_lets_running_streams_finish(start: Callable[..., Server])
     assert '"finish_reason":"length"' in rest
     assert rest.rstrip().endswith("data: [DONE]")
     assert server.process.wait() == 0
+
+
+@pytest.mark.parametrize("name", ["worker 0", "frontend 0"])
+async def test_a_hung_process_does_not_hold_up_the_drain(start: Callable[..., Server], name: str) -> None:
+    """Others would wait for it until the timeout."""
+    server = start(drain_timeout_s=60)
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{server.url}/v1/completions", json=_stream_body(server, 1000)) as stream,
+    ):
+        await stream.content.readline()
+        server.find(name).suspend()
+        server.process.kill(signal.SIGTERM)
+        with contextlib.suppress(aiohttp.ClientError):  # if its frontend is what hangs
+            assert '"error"' in (await stream.content.read()).decode()
+    assert server.process.wait(10) == 0
+    assert f"{name} has not answered" in server.output
 
 
 async def test_a_second_signal_ends_at_once(start: Callable[..., Server]) -> None:

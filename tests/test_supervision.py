@@ -96,7 +96,7 @@ def test_who_says_nothing_is_killed_once(silence: float, loading: bool, dies: bo
         if loading:
             supervisor._loading.add(child.title)
         board.rows[row_index("worker", 0, 1)].set("nmoe:heartbeat_seconds", time.monotonic() - silence)
-        supervisor._kill_silent()
+        supervisor.kill_silent()
         assert (child.pid in supervisor._killed) == dies
         assert bool(select.select([child.pidfd], [], [], 5 if dies else 0.1)[0]) == dies
         process.kill()
@@ -126,10 +126,10 @@ def test_nobody_is_killed_for_the_time_in_which_all_were_stopped(monkeypatch: py
     board.rows[row_index("scheduler", 0, 1)].set("nmoe:step_deadline_seconds", now + 30)
     for pause in (600, 0.5, 1, 1, 1, 1):
         now += pause
-        supervisor._kill_silent()
+        supervisor.kill_silent()
         assert not killed
     now += 1  # whoever still says nothing has had its time
-    supervisor._kill_silent()
+    supervisor.kill_silent()
     assert killed == [1234]
     ours.close()
     theirs.close()
