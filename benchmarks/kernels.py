@@ -116,11 +116,25 @@ class Bench:
         expert = 3.0 * a.moe_intermediate_size * a.hidden_size
 
         def experts(i: int) -> object:
-            routing[i].lists.renew()
+            routing[i].lists.renew()  # two fills, some microseconds
             return ops.grouped_mlp(given, routing[i], layers[i].mlp._w_gate_up, layers[i].mlp._w_down)
 
         moved = used * expert * width + row * (1 + a.num_experts_per_tok)
-        yield "experts", experts, moved, total * a.num_experts_per_tok * expert, self.fp8
+        macs = total * a.num_experts_per_tok * expert
+        yield "experts", experts, moved, macs, self.fp8
+        if ops.takes_shared(total, a):
+            yield "experts with shared", self.one_kernel(routing, given), moved + shared * width, macs, self.fp8
+
+    def one_kernel(self, routing: list[Any], given: Activations) -> Callable[[int], object]:
+        """Routed and shared experts in the one kernel that computes both in a decode step."""
+        mlps = [layer.mlp for layer in self.layers]
+
+        def experts(i: int) -> object:
+            routing[i].lists.renew()
+            shared = mlps[i]._shared.weights
+            return self.ops.mlp_with_shared(given, routing[i], mlps[i]._w_gate_up, mlps[i]._w_down, shared)
+
+        return experts
 
     def normed(self, x: torch.Tensor) -> Activations:
         """`x` as a norm outputs it: quantised in an FP8 model."""

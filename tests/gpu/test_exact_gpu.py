@@ -25,6 +25,7 @@ from nmoe.worker.kernels import (
     ops_for,
     router_triton,
 )
+from nmoe.worker.kernels.fp8 import unquantised
 from nmoe.worker.kernels.lists import Routes, lists_of
 from nmoe.worker.kernels.mla_exact_prefill_gluon import exact_prefill
 from nmoe.worker.kernels.mla_exact_triton import exact_decode, span_prefix
@@ -137,6 +138,41 @@ def test_shared_experts_beside_routed_ones(tokens, shared, fp8):
     for _ in range(3):
         routes.lists.renew()
         terms = module.mlp_with_shared(given, routes, *experts, weights)
+        assert torch.equal(terms.parts_TKD, parts) and torch.equal(terms.shared_TD, alone)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("tokens", [16, 64, 300])
+def test_shared_experts_that_begin_while_the_router_chooses(tokens, fp8):
+    """Captured as in a step, where each kernel is launched early: the bits of one kernel after the other."""
+    sizes = {"hidden_size": 1024, "moe_intermediate_size": 384, "num_experts": 16, "num_experts_per_tok": 4}
+    a, hidden, inter = msgspec.structs.replace(MOONLIGHT, **sizes), 1024, 384
+    ops = ops_for(GPU, Numerics.EXACT, fp8=fp8)
+    assert ops.takes_shared(tokens, a)
+    shapes = (16, 2 * inter, hidden), (16, hidden, inter), (4 * inter, hidden), (hidden, 2 * inter)
+    weights = [quantised(*shape, std=0.05)[0] if fp8 else random(*shape, std=0.05) for shape in shapes]
+    experts, shared = stored(*weights[:2]), weights[2:]
+    gate, bias = router_triton.split_gate(random(16, hidden, std=0.05).float()), torch.zeros(16, device=GPU)
+    xs, norm = [random(tokens, hidden) for _ in range(3)], random(hidden)
+    x = xs[0].clone()
+
+    def layer():
+        given = ops.rms_norm(x, norm, 1e-6)
+        routes = ops.route(unquantised(given), gate, bias, a, listed=True)
+        return given, routes, lambda: ops.mlp_with_shared(given, routes, *experts, shared)
+
+    layer()[2]()  # compiled
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        terms = layer()[2]()
+    for turn in range(30):
+        x.copy_(xs[turn % 3])
+        given, routes, _ = layer()
+        torch.cuda.synchronize()
+        parts = ops.grouped_mlp(given, routes, *experts)
+        alone = ops.linear(ops.silu_mul(ops.linear(given, shared[0])), shared[1])
+        graph.replay()
+        torch.cuda.synchronize()
         assert torch.equal(terms.parts_TKD, parts) and torch.equal(terms.shared_TD, alone)
 
 

@@ -10,6 +10,8 @@ Shape suffixes: T tokens, K experts per token, D hidden, F intermediate, E exper
 of 128 inputs; layout S of products, outputs times rows.
 """
 
+from typing import NamedTuple
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -56,6 +58,21 @@ from nmoe.worker.kernels.warps_gluon import (
     store_rows,
 )
 
+
+class _Memory(NamedTuple):
+    """What a program's warpgroups read and write."""
+
+    ring: gl.tensor  # Ring
+    scales: gl.shared_memory_descriptor
+    items: gl.tensor  # Items
+    w_scales: gl.tensor  # pointers: first product, second; the shared experts' first, second
+    lists: gl.tensor  # ListPointers
+    weights_ptr: gl.tensor
+    hidden: gl.tensor  # between the products: pointers to values and scales, number of rows
+    out_ptr: gl.tensor
+    tokens: gl.tensor
+
+
 # benchmarks/LOG.md has timings of these and other forms.
 _FEW = Form(32, 6, 88, 104, 56, together=2)
 _SOME = Form(64, 5, 112, 136, 64, together=2, left=8)
@@ -73,9 +90,10 @@ def _add(ring, stage, part: gl.constexpr, x, scale, acc, product):
 
 
 @gluon.jit
-def _multiply(ring, scales, w_scales_ptr, blocks, at, C, STAGES: gl.constexpr, mine: gl.constexpr):
+def _multiply(memory, w_scales_ptr, blocks, at, C, STAGES: gl.constexpr, mine: gl.constexpr):
     """Warpgroup `mine`: both blocks' outputs for its half of the rows, as four float32 [64, N / 2]. `w_scales_ptr`: the
     scales [blocks, C] in which these two are. `at` as in `load_rows`."""
+    ring = memory.ring
     HALF: gl.constexpr = ring.x.shape[1] // 2
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 32])
     first, second = blocks
@@ -98,7 +116,7 @@ def _multiply(ring, scales, w_scales_ptr, blocks, at, C, STAGES: gl.constexpr, m
         mbarrier.wait(ring.filled.index(stage), at // STAGES & 1)
         fence_async_shared()  # the loader's copies do not go through TMA
         x = ring.x.index(stage).slice(mine * HALF, HALF).permute((1, 0))
-        row_scale = scales.index(stage).slice(mine * HALF, HALF).load(gl.SliceLayout(0, S))
+        row_scale = memory.scales.index(stage).slice(mine * HALF, HALF).load(gl.SliceLayout(0, S))
         scale = row_scale * first_scale
         first_0, product = _add(ring, stage, 0, x, scale, first_0, product)
         first_1, product = _add(ring, stage, 1, x, scale, first_1, product)
@@ -151,23 +169,22 @@ def _store_up(piece, gates, ups, hidden, sizes: gl.constexpr, KEPT: gl.constexpr
 @gluon.jit
 def _compute_down(memory, piece, at, sizes: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, mine: gl.constexpr):
     """A piece of the second product, times the router's weights; warpgroup `mine`'s half of the tile's rows."""
-    ring, scales, _, w_scales, lists, weights_ptr, _, out_ptr, tokens = memory
-    HALF: gl.constexpr = ring.x.shape[1] // 2
+    HALF: gl.constexpr = memory.ring.x.shape[1] // 2
     C: gl.constexpr = sizes.intermediate // 128
-    w_scales_ptr = w_scales[1]
+    w_scales_ptr = memory.w_scales[1]
     expert = piece.expert
     if sizes.shared > 0:
         if is_shared(piece, sizes):
-            w_scales_ptr = w_scales[3]
+            w_scales_ptr = memory.w_scales[3]
             expert = piece.expert * 0
     blocks = down_blocks(expert, piece.block, sizes)
     c = rows_apart(piece, sizes) * C
-    first_0, first_1, second_0, second_1, at = _multiply(ring, scales, w_scales_ptr, blocks, at, c, STAGES, mine)
+    first_0, first_1, second_0, second_1, at = _multiply(memory, w_scales_ptr, blocks, at, c, STAGES, mine)
     lane = mine * HALF + gl.arange(0, HALF, gl.SliceLayout(0, first_0.type.layout))
-    pair = pairs_of(piece, lane, lists, tokens, sizes)
-    factor = load_now(weights_ptr + pair, (pair >= 0) & (piece.expert < sizes.experts), 1.0)[None, :]
-    pair = pairs_of(piece, store_rows(mine * HALF, HALF, 2), lists, tokens, sizes)
-    rows_ptr = out_ptr + pair.to(gl.int64) * sizes.hidden
+    pair = pairs_of(piece, lane, memory.lists, memory.tokens, sizes)
+    factor = load_now(memory.weights_ptr + pair, (pair >= 0) & (piece.expert < sizes.experts), 1.0)[None, :]
+    pair = pairs_of(piece, store_rows(mine * HALF, HALF, 2), memory.lists, memory.tokens, sizes)
+    rows_ptr = memory.out_ptr + pair.to(gl.int64) * sizes.hidden
     column = piece.block * 128
     store(rows_ptr, pair >= 0, column, sizes.hidden, first_0 * factor, KEPT)
     store(rows_ptr, pair >= 0, column + 64, sizes.hidden, first_1 * factor, KEPT)
@@ -179,31 +196,30 @@ def _compute_down(memory, piece, at, sizes: gl.constexpr, STAGES: gl.constexpr, 
 @gluon.jit
 def _compute(memory, sizes: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, mine: gl.constexpr):
     """Warpgroup `mine`, 0 or 1: its half of every piece's rows."""
-    ring, scales, items, w_scales, lists, _, hidden, _, _ = memory
     C: gl.constexpr = sizes.hidden // 128
     SHARED_BLOCKS: gl.constexpr = sizes.shared * sizes.intermediate // 128
     nth = 0
     at = 0
-    piece = told_piece(items, nth)
+    piece = told_piece(memory.items, nth)
     if sizes.shared > 0:
         while (piece.kind == UP) & is_shared(piece, sizes):
             blocks = (piece.block, piece.block + SHARED_BLOCKS)
-            gate_0, gate_1, up_0, up_1, at = _multiply(ring, scales, w_scales[2], blocks, at, C, STAGES, mine)
-            _store_up(piece, (gate_0, gate_1), (up_0, up_1), hidden, sizes, KEPT, mine)
+            gate_0, gate_1, up_0, up_1, at = _multiply(memory, memory.w_scales[2], blocks, at, C, STAGES, mine)
+            _store_up(piece, (gate_0, gate_1), (up_0, up_1), memory.hidden, sizes, KEPT, mine)
             nth += 1
-            piece = told_piece(items, nth)
-        count_stored(lists, sizes.experts)
+            piece = told_piece(memory.items, nth)
+        count_stored(memory.lists, sizes.experts)
     while piece.kind == UP:
         blocks = up_blocks(piece.expert, piece.block, sizes)
-        gate_0, gate_1, up_0, up_1, at = _multiply(ring, scales, w_scales[0], blocks, at, C, STAGES, mine)
-        _store_up(piece, (gate_0, gate_1), (up_0, up_1), hidden, sizes, KEPT, mine)
-        count_stored(lists, piece.expert)
+        gate_0, gate_1, up_0, up_1, at = _multiply(memory, memory.w_scales[0], blocks, at, C, STAGES, mine)
+        _store_up(piece, (gate_0, gate_1), (up_0, up_1), memory.hidden, sizes, KEPT, mine)
+        count_stored(memory.lists, piece.expert)
         nth += 1
-        piece = told_piece(items, nth)
+        piece = told_piece(memory.items, nth)
     while piece.kind == DOWN:
         at = _compute_down(memory, piece, at, sizes, STAGES, KEPT, mine)
         nth += 1
-        piece = told_piece(items, nth)
+        piece = told_piece(memory.items, nth)
 
 
 @gluon.jit(do_not_specialize=["block_stride", "num_rows", "capacity", "most", "tokens"])
@@ -248,7 +264,7 @@ def _mlp_kernel(
     w_scales = (up_scales_ptr, down_scales_ptr, shared_up_scales_ptr, shared_down_scales_ptr)
     x = (x_ptr, x_scales_ptr, block_stride, slots_ptr)
     hidden = (hidden_ptr, hidden_scales_ptr, num_rows)
-    memory = (ring, scales, items, w_scales, lists, weights_ptr, hidden, out_ptr, tokens)
+    memory = _Memory(ring, scales, items, w_scales, lists, weights_ptr, hidden, out_ptr, tokens)
     gl.warp_specialize(
         [
             (_compute, (memory, SIZES, STAGES, KEPT, 0)),

@@ -8,6 +8,8 @@ Shape suffixes: T tokens, K experts per token, D hidden, F intermediate, E exper
 of 64 inputs; layout S of products, outputs times rows.
 """
 
+from typing import NamedTuple
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -50,8 +52,21 @@ from nmoe.worker.kernels.warps_gluon import (
     store_rows,
 )
 
-# benchmarks/LOG.md has timings of these and other forms. The registers they leave free are room for the shared experts'
-# small kernel.
+
+class _Memory(NamedTuple):
+    """What a program's warpgroups read and write."""
+
+    ring: gl.tensor  # Ring
+    items: gl.tensor  # Items
+    lists: gl.tensor  # ListPointers
+    weights_ptr: gl.tensor
+    hidden_ptr: gl.tensor  # between the products
+    out_ptr: gl.tensor
+    tokens: gl.tensor
+
+
+# benchmarks/LOG.md has timings of these and other forms. Where kernels of their own compute the shared experts, as
+# between GPUs, the registers and multiprocessors that a form leaves free are room for them.
 _FEWEST = Form(32, 6, 88, 104, 56, together=2, left=8)
 _FEW = Form(32, 6, 88, 104, 56, together=2)
 _SOME = Form(64, 5, 112, 136, 64, together=2)
@@ -105,27 +120,16 @@ def _store_up(piece, gate, up, hidden_ptr, sizes: gl.constexpr, KEPT: gl.constex
 
 
 @gluon.jit
-def _compute_down(
-    ring,
-    piece,
-    lists,
-    weights_ptr,
-    out_ptr,
-    tokens,
-    at,
-    sizes: gl.constexpr,
-    STAGES: gl.constexpr,
-    KEPT: gl.constexpr,
-    mine: gl.constexpr,
-):
+def _compute_down(memory, piece, at, sizes: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, mine: gl.constexpr):
     """A piece of the second product, times the router's weights; warpgroup `mine`'s half of both blocks' columns."""
-    ROWS: gl.constexpr = ring.x.shape[1]
+    ROWS: gl.constexpr = memory.ring.x.shape[1]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    pair = pairs_of(piece, gl.arange(0, ROWS, gl.SliceLayout(0, S)), lists, tokens, sizes)
-    factor = load_now(weights_ptr + pair, (pair >= 0) & (piece.expert < sizes.experts), 1.0)[None, :]
-    pair = pairs_of(piece, store_rows(0, ROWS, 2), lists, tokens, sizes)
-    first, second, at = _multiply(ring, at, rows_apart(piece, sizes) * (sizes.intermediate // 64), STAGES, mine)
-    rows_ptr = out_ptr + pair.to(gl.int64) * sizes.hidden
+    pair = pairs_of(piece, gl.arange(0, ROWS, gl.SliceLayout(0, S)), memory.lists, memory.tokens, sizes)
+    factor = load_now(memory.weights_ptr + pair, (pair >= 0) & (piece.expert < sizes.experts), 1.0)[None, :]
+    pair = pairs_of(piece, store_rows(0, ROWS, 2), memory.lists, memory.tokens, sizes)
+    c = rows_apart(piece, sizes) * (sizes.intermediate // 64)
+    first, second, at = _multiply(memory.ring, at, c, STAGES, mine)
+    rows_ptr = memory.out_ptr + pair.to(gl.int64) * sizes.hidden
     column = piece.block * 128 + mine * 64
     store(rows_ptr, pair >= 0, column, sizes.hidden, first * factor, KEPT)
     store(rows_ptr, pair >= 0, column + 128, sizes.hidden, second * factor, KEPT)
@@ -133,30 +137,29 @@ def _compute_down(
 
 
 @gluon.jit
-def _compute(work, sizes: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, mine: gl.constexpr):
+def _compute(memory, sizes: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, mine: gl.constexpr):
     """Warpgroup `mine`, 0 or 1: its half of every piece's columns."""
-    ring, items, lists, weights_ptr, hidden_ptr, out_ptr, tokens = work
     C: gl.constexpr = sizes.hidden // 64
     nth = 0
     at = 0
-    piece = told_piece(items, nth)
+    piece = told_piece(memory.items, nth)
     if sizes.shared > 0:
         while (piece.kind == UP) & is_shared(piece, sizes):
-            gate, up, at = _multiply(ring, at, C, STAGES, mine)
-            _store_up(piece, gate, up, hidden_ptr, sizes, KEPT, mine)
+            gate, up, at = _multiply(memory.ring, at, C, STAGES, mine)
+            _store_up(piece, gate, up, memory.hidden_ptr, sizes, KEPT, mine)
             nth += 1
-            piece = told_piece(items, nth)
-        count_stored(lists, sizes.experts)
+            piece = told_piece(memory.items, nth)
+        count_stored(memory.lists, sizes.experts)
     while piece.kind == UP:
-        gate, up, at = _multiply(ring, at, C, STAGES, mine)
-        _store_up(piece, gate, up, hidden_ptr, sizes, KEPT, mine)
-        count_stored(lists, piece.expert)
+        gate, up, at = _multiply(memory.ring, at, C, STAGES, mine)
+        _store_up(piece, gate, up, memory.hidden_ptr, sizes, KEPT, mine)
+        count_stored(memory.lists, piece.expert)
         nth += 1
-        piece = told_piece(items, nth)
+        piece = told_piece(memory.items, nth)
     while piece.kind == DOWN:
-        at = _compute_down(ring, piece, lists, weights_ptr, out_ptr, tokens, at, sizes, STAGES, KEPT, mine)
+        at = _compute_down(memory, piece, at, sizes, STAGES, KEPT, mine)
         nth += 1
-        piece = told_piece(items, nth)
+        piece = told_piece(memory.items, nth)
 
 
 @gluon.jit(do_not_specialize=["capacity", "most", "tokens"])
@@ -190,11 +193,11 @@ def _mlp_kernel(
     descs = (up_desc, down_desc, shared_up_desc, shared_down_desc)
     x = (x_ptr, None, None, slots_ptr)
     hidden = (hidden_ptr, None, None)
-    work = (ring, items, lists, weights_ptr, hidden_ptr, out_ptr, tokens)
+    memory = _Memory(ring, items, lists, weights_ptr, hidden_ptr, out_ptr, tokens)
     gl.warp_specialize(
         [
-            (_compute, (work, SIZES, STAGES, KEPT, 0)),
-            (_compute, (work, SIZES, STAGES, KEPT, 1)),
+            (_compute, (memory, SIZES, STAGES, KEPT, 0)),
+            (_compute, (memory, SIZES, STAGES, KEPT, 1)),
             (produce_pieces, (ring, items, descs, lists, tokens, SIZES, STAGES, TOGETHER)),
             (load_pieces, (ring, None, items, x, hidden, lists, SIZES, STAGES)),
         ],

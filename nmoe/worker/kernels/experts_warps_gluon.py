@@ -13,9 +13,10 @@ The shared experts' pieces are there only if their weights are given. Those of 1
 rows in the experts' lists (lists.py) and tells the other warps.
 
 A piece of the second product needs all results of the first product for its rows. So the warpgroups count what they
-have stored, per expert, and the loader waits for the count. It cannot wait forever: a program works on its pieces in
-order, so what it waits for was taken before, by a program that is running. Pieces of 1 are dealt to all programs, and
-there are no more of these than run at once.
+have stored, per expert, and the loader waits for the count. It does not wait forever: a program works on its pieces in
+order, and whatever is waited for comes before in that order. But some of that is dealt out beforehand, so all programs
+must run at some time while others wait: there are no more of them than multiprocessors, kernels beside this one end by
+themselves, and this one never runs beside another of its kind.
 
 Between the products, memory is in rows of an expert's intermediate size. A row of the shared experts, whose size is a
 multiple of that, takes several.

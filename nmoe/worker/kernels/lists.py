@@ -24,6 +24,9 @@ class Lists:
     # work have been taken. Word 1: how many results of each expert's first product are stored, see
     # experts_warps_gluon.py; at E, the shared experts'. So lists serve one launch.
     counts_EW: torch.Tensor
+    # What the router computed them from. Held, because the experts' kernel writes to its own memory while the router
+    # may still be running (early.py), so it must not be given the same.
+    logits_PTE: torch.Tensor | None = None
 
     def renew(self) -> None:
         """Let them serve another launch."""

@@ -11,6 +11,7 @@ The kernel that chooses a token's experts also adds it to their lists (lists_tri
 Shape suffixes: T tokens, D hidden, E routed experts, N terms of a weight, P parts of a logit, K experts per token.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -281,4 +282,4 @@ def route(
         enable_fp_fusion=False,  # otherwise each form could fuse multiply-adds differently
         launch_pdl=early(tokens),
     )
-    return Routes(ids_TK, weights_TK, lists)
+    return Routes(ids_TK, weights_TK, lists and dataclasses.replace(lists, logits_PTE=logits_PTE))

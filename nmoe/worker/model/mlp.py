@@ -78,13 +78,12 @@ class MoE:
         """The output, [T, D], or its terms where `add_rms_norm` takes them, and the experts chosen, [T, K]. Routed and
         shared experts are added in float32."""
         x_TD, a = unquantised(inputs), self._architecture
-        together = self._all_here and ops.takes_shared(len(x_TD), a)
-        if not together:
-            self._exchange.announce(len(x_TD))
-        routes = ops.route(x_TD, self._gate, self._bias_E, a, listed=self._all_here)
-        if together and self._shared is not None:  # nothing is sent
+        if self._shared is not None and self._all_here and ops.takes_shared(len(x_TD), a):  # nothing is sent
+            routes = ops.route(x_TD, self._gate, self._bias_E, a, listed=True)
             weights = self._w_gate_up, self._w_down, self._shared.weights
             return ops.mlp_with_shared(inputs, routes, *weights), routes.ids_TK
+        self._exchange.announce(len(x_TD))
+        routes = ops.route(x_TD, self._gate, self._bias_E, a, listed=self._all_here)
 
         def experts(x: torch.Tensor | Arrived, routes: Routes) -> torch.Tensor:
             # Tokens that stayed on this rank are already quantised.
