@@ -123,7 +123,8 @@ class Bench:
         macs = total * a.num_experts_per_tok * expert
         yield "experts", experts, moved, macs, self.fp8
         if ops.takes_shared(total, a):
-            yield "experts with shared", self.one_kernel(routing, given), moved + shared * width, macs, self.fp8
+            both = self.one_kernel(routing, given)
+            yield "experts with shared", both, moved + shared * width, macs + total * shared, self.fp8
 
     def one_kernel(self, routing: list[Any], given: Activations) -> Callable[[int], object]:
         """Routed and shared experts in the one kernel that computes both in a decode step."""
