@@ -6,8 +6,9 @@ mla_exact_prefill_gluon.py. A program has 64 rows, heads times queries.
                          the tensor cores; each accumulates half of the columns of the values of all tiles
 
 Tiles go in position order: a tile's weights depend on the largest score so far, which comes from the warpgroup that had
-the previous tile, together with that tile's weights, through shared memory. A tile stays in the ring until both halves
-of its values are added. The arithmetic is that of mla_exact_triton.py, operation by operation.
+the previous tile, together with that tile's weights, through shared memory. Each half of a tile stays in the ring until
+its values are added; whoever adds them knows that the scores, from which the weights came, are there, too. The
+arithmetic is that of mla_exact_triton.py, operation by operation.
 
 Shape suffixes: layouts S of scores, O of values (with rows over lanes in the same way), W of the sums of weights.
 """
@@ -33,8 +34,8 @@ TILE = 32  # positions weighed at a time
 _M, _TILE = gl.constexpr(ROWS), gl.constexpr(TILE)
 _SHARED_BYTES = 227 << 10  # per multiprocessor on Hopper
 _OTHER_BYTES = 11_024  # the part of it that holds neither queries nor the ring
-_BARRIER_BYTES = 16  # per stage of the ring
-_LEAST_STAGES = 3  # a warpgroup waits for the tile after next before it releases its own
+_BARRIER_BYTES = 32  # per stage of the ring
+_LEAST_STAGES = 2  # each warpgroup has a tile
 
 
 class Shared(NamedTuple):
@@ -52,8 +53,8 @@ class Shared(NamedTuple):
     merging: gl.shared_memory_descriptor
     # Barriers
     q_bars: gl.shared_memory_descriptor  # [2]: queries are present; are free
-    filled: gl.shared_memory_descriptor  # [stages]
-    free: gl.shared_memory_descriptor  # [stages]
+    filled: gl.shared_memory_descriptor  # [stages * 2]: half of the latents each, ropes with the first
+    free: gl.shared_memory_descriptor  # [stages * 2]: by the warpgroup that adds this half
     weighed: gl.shared_memory_descriptor  # [2]
     weights_free: gl.shared_memory_descriptor  # [2]
     merge_bars: gl.shared_memory_descriptor  # [2]: present; free
@@ -80,8 +81,8 @@ def make_shared(q_desc, q_rope_desc, latent_desc, rope_desc, STAGES: gl.constexp
         peaks=gl.allocate_shared_memory(gl.float32, [2, _M], ROWS),
         merging=gl.allocate_shared_memory(gl.float32, [3, _M], ROWS),
         q_bars=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
-        filled=gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
-        free=gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
+        filled=gl.allocate_shared_memory(gl.int64, [STAGES * 2, 1], BARRIER),
+        free=gl.allocate_shared_memory(gl.int64, [STAGES * 2, 1], BARRIER),
         weighed=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
         weights_free=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
         merge_bars=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
@@ -92,9 +93,9 @@ def make_shared(q_desc, q_rope_desc, latent_desc, rope_desc, STAGES: gl.constexp
         mbarrier.init(shared.merge_bars.index(i), count=1 + i)
         mbarrier.init(shared.weighed.index(i), count=1)
         mbarrier.init(shared.weights_free.index(i), count=1)
-    for i in gl.static_range(STAGES):
+    for i in gl.static_range(STAGES * 2):
         mbarrier.init(shared.filled.index(i), count=1)
-        mbarrier.init(shared.free.index(i), count=2)
+        mbarrier.init(shared.free.index(i), count=1)
     shared.ones.store(gl.full([_TILE, 8], 1.0, gl.bfloat16, REGISTERS))
     fence_async_shared()
     return shared
@@ -125,19 +126,21 @@ def load_tiles(
     shared, latent_desc, rope_desc, row_pages_ptr, begin, stop, at, PAGE: gl.constexpr, STAGES: gl.constexpr
 ):
     """Producer: load the tiles from position `begin` to `stop` of the row with these pages. Returns how many there have
-    been in total; `at` of them came before."""
+    been in total; `at` of them came before. A stage has one pair of barriers, or one for each half of its latents."""
     QUARTER: gl.constexpr = shared.k_latent.shape[2]
     ROPE: gl.constexpr = shared.k_rope.shape[2]
+    PIECES: gl.constexpr = shared.free.shape[0] // STAGES
     for position in range(begin, stop, _TILE):
         stage = at % STAGES
         k_row = gl.load(row_pages_ptr + position // PAGE).to(gl.int32) * PAGE + position % PAGE
-        mbarrier.wait(shared.free.index(stage), (at // STAGES & 1) ^ 1)
-        filled = shared.filled.index(stage)
-        mbarrier.expect(filled, _TILE * (4 * QUARTER + ROPE) * 2)
-        for i in gl.static_range(4):
-            to = shared.k_latent.index(stage * 4 + i)
-            copy_tile(latent_desc, [k_row, i * QUARTER], filled, to)
-        copy_tile(rope_desc, [k_row, 4 * QUARTER], filled, shared.k_rope.index(stage))
+        for piece in gl.static_range(PIECES):
+            filled = shared.filled.index(stage * PIECES + piece)
+            mbarrier.wait(shared.free.index(stage * PIECES + piece), (at // STAGES & 1) ^ 1)
+            mbarrier.expect(filled, _TILE * (4 // PIECES * QUARTER + (ROPE if piece == 0 else 0)) * 2)
+            for i in gl.static_range(piece * 4 // PIECES, (piece + 1) * 4 // PIECES):
+                copy_tile(latent_desc, [k_row, i * QUARTER], filled, shared.k_latent.index(stage * 4 + i))
+            if piece == 0:
+                copy_tile(rope_desc, [k_row, 4 * QUARTER], filled, shared.k_rope.index(stage))
         at += 1
     return at
 
@@ -147,9 +150,10 @@ def _scores(shared, at, STAGES: gl.constexpr):
     """Start multiplying the queries by the keys of the ring's tile number `at`, [M, tile]."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16])
     stage = at % STAGES
-    mbarrier.wait(shared.filled.index(stage), at // STAGES & 1)
     s = warpgroup_mma_init(gl.zeros([_M, _TILE], gl.float32, S))
     for i in gl.static_range(4):
+        if i % 2 == 0:
+            mbarrier.wait(shared.filled.index(stage * 2 + i // 2), at // STAGES & 1)
         keys = shared.k_latent.index(stage * 4 + i).permute((1, 0))
         s = warpgroup_mma(shared.q_latent.index(i), keys, s, use_acc=i > 0, is_async=True)
     q_rope = shared.q_rope.reshape([_M, shared.k_rope.shape[2]])
@@ -193,26 +197,23 @@ def _add(shared, at, whose: gl.constexpr, mine: gl.constexpr, span_sum, acc_0, a
 
 @gluon.jit
 def _add_theirs(shared, at, factor, mine: gl.constexpr, span_sum, acc_0, acc_1, STAGES: gl.constexpr):
-    """Add a tile weighed by the other warpgroup; then this one needs neither its weights nor its place any more."""
+    """Add a tile weighed by the other warpgroup; then this one needs neither its weights nor its half any more."""
     adding = _add(shared, at, 1 - mine, mine, span_sum, acc_0, acc_1, factor, STAGES)
     span_sum, acc_0, acc_1 = warpgroup_mma_wait(0, deps=adding)
     mbarrier.arrive(shared.weights_free.index(1 - mine), count=1)
-    mbarrier.arrive(shared.free.index(at % STAGES), count=1)
+    mbarrier.arrive(shared.free.index(at % STAGES * 2 + mine), count=1)
     return span_sum, acc_0, acc_1
 
 
 @gluon.jit
 def _add_own(shared, at, has_next, s, factor, mine: gl.constexpr, span_sum, acc_0, acc_1, STAGES: gl.constexpr):
-    """Add a tile weighed by this warpgroup, and compute the scores of its next one, if the span has one."""
-    # While products are in flight, only products may touch their accumulators, so each branch waits for its own.
+    """Add a tile weighed by this warpgroup, and compute the scores of its next one, if the span has one. Adding ends
+    first: the ring is short, so what is free must not wait until the next tile is there."""
+    adding = _add(shared, at, mine, mine, span_sum, acc_0, acc_1, factor, STAGES)
+    span_sum, acc_0, acc_1 = warpgroup_mma_wait(0, deps=adding)
+    mbarrier.arrive(shared.free.index(at % STAGES * 2 + mine), count=1)
     if has_next:
-        adding, adding_0, adding_1 = _add(shared, at, mine, mine, span_sum, acc_0, acc_1, factor, STAGES)
-        scoring = _scores(shared, at + 2, STAGES)
-        s, span_sum, acc_0, acc_1 = warpgroup_mma_wait(0, deps=[scoring, adding, adding_0, adding_1])
-    else:
-        adding, adding_0, adding_1 = _add(shared, at, mine, mine, span_sum, acc_0, acc_1, factor, STAGES)
-        span_sum, acc_0, acc_1 = warpgroup_mma_wait(0, deps=[adding, adding_0, adding_1])
-    mbarrier.arrive(shared.free.index(at % STAGES), count=1)
+        s = warpgroup_mma_wait(0, deps=[_scores(shared, at + 2, STAGES)])
     return s, span_sum, acc_0, acc_1
 
 
