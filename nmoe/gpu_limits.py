@@ -1,11 +1,11 @@
 """What the CUDA engine's kernels support. The doctor reports it before a GPU is touched; a worker enforces it.
 
-Blackwell (sm_100) lacks the matrix instructions used by `mla_warps_gluon.py`, `mla_values_gluon.py`,
-`mla_absorb_gluon.py`, `fp8_gluon.py`, `experts_gluon.py` and `experts_fp8_gluon.py` in `worker/kernels/`. It needs
-versions of them built on its own instructions (tcgen05, accumulators in tensor memory), selected by capability in
-`absorbed_decode`, `enter`, `values_of_latents`, `exact_prefill`, `grouped_mlp`, and in fp8_triton.py's `linear` and
-`linear_exact`. cuBLAS's product there, with scales per 1 x 128 and 128 x 128, is also specific to Hopper. The other
-sources compile for Blackwell.
+Blackwell (sm_100) lacks the matrix instructions used by `mla_warps_gluon.py`, `mla_decode_gluon.py`,
+`mla_values_gluon.py`, `mla_absorb_gluon.py`, `fp8_gluon.py`, `experts_gluon.py` and `experts_fp8_gluon.py` in
+`worker/kernels/`. It needs versions of them built on its own instructions (tcgen05, accumulators in tensor memory),
+selected by capability in `absorbed_decode`, `enter`, `values_of_latents`, `exact_prefill`, `grouped_mlp`, and in
+fp8_triton.py's `linear` and `linear_exact`. cuBLAS's product there, with scales per 1 x 128 and 128 x 128, is also
+specific to Hopper. The other sources compile for Blackwell.
 """
 
 from collections.abc import Iterator
@@ -23,8 +23,11 @@ def refusals(architecture: Architecture, dtype: str, page_size: int, capability:
         reasons.append(f"compute capability {capability[0]}.{capability[1]}: needs 9.0 (H100, H200)")
     if dtype != "bfloat16":
         reasons.append(f"{dtype}: computes in bfloat16; set [model] dtype = 'bfloat16'")
-    if page_size % 32 or page_size & (page_size - 1):
-        reasons.append(f"pages of {page_size} tokens: set [engine] page_size to 32, 64, 128 or 256")
+    # Attention weighs a tile of positions of one page at a time: 32 with 16 heads, 64 with more.
+    pages = [size for size in (32, 64, 128, 256) if size > 32 or architecture.num_heads == 16]
+    if page_size not in pages:
+        accepted = f"{', '.join(map(str, pages[:-1]))} or {pages[-1]}"
+        reasons.append(f"pages of {page_size} tokens: set [engine] page_size to {accepted}")
     return [*reasons, *_sizes(architecture), *_fp8_sizes(architecture)]
 
 

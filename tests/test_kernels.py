@@ -159,3 +159,14 @@ def test_what_the_gpu_kernels_cannot_run_is_refused(change, problem):
     assert [reason.startswith(problem) for reason in reasons] == [True] if problem else reasons == []
     others = refusals(architecture, "float32", 48, (10, 0))
     assert len(others) == len(reasons) + 3 and others[3:] == reasons
+
+
+@pytest.mark.parametrize(("heads", "accepted"), [(16, [32, 64, 128, 256]), (128, [64, 128, 256])])
+def test_a_page_holds_whole_tiles_of_attention(heads, accepted):
+    architecture = msgspec.structs.replace(BASE, num_heads=heads)
+    others = refusals(architecture, "bfloat16", 64, (9, 0))
+    for size in range(1, 257):
+        reasons = refusals(architecture, "bfloat16", size, (9, 0))
+        assert (reasons == others) == (size in accepted)
+        listed = ", ".join(map(str, accepted[:-1]))
+        assert reasons == others or reasons[0].endswith(f"set [engine] page_size to {listed} or 256")

@@ -306,7 +306,7 @@ VARIANTS = {
     "v3-like": {"num_attention_heads": 64, "q_lora_rank": 128},
     "v3-like, fp8": {"num_attention_heads": 64, "q_lora_rank": 128, "fp8": True},
 }
-PAGE, PAGES, LENGTHS = 32, 300, (1200, 5, 64, 700, 1, 33, 515, 90, 12, 300)
+PAGE, PAGES, LENGTHS = 64, 300, (1200, 5, 64, 700, 1, 33, 515, 90, 12, 300)
 
 
 class Forward:

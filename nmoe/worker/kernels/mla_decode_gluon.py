@@ -1,17 +1,39 @@
 """Absorbed latent attention of one query per row over pages, for many heads, with specialised warps, in Gluon.
-
-With 64 heads per program the tensor cores are the bound, not memory, so the work is divided as in mla_warps_gluon.py.
 mla_decode_triton.py describes how the rows' contexts are cut into equal parts; a row within one part is finished here.
 
-Shape suffixes: R rows, H heads, L latent, P rope dimensions, C = L + P, K rows of the cache, B pages of a row (padded).
+With 64 heads per program the tensor cores are the bound, not memory. Scores of 64 positions at a time keep them as busy
+as the shared memory that they read (of 32, that would be the bound), and two such tiles are all that fits beside the
+queries:
+
+    producer, one warp   loads queries, and tiles of positions from the pages into a ring of two, in halves: the left
+                         half of the latents with the ropes, and the right half
+    two warpgroups       weigh a row's tiles in turns: the first its even tiles, the second its odd ones. The first adds
+                         the left half of all tiles' values, the second the right half
+
+A tile's weights depend on the largest score so far, which comes from the warpgroup that had the previous tile, together
+with that tile's weights, through shared memory. So weights become known strictly one tile after another, and one buffer
+does: whoever writes it has added what it held before, and so has the other warpgroup, which had to before it could
+weigh the tile in between. A warpgroup's own weights are multiplied from registers. Half a tile is free once its values
+are added: the weights were there, so the scores were, too. This order of work follows FlashMLA's "seesaw" (its
+docs/20250422-new-kernel-deep-dive.md, github.com/deepseek-ai/FlashMLA).
+
+Shape suffixes: R rows, H heads, M a program's heads, L latent, P rope dimensions, C = L + P, K rows of the cache, B
+pages of a row (padded); layouts S of scores, O of values, with heads over lanes in the same way.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
 
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.hopper_gluon import wait_for_kernel_before
@@ -20,18 +42,67 @@ from nmoe.worker.kernels.mla_tiles_triton import block_of_rows
 from nmoe.worker.kernels.mla_values_gluon import Parts
 from nmoe.worker.kernels.mla_warps_gluon import (
     ROWS,
-    TILE,
-    attend_span,
     descriptor,
     load_queries,
     load_ropes,
     load_tiles,
-    make_shared,
     rope_descriptor,
-    stages_of,
 )
 
-_M, _TILE = gl.constexpr(ROWS), gl.constexpr(TILE)
+TILE = 64  # positions weighed at a time
+_M, _TILE, _STAGES = gl.constexpr(ROWS), gl.constexpr(TILE), gl.constexpr(2)
+
+
+class _Shared(NamedTuple):
+    """Shared memory. Latents are stored in quarters of their columns."""
+
+    q_latent: gl.shared_memory_descriptor  # [4, M, L / 4]
+    q_rope: gl.shared_memory_descriptor  # [1, M, P]
+    k_latent: gl.shared_memory_descriptor  # [stages * 4, tile, L / 4]
+    k_rope: gl.shared_memory_descriptor  # [stages, tile, P]
+    weights: gl.shared_memory_descriptor  # [M, tile]: of the tile weighed last
+    factors: gl.shared_memory_descriptor  # [2, M]: multiply the values so far before a warpgroup's tile is added
+    peaks: gl.shared_memory_descriptor  # [2, M]: the largest scaled score up to a warpgroup's tile
+    sums: gl.shared_memory_descriptor  # [2 * 2, M]: of a warpgroup's weights in a piece, for even and for odd pieces
+    # Barriers
+    q_bars: gl.shared_memory_descriptor  # [2]: queries are present; are free
+    filled: gl.shared_memory_descriptor  # [stages * 2]: half of the latents each, ropes with the first
+    free: gl.shared_memory_descriptor  # [stages * 2]: by the warpgroup that adds this half
+    weighed: gl.shared_memory_descriptor  # [2]
+    summed: gl.shared_memory_descriptor  # [1]: both sums of a piece are present
+
+
+@gluon.jit
+def _make_shared(q_desc, q_rope_desc, latent_desc, rope_desc):
+    QUARTER: gl.constexpr = latent_desc.block_type.shape[1]
+    ROPE: gl.constexpr = rope_desc.block_type.shape[1]
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    HEADS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    WEIGHTS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_M, _TILE], gl.bfloat16)
+    shared = _Shared(
+        q_latent=gl.allocate_shared_memory(gl.bfloat16, [4, _M, QUARTER], q_desc.layout),
+        q_rope=gl.allocate_shared_memory(gl.bfloat16, q_rope_desc.block_type.shape, q_rope_desc.layout),
+        k_latent=gl.allocate_shared_memory(gl.bfloat16, [_STAGES * 4, _TILE, QUARTER], latent_desc.layout),
+        k_rope=gl.allocate_shared_memory(gl.bfloat16, [_STAGES, _TILE, ROPE], rope_desc.layout),
+        weights=gl.allocate_shared_memory(gl.bfloat16, [_M, _TILE], WEIGHTS),
+        factors=gl.allocate_shared_memory(gl.float32, [2, _M], HEADS),
+        peaks=gl.allocate_shared_memory(gl.float32, [2, _M], HEADS),
+        sums=gl.allocate_shared_memory(gl.float32, [4, _M], HEADS),
+        q_bars=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
+        filled=gl.allocate_shared_memory(gl.int64, [_STAGES * 2, 1], BARRIER),
+        free=gl.allocate_shared_memory(gl.int64, [_STAGES * 2, 1], BARRIER),
+        weighed=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
+        summed=gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER),
+    )
+    for i in gl.static_range(2):
+        mbarrier.init(shared.q_bars.index(i), count=1 + i)
+        mbarrier.init(shared.weighed.index(i), count=1)
+    for i in gl.static_range(_STAGES * 2):
+        mbarrier.init(shared.filled.index(i), count=1)
+        mbarrier.init(shared.free.index(i), count=1)
+    mbarrier.init(shared.summed.index(0), count=2)
+    fence_async_shared()
+    return shared
 
 
 @gluon.jit
@@ -55,31 +126,172 @@ def piece_of(contexts_ptr, prefix_ptr, row, at, stop, PAGE: gl.constexpr):
 
 
 @gluon.jit
-def _produce(
-    shared,
-    plan,
-    descs,
-    pages_ptr,
-    max_pages,
-    NOPE: gl.constexpr,
-    BLOCK_R: gl.constexpr,
-    PAGE: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+def _produce(shared, plan, descs, pages_ptr, max_pages, NOPE: gl.constexpr, BLOCK_R: gl.constexpr, PAGE: gl.constexpr):
     contexts_ptr, prefix_ptr, num_rows = plan
     latent_desc, rope_desc, q_desc, q_rope_desc = descs
     L: gl.constexpr = 4 * shared.k_latent.shape[2]
     at, stop, row = part_of(prefix_ptr, num_rows, BLOCK_R, 1)
     pieces = 0
     tiles = 0
+    if at < stop:  # what was cached in earlier steps is there before the kernel before has ended
+        begin, end, _ = piece_of(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
+        old = gl.minimum(end, gl.load(contexts_ptr + row) - 1)
+        ahead = gl.minimum(begin + _TILE, old // _TILE * _TILE)
+        row_pages_ptr = pages_ptr + row.to(gl.int64) * max_pages
+        tiles = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, begin, ahead, tiles, PAGE, _STAGES)
+    wait_for_kernel_before()
+    loaded = tiles * _TILE
     while at < stop:
         begin, end, at = piece_of(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
+        row_pages_ptr = pages_ptr + row.to(gl.int64) * max_pages
+        # A tile finds room before the queries do: the piece before still needs those.
+        ahead = gl.minimum(begin + _TILE, end)
+        tiles = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, begin + loaded, ahead, tiles, PAGE, _STAGES)
+        loaded = 0
         load_queries(shared, q_desc, gl.program_id(1) * _M, row * L, pieces)
         load_ropes(shared, q_rope_desc, row, gl.program_id(1) * _M, NOPE)
-        row_pages_ptr = pages_ptr + row.to(gl.int64) * max_pages
-        tiles = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, begin, end, tiles, PAGE, STAGES)
+        tiles = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, ahead, end, tiles, PAGE, _STAGES)
         pieces += 1
         row += 1
+
+
+@gluon.jit
+def _scores(shared, at, position, end, scale_log2):
+    """The scaled scores of the ring's tile number `at`, [M, tile], whose first position is given, with -inf for those
+    from `end` on; and each head's largest."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16])
+    stage, phase = at % _STAGES, at // _STAGES & 1
+    # Zero, which the compiler does not know: it would keep the places of all queries in registers throughout the loop.
+    zero = at >> 28
+    mbarrier.wait(shared.filled.index(stage * 2), phase)
+    s = warpgroup_mma_init(gl.zeros([_M, _TILE], gl.float32, S))
+    q_rope = shared.q_rope.reshape([_M, shared.k_rope.shape[2]])
+    s = warpgroup_mma(q_rope, shared.k_rope.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
+    for i in gl.static_range(4):
+        if i == 2:
+            mbarrier.wait(shared.filled.index(stage * 2 + 1), phase)
+        keys = shared.k_latent.index(stage * 4 + i).permute((1, 0))
+        s = warpgroup_mma(shared.q_latent.index(i + zero), keys, s, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    key = position + gl.arange(0, _TILE, gl.SliceLayout(0, S))
+    s = gl.where((key < end)[None, :], s * scale_log2, float("-inf"))
+    return s, gl.max(s, 1)
+
+
+@gluon.jit
+def _weigh(s, tile_peak, peak):
+    """The weights of a tile's positions from its scores, bfloat16 [M, tile], and their sums; the new peak, and the
+    factor for what was added before."""
+    new_peak = gl.maximum(peak, tile_peak)
+    p = gl.exp2(s - new_peak[:, None]).to(gl.bfloat16)
+    return p, gl.sum(p.to(gl.float32), 1), new_peak, gl.exp2(peak - new_peak)
+
+
+@gluon.jit
+def _publish(shared, p, peak, factor, mine: gl.constexpr):
+    """Give the other warpgroup a tile's weights."""
+    shared.weights.store(p)
+    shared.factors.index(mine).store(factor)
+    shared.peaks.index(mine).store(peak)
+    fence_async_shared()
+    mbarrier.arrive(shared.weighed.index(mine), count=1)
+
+
+@gluon.jit
+def _receive(shared, turn, layout: gl.constexpr, whose: gl.constexpr):
+    """Wait for the other warpgroup's tile number `turn` to be weighed. Returns its peak and its factor."""
+    mbarrier.wait(shared.weighed.index(whose), turn & 1)
+    return shared.peaks.index(whose).load(layout), shared.factors.index(whose).load(layout)
+
+
+@gluon.jit
+def _add(shared, at, p, acc, factor, mine: gl.constexpr):
+    """Start adding tile number `at` of the ring: its values times the weights `p`, in this warpgroup's half of the
+    columns, to what was there times the tile's factor."""
+    factor_O = gl.convert_layout(factor, gl.SliceLayout(1, acc[0].type.layout))[:, None]
+    columns = at % _STAGES * 4 + 2 * mine
+    acc_0 = warpgroup_mma(p, shared.k_latent.index(columns), acc[0] * factor_O, is_async=True)
+    acc_1 = warpgroup_mma(p, shared.k_latent.index(columns + 1), acc[1] * factor_O, is_async=True)
+    return acc_0, acc_1
+
+
+@gluon.jit
+def _added(shared, at, adding, mine: gl.constexpr):
+    """Wait for what `_add` started with the other warpgroup's weights, and free this one's half of the tile."""
+    acc_0, acc_1 = warpgroup_mma_wait(0, deps=[adding[0], adding[1]])
+    mbarrier.arrive(shared.free.index(at % _STAGES * 2 + mine), count=1)
+    return acc_0, acc_1
+
+
+@gluon.jit
+def _add_own(shared, at, p, acc, factor, mine: gl.constexpr):
+    """Add a tile weighed by this warpgroup, from registers, and free its half of it."""
+    p = gl.convert_layout(p, gl.DotOperandLayout(0, acc[0].type.layout, 2))
+    adding = _add(shared, at, p, acc, factor, mine)
+    acc_0, acc_1, p = warpgroup_mma_wait(0, deps=[adding[0], adding[1], p])
+    mbarrier.arrive(shared.free.index(at % _STAGES * 2 + mine), count=1)
+    return acc_0, acc_1
+
+
+@gluon.jit
+def _attend_even(shared, at, begin, end, scale_log2, their_turn, acc):
+    """The first warpgroup's work on a piece whose first tile is the ring's number `at`. `their_turn`: how many tiles
+    the second one has weighed. Returns the piece's peak, the sum of the weights of even tiles, and its half of the
+    values. The queries are free once both warpgroups have computed their last scores."""
+    HEADS: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16]))
+    tiles = (end - begin + _TILE - 1) // _TILE
+    peak = gl.full([_M], float("-inf"), gl.float32, HEADS)
+    weight = gl.zeros([_M], gl.float32, HEADS)
+    s, tile_peak = _scores(shared, at, begin, end, scale_log2)
+    mbarrier.arrive(shared.q_bars.index(1), count=1, pred=tiles < 3)
+    for tile in range(0, tiles, 2):
+        p, total, peak, factor = _weigh(s, tile_peak, peak)
+        _publish(shared, p, peak, factor, 0)
+        weight = weight * factor + total
+        acc = _add_own(shared, at + tile, p, acc, factor, 0)
+        if tile + 1 < tiles:
+            peak, factor = _receive(shared, their_turn, HEADS, 1)
+            their_turn += 1
+            weight *= factor
+            adding = _add(shared, at + tile + 1, shared.weights, acc, factor, 0)
+            acc = _added(shared, at + tile + 1, adding, 0)
+        if tile + 2 < tiles:
+            s, tile_peak = _scores(shared, at + tile + 2, begin + (tile + 2) * _TILE, end, scale_log2)
+            mbarrier.arrive(shared.q_bars.index(1), count=1, pred=tile + 4 >= tiles)
+    return peak, weight, acc
+
+
+@gluon.jit
+def _attend_odd(shared, at, begin, end, scale_log2, their_turn, acc):
+    """The second warpgroup's work, with odd tiles; see `_attend_even`. It weighs while it adds the first one's tile."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16])
+    HEADS: gl.constexpr = gl.SliceLayout(1, S)
+    tiles = (end - begin + _TILE - 1) // _TILE
+    peak = gl.full([_M], float("-inf"), gl.float32, HEADS)
+    weight = gl.zeros([_M], gl.float32, HEADS)
+    s, tile_peak = gl.zeros([_M, _TILE], gl.float32, S), peak
+    if tiles > 1:
+        s, tile_peak = _scores(shared, at + 1, begin + _TILE, end, scale_log2)
+    mbarrier.arrive(shared.q_bars.index(1), count=1, pred=tiles < 4)
+    for tile in range(0, tiles - 1, 2):
+        peak, factor = _receive(shared, their_turn, HEADS, 0)
+        their_turn += 1
+        weight *= factor
+        adding = _add(shared, at + tile, shared.weights, acc, factor, 1)
+        p, total, peak, factor = _weigh(s, tile_peak, peak)
+        acc = _added(shared, at + tile, adding, 1)
+        _publish(shared, p, peak, factor, 1)
+        weight = weight * factor + total
+        acc = _add_own(shared, at + tile + 1, p, acc, factor, 1)
+        if tile + 3 < tiles:
+            s, tile_peak = _scores(shared, at + tile + 3, begin + (tile + 3) * _TILE, end, scale_log2)
+            mbarrier.arrive(shared.q_bars.index(1), count=1, pred=tile + 5 >= tiles)
+    if tiles % 2 == 1:
+        peak, factor = _receive(shared, their_turn, HEADS, 0)
+        weight *= factor
+        adding = _add(shared, at + tiles - 1, shared.weights, acc, factor, 1)
+        acc = _added(shared, at + tiles - 1, adding, 1)
+    return peak, weight, acc
 
 
 @gluon.jit
@@ -91,7 +303,6 @@ def _attend(
     HEADS: gl.constexpr,
     BLOCK_R: gl.constexpr,
     PAGE: gl.constexpr,
-    STAGES: gl.constexpr,
     KEPT: gl.constexpr,
     mine: gl.constexpr,
 ):
@@ -100,46 +311,43 @@ def _attend(
     partial_ptr, lse_ptr, out_ptr = rows
     QUARTER: gl.constexpr = shared.k_latent.shape[2]
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUARTER, 16])  # noqa: E741
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16])
     head = gl.program_id(1) * _M
-    lane_S = gl.arange(0, _M, gl.SliceLayout(1, S))
     lane_O = gl.arange(0, _M, gl.SliceLayout(1, O))
     column = 2 * mine * QUARTER + gl.arange(0, QUARTER, gl.SliceLayout(0, O))[None, :]
     at, stop, row = part_of(prefix_ptr, num_rows, BLOCK_R, 4)
     pieces = 0
     tiles = 0
-    turn = 0
-    their_turn = 0
-    turns = (turn, their_turn)
+    their_turns = 0
     while at < stop:
         begin, end, at = piece_of(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
         whole = (begin == 0) & (at == gl.load(prefix_ptr + row + 1))
-        mbarrier.wait(shared.q_bars.index(0), pieces & 1)
         count = (end - begin + _TILE - 1) // _TILE
-        last = lane_S * 0 + end - 1
-        peak, weights, acc_0, acc_1, turns = attend_span(
-            shared, tiles, begin, count, last, turns, scale_log2, mine, STAGES
-        )
+        mbarrier.wait(shared.q_bars.index(0), pieces & 1)
+        zeros = gl.zeros([_M, QUARTER], gl.float32, O)
+        if mine == 0:
+            peak, weight, acc = _attend_even(shared, tiles, begin, end, scale_log2, their_turns, (zeros, zeros))
+            their_turns += count // 2
+        else:
+            peak, weight, acc = _attend_odd(shared, tiles, begin, end, scale_log2, their_turns, (zeros, zeros))
+            their_turns += (count + 1) // 2
         tiles += count
-        mbarrier.arrive(shared.q_bars.index(1), count=1)
+        sums = (pieces & 1) * 2
+        shared.sums.index(sums + mine).store(weight)
+        mbarrier.arrive(shared.summed.index(0), count=1)
+        mbarrier.wait(shared.summed.index(0), pieces & 1)
+        weight += shared.sums.index(sums + 1 - mine).load(weight.type.layout)
         slot = (row + gl.program_id(0)).to(gl.int64) * HEADS + head
         if mine == 0:
-            weight = gl.convert_layout(gl.max(weights, 1), gl.SliceLayout(1, S))
-            gl.store(lse_ptr + slot + lane_S, peak + gl.log2(weight))
-            mbarrier.wait(shared.merge_bars.index(1), (pieces & 1) ^ 1)
-            shared.merging.index(2).store(1.0 / weight)
-            mbarrier.arrive(shared.merge_bars.index(0), count=1)
-        mbarrier.wait(shared.merge_bars.index(0), pieces & 1)
-        factor = shared.merging.index(2).load(gl.SliceLayout(1, O))[:, None]
-        mbarrier.arrive(shared.merge_bars.index(1), count=1)
+            gl.store(lse_ptr + slot + gl.arange(0, _M, peak.type.layout), peak + gl.log2(weight))
+        factor = gl.convert_layout(1.0 / weight, gl.SliceLayout(1, O))[:, None]
         if whole:
             place = ((head + lane_O).to(gl.int64) * num_rows + row)[:, None] * (4 * QUARTER) + column
-            gl.store(out_ptr + place, (acc_0 * factor).to(out_ptr.dtype.element_ty), eviction_policy=KEPT)
-            gl.store(out_ptr + place + QUARTER, (acc_1 * factor).to(out_ptr.dtype.element_ty), eviction_policy=KEPT)
+            gl.store(out_ptr + place, (acc[0] * factor).to(out_ptr.dtype.element_ty), eviction_policy=KEPT)
+            gl.store(out_ptr + place + QUARTER, (acc[1] * factor).to(out_ptr.dtype.element_ty), eviction_policy=KEPT)
         else:
             place = (slot + lane_O)[:, None] * (4 * QUARTER) + column
-            gl.store(partial_ptr + place, acc_0 * factor, eviction_policy=KEPT)
-            gl.store(partial_ptr + place + QUARTER, acc_1 * factor, eviction_policy=KEPT)
+            gl.store(partial_ptr + place, acc[0] * factor, eviction_policy=KEPT)
+            gl.store(partial_ptr + place + QUARTER, acc[1] * factor, eviction_policy=KEPT)
         pieces += 1
         row += 1
 
@@ -163,19 +371,17 @@ def _decode_kernel(
     HEADS: gl.constexpr,
     BLOCK_R: gl.constexpr,
     PAGE: gl.constexpr,
-    STAGES: gl.constexpr,
     KEPT: gl.constexpr,
 ):
-    shared = make_shared(q_desc, q_rope_desc, latent_desc, rope_desc, STAGES)
+    shared = _make_shared(q_desc, q_rope_desc, latent_desc, rope_desc)
     plan = (contexts_ptr, prefix_ptr, num_rows)
     rows = (partial_ptr, lse_ptr, out_ptr)
     descs = (latent_desc, rope_desc, q_desc, q_rope_desc)
-    wait_for_kernel_before()
     gl.warp_specialize(
         [
-            (_attend, (shared, plan, rows, scale_log2, HEADS, BLOCK_R, PAGE, STAGES, KEPT, 0)),
-            (_attend, (shared, plan, rows, scale_log2, HEADS, BLOCK_R, PAGE, STAGES, KEPT, 1)),
-            (_produce, (shared, plan, descs, pages_ptr, max_pages, NOPE, BLOCK_R, PAGE, STAGES)),
+            (_attend, (shared, plan, rows, scale_log2, HEADS, BLOCK_R, PAGE, KEPT, 0)),
+            (_attend, (shared, plan, rows, scale_log2, HEADS, BLOCK_R, PAGE, KEPT, 1)),
+            (_produce, (shared, plan, descs, pages_ptr, max_pages, NOPE, BLOCK_R, PAGE)),
         ],
         [4, 1],
         [232, 24],
@@ -197,8 +403,8 @@ def attend_parts(
     scale: float,
     parts: Parts,
 ) -> None:
-    """The rows' attended latents into `parts`, everything but its prefix. H is a multiple of 64. Every row must have a
-    context of at least one position: the warps would wait forever for an empty tile."""
+    """The rows' attended latents into `parts`, everything but its prefix. H is a multiple of 64, and `page_size` one of
+    TILE. Every row must have a context of at least one position: the warps would wait forever for an empty tile."""
     heads, rows, latent = q_latent_HRL.shape
     rope, quarter = rows_KC.shape[1] - latent, latent // 4
     _decode_kernel[(parts.num_parts, heads // ROWS)](
@@ -219,7 +425,6 @@ def attend_parts(
         HEADS=heads,
         BLOCK_R=block_of_rows(rows),
         PAGE=page_size,
-        STAGES=stages_of(rows_KC.shape[1]),
         KEPT=kept(rows),
         num_warps=4,
         launch_pdl=early(rows),

@@ -1,5 +1,5 @@
-"""Absorbed latent attention with specialised warps, in Gluon: the building blocks of mla_decode_gluon.py and
-mla_exact_prefill_gluon.py. A program has 64 rows, heads times queries.
+"""Absorbed latent attention with specialised warps, in Gluon: the building blocks of mla_exact_prefill_gluon.py, some
+also of the decode kernels. A program has 64 rows, heads times queries.
 
     producer, one warp   loads queries, and tiles of positions from the pages into a ring
     two warpgroups       alternate over the tiles of a span: while one turns a tile's scores into weights, the other has
@@ -127,16 +127,17 @@ def load_tiles(
 ):
     """Producer: load the tiles from position `begin` to `stop` of the row with these pages. Returns how many there have
     been in total; `at` of them came before. A stage has one pair of barriers, or one for each half of its latents."""
+    TILE: gl.constexpr = shared.k_latent.shape[1]
     QUARTER: gl.constexpr = shared.k_latent.shape[2]
     ROPE: gl.constexpr = shared.k_rope.shape[2]
     PIECES: gl.constexpr = shared.free.shape[0] // STAGES
-    for position in range(begin, stop, _TILE):
+    for position in range(begin, stop, TILE):
         stage = at % STAGES
         k_row = gl.load(row_pages_ptr + position // PAGE).to(gl.int32) * PAGE + position % PAGE
         for piece in gl.static_range(PIECES):
             filled = shared.filled.index(stage * PIECES + piece)
             mbarrier.wait(shared.free.index(stage * PIECES + piece), (at // STAGES & 1) ^ 1)
-            mbarrier.expect(filled, _TILE * (4 // PIECES * QUARTER + (ROPE if piece == 0 else 0)) * 2)
+            mbarrier.expect(filled, TILE * (4 // PIECES * QUARTER + (ROPE if piece == 0 else 0)) * 2)
             for i in gl.static_range(piece * 4 // PIECES, (piece + 1) * 4 // PIECES):
                 copy_tile(latent_desc, [k_row, i * QUARTER], filled, shared.k_latent.index(stage * 4 + i))
             if piece == 0:
