@@ -1,11 +1,11 @@
 """What the CUDA engine's kernels support. The doctor reports it before a GPU is touched; a worker enforces it.
 
 Blackwell (sm_100) lacks the matrix instructions used by `mla_warps_gluon.py`, `mla_decode_gluon.py`,
-`mla_values_gluon.py`, `mla_absorb_gluon.py`, `fp8_gluon.py`, `experts_gluon.py` and `experts_fp8_gluon.py` in
-`worker/kernels/`. It needs versions of them built on its own instructions (tcgen05, accumulators in tensor memory),
-selected by capability in `absorbed_decode`, `enter`, `values_of_latents`, `exact_prefill`, `grouped_mlp`, and in
-fp8_triton.py's `linear` and `linear_exact`. cuBLAS's product there, with scales per 1 x 128 and 128 x 128, is also
-specific to Hopper. The other sources compile for Blackwell.
+`mla_values_gluon.py`, `mla_values_many_gluon.py`, `mla_absorb_gluon.py`, `fp8_gluon.py`, `experts_gluon.py` and
+`experts_fp8_gluon.py` in `worker/kernels/`. It needs versions of them built on its own instructions (tcgen05,
+accumulators in tensor memory), selected by capability in `absorbed_decode`, `enter`, `values_of_latents`,
+`exact_prefill`, `grouped_mlp`, and in fp8_triton.py's `linear` and `linear_exact`. cuBLAS's product there, with scales
+per 1 x 128 and 128 x 128, is also specific to Hopper. The other sources compile for Blackwell.
 """
 
 from collections.abc import Iterator

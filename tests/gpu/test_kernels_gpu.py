@@ -33,6 +33,7 @@ from nmoe.worker.kernels.mla_decode_triton import absorbed_decode as absorbed_de
 from nmoe.worker.kernels.mla_decode_triton import page_prefix
 from nmoe.worker.kernels.mla_inputs_triton import enter
 from nmoe.worker.kernels.mla_prefill_triton import expanded_chunks
+from nmoe.worker.kernels.mla_values_many_gluon import values_of_many
 from nmoe.worker.kernels.rope import apply_rope, rope_table
 from nmoe.worker.rows import Rows
 from nmoe.worker.slots import DeviceSlots, SlotTable
@@ -340,6 +341,16 @@ def test_absorbed_decode(heads, page, contexts):
 @pytest.mark.parametrize(("latent", "value"), [(128, 32), (256, 64), (512, 256)])
 def test_absorbed_decode_of_other_sizes(heads, latent, value):
     check_absorbed_decode(heads, 64, [1000, 300, 65], latent, value)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 200, 300])
+@pytest.mark.parametrize(("heads", "latent", "value"), [(128, 512, 128), (64, 512, 256), (64, 128, 128)])
+def test_values_of_many_rows(rows, heads, latent, value):
+    attended, w_uv = random(heads, rows, latent), random(heads, 64 + value, latent, std=0.05)[:, 64:]
+    out = torch.full((rows + 1, heads, value), torch.nan, dtype=BF16, device=GPU)
+    values_of_many(attended, w_uv, out[:rows])
+    close(out[:rows], torch.einsum("hrl,hvl->rhv", attended.double(), w_uv.double()))
+    assert out[rows:].isnan().all()
 
 
 def test_absorbed_decode_gives_the_same_bits_twice():
