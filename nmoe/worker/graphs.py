@@ -73,6 +73,13 @@ class StepGraph:
         return self._results
 
 
+class RehearsedStep(StepGraph):
+    """A step that is not captured: its kernels were compiled (compiling.py), and its results mean nothing."""
+
+    def replay(self) -> None:
+        """There is nothing to run."""
+
+
 class StepGraphs:
     """The captured steps of one model, cache and slots."""
 
@@ -84,8 +91,12 @@ class StepGraphs:
         sampler: GPUSampler,
         max_batch_size: int,
         max_chunk: int,
+        *,
+        rehearsal: bool = False,
     ) -> None:
-        """Capture the steps of the fast class; those of the exact class are captured on first use of each size."""
+        """Capture the steps of the fast class; those of the exact class are captured on first use of each size. In a
+        rehearsal, launch each kernel by kernel instead."""
+        self._rehearsal = rehearsal
         self._model, self._cache, self._slots, self._sampler = model, cache, slots, sampler
         self._max_batch_size = max_batch_size
         decodes, chunks = ladder(max_batch_size), chunk_ladder(max_batch_size + max_chunk)
@@ -140,14 +151,17 @@ class StepGraphs:
     @torch.inference_mode()
     def _capture(self, numerics: Numerics, channel: int, size: int) -> StepGraph:
         layout = self._layout(channel, size)
-        graph = StepGraph(numerics, channel, layout, self._inputs)
+        kind = RehearsedStep if self._rehearsal else StepGraph
+        graph = kind(numerics, channel, layout, self._inputs)
         nobody = Rows.of(np.empty((0, 4), np.int32), SlotTable(0, 0, 1, 0))
         words = Inputs(self._slots.nobody).write(layout, nobody, nobody.slots, nobody.slots)
         torch.cuda.synchronize()
         self._inputs[: layout.size].copy_(torch.from_numpy(words))
         with torch.cuda.stream(self._stream):
-            self._step(graph)  # compiles the kernels outside the capture
+            self._step(graph)  # loads the kernels outside the capture
             self._stream.synchronize()
+            if self._rehearsal:
+                return graph
             # torch.cuda.graph would run the garbage collector first, which takes longer than the capture.
             graph.graph.capture_begin(pool=self._pool)
             self._step(graph)

@@ -21,6 +21,7 @@ import zmq
 from nmoe import ipc, metrics
 from nmoe.arena import ArenaLayout
 from nmoe.checkpoint import open_checkpoint
+from nmoe.config import Config
 from nmoe.messages import (
     CHANNEL_DECODE,
     CHANNEL_PREFILL,
@@ -40,13 +41,14 @@ from nmoe.profiles import Numerics
 from nmoe.worker.batch import KVCache
 from nmoe.worker.blocks import Arena
 from nmoe.worker.cache import make_cache
-from nmoe.worker.model import load_model
+from nmoe.worker.model import Model, load_model
 from nmoe.worker.runner import Launched, Runner
 from nmoe.worker.weights import ReportProgress
 
 _log = logging.getLogger("nmoe.worker")
 _HEARTBEAT_S = 1.0
 _PROGRESS_S = 0.1
+_COMPILERS = 16  # threads at most; more would only wait for the interpreter's lock
 _CAPTURED_CHUNK = 4096  # tokens; longer kernels keep the device busy while the host launches the next
 
 
@@ -218,29 +220,41 @@ def _load(boot: ipc.Boot) -> tuple[Runner, int] | None:
     if boot.arena is not None:
         arena = Arena(ArenaLayout.of(checkpoint.architecture, config.parallel.world_size), boot.arena, boot.index)
     runner = Runner(model, cache, num_slots=config.num_slots, max_seq_len=checkpoint.max_seq_len, arena=arena)
+    kernels, allocated = 0, time.monotonic()
+    if device.type == "cuda":
+        kernels = _compile(model, cache, config, checkpoint.max_seq_len, boot.index)
+    compiled = time.monotonic()
     # The warm-up needs all ranks, and their loading times differ.
     if not runner.exchange.meet(_life(boot.generation, 0), lambda: _hung_up(boot.control), bounded=False):
         return None
-    warm_up(runner, cache.page_size)
-    runner.exchange.check()
-    if device.type == "cuda":
-        # Compiling the kernels of an exact step takes seconds, during which every stream would stall.
-        warm_up(runner, cache.page_size, Numerics.EXACT)
-        most = config.engine.max_prefill_tokens // config.parallel.world_size
-        longest = min(checkpoint.max_seq_len, most)
-        warm_up_prefills(runner, cache, longest, min(most, longest * config.engine.max_batch_size))
-        if config.engine.enable_cuda_graph:
-            runner.capture(config.engine.max_batch_size, min(most, _CAPTURED_CHUNK))
-            warm_up(runner, cache.page_size)  # warms up what follows a captured step
+    warm_up_all(runner, cache, config, checkpoint.max_seq_len)
     _log.info(
-        "worker %d: weights in %.1f s, %d pages of %d tokens and warm-up in %.1f s",
+        "worker %d: weights in %.1f s, %d pages of %d tokens, %d kernels in %.1f s, warm-up in %.1f s",
         boot.index,
         loaded - started,
         cache.num_pages,
         cache.page_size,
-        time.monotonic() - loaded,
+        kernels,
+        compiled - allocated,
+        time.monotonic() - compiled,
     )
     return runner, cache.num_pages
+
+
+def _compile(model: Model, cache: KVCache, config: Config, max_seq_len: int, rank: int) -> int:
+    """Compile the kernels of `warm_up_all`, sharing the cores among the ranks; returns how many there are."""
+    from nmoe.worker.compiling import compile_kernels
+
+    def rehearse() -> None:
+        short, rows = model.abridged(cache)
+        runner = Runner(short, rows, num_slots=config.num_slots, max_seq_len=max_seq_len)
+        warm_up_all(runner, rows, config, max_seq_len, rehearsal=True)
+
+    ranks = config.parallel.world_size
+    threads = min(max(1, len(os.sched_getaffinity(0)) // ranks), _COMPILERS)
+    kernels = compile_kernels(rehearse, threads, rank / ranks)
+    torch.cuda.empty_cache()  # the rehearsal's memory
+    return kernels
 
 
 def _hung_up(control: ipc.Control) -> bool:
@@ -266,6 +280,22 @@ def _progress(control: ipc.Control) -> ReportProgress:
             control.send(ipc.Progress(what, done, total))
 
     return report
+
+
+def warm_up_all(runner: Runner, cache: KVCache, config: Config, max_seq_len: int, *, rehearsal: bool = False) -> None:
+    """Warm up everything that requests may need, and on the GPU capture the graphs, or do as if (compiling.py)."""
+    warm_up(runner, cache.page_size)
+    runner.exchange.check()
+    if config.parallel.device == "cpu":
+        return
+    # Loading the kernels of an exact step takes a while, during which every stream would stall.
+    warm_up(runner, cache.page_size, Numerics.EXACT)
+    most = config.engine.max_prefill_tokens // config.parallel.world_size
+    longest = min(max_seq_len, most)
+    warm_up_prefills(runner, cache, longest, min(most, longest * config.engine.max_batch_size))
+    if config.engine.enable_cuda_graph:
+        runner.capture(config.engine.max_batch_size, min(most, _CAPTURED_CHUNK), rehearsal=rehearsal)
+        warm_up(runner, cache.page_size)  # warms up what follows a captured step
 
 
 def warm_up(runner: Runner, page_size: int, numerics: Numerics = Numerics.FAST) -> None:

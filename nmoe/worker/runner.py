@@ -94,11 +94,12 @@ class Runner:
         self._graphs: StepGraphs | None = None
         self.reset()
 
-    def capture(self, max_batch_size: int, max_chunk: int) -> None:
+    def capture(self, max_batch_size: int, max_chunk: int, *, rehearsal: bool = False) -> None:
         """From now on, replay steps from CUDA graphs: those of up to `max_batch_size` rows that all decode, or whose
-        other rows have up to `max_chunk` tokens in total."""
+        other rows have up to `max_chunk` tokens in total. In a rehearsal (compiling.py), do all but capture them."""
         assert isinstance(self._sampler, GPUSampler)
-        self._graphs = StepGraphs(self._model, self._cache, self._slots, self._sampler, max_batch_size, max_chunk)
+        parts = self._model, self._cache, self._slots, self._sampler
+        self._graphs = StepGraphs(*parts, max_batch_size, max_chunk, rehearsal=rehearsal)
 
     def reset(self) -> None:
         """Forget every request; the weights and the cache's memory stay. All ranks must do so, or none."""

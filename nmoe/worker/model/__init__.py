@@ -41,6 +41,11 @@ class Model(Protocol):
         """
         ...
 
+    def abridged(self, cache: KVCache) -> "tuple[Model, KVCache]":
+        """The first layer of each kind, and the cache of as many layers. Shares weights and memory. Its steps launch
+        the same kernels, fewer times."""
+        ...
+
     def logits(self, hidden_SD: torch.Tensor, numerics: Numerics) -> torch.Tensor:
         """Next-token logits of selected hidden states, float32 [S, V]."""
         ...

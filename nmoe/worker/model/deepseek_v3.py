@@ -3,6 +3,7 @@
 Shape suffixes as in nmoe/worker/batch.py; D hidden, V vocabulary, M positions, K rows of the cache.
 """
 
+import copy
 import dataclasses
 
 import torch
@@ -60,6 +61,7 @@ class DeepseekV3:
             self._head_VD = torch.empty_like(self._embed_VD)
             source.fill(self._head_VD, "lm_head.weight")
         self._rope_M2P = rope_table(a, max_seq_len, dtype, device)
+        self._routings = 1  # kept for each layer with experts
 
     def _load_layer(
         self, layer: int, source: Source, experts: range, exchange: Exchange, like_D: torch.Tensor
@@ -75,6 +77,14 @@ class DeepseekV3:
             else MoE(a, source, f"{prefix}.mlp", experts, exchange, like_D, fp8=self._fp8)
         )
         return _Layer(attention_norm_D, attention, mlp_norm_D, mlp)
+
+    def abridged(self, cache: KVCache) -> "tuple[DeepseekV3, KVCache]":
+        """See Model."""
+        model = copy.copy(self)
+        kinds = {type(layer.mlp): layer for layer in reversed(self._layers)}
+        model._layers = list(kinds.values())[::-1]
+        model._routings = self.architecture.num_expert_layers
+        return model, dataclasses.replace(cache, rows_LNSC=cache.rows_LNSC[: len(model._layers)])
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache, numerics: Numerics) -> torch.Tensor:
@@ -93,7 +103,7 @@ class DeepseekV3:
             else:
                 delta_TD = layer.mlp.forward(inputs, ops)
         if cache.routing_NSLK is not None:
-            keep_routing(ids_LTK, batch.write_T, cache.routing_NSLK)
+            keep_routing(ids_LTK * self._routings, batch.write_T, cache.routing_NSLK)
         return unquantised(ops.add_rms_norm(x_TD, delta_TD, self._norm_D, eps)[1])
 
     @torch.inference_mode()

@@ -29,7 +29,7 @@ from nmoe.worker.rdep.one_gpu import SharedExpertsStream
 from nmoe.worker.rdep.signals_triton import BOUND_NS, EPOCHS, STATE_WORDS
 
 _BOUND_S = 4.0
-_WARM_UP_BOUND_S = 600.0  # ranks compile kernels then, possibly one more than another
+_WARM_UP_BOUND_S = 600.0  # ranks load kernels then, and may compile one that others have
 _NAP_S = 0.001  # between checks of which ranks have begun a life
 _TILE_BYTES = 512 << 20  # of the experts' outputs for a tile's rows
 _SLOTS_PER_PROGRAM, _OF_FEW_SLOTS, _FEW_SLOTS = 256, 32, 512
