@@ -8,6 +8,7 @@ End-of-file from the launcher ends the process; so do errors, and the launcher h
 """
 
 import collections
+import gc
 import logging
 import os
 import threading
@@ -61,6 +62,8 @@ def main(boot: ipc.Boot) -> None:
         _set_threads(boot.config.parallel.world_size)
         if (loaded := _load(boot)) is None or _hung_up(boot.control):
             return
+        gc.collect()
+        gc.freeze()  # a full collection that scans everything imported takes as long as several steps
         with zmq.Context() as context:
             worker = Worker(boot, *loaded, context)
             boot.control.send(ipc.Up())
