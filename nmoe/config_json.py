@@ -16,6 +16,8 @@ import msgspec
 from nmoe.architecture import DTYPE_BYTES, Architecture, Dtype, Rope, Yarn
 from nmoe.errors import CheckpointError
 
+_MOST_LAYERS, _MOST_EXPERTS = 1000, 4096  # far above any model's: a typing error must not list tensors for hours
+
 
 class _Keys:
     """config.json's keys, with type checks. An absent key takes its default; a default of `...` makes it required."""
@@ -37,10 +39,12 @@ class _Keys:
         except msgspec.ValidationError as error:
             raise self.fail(f"{key} = {self.document[key]!r}: {str(error)[0].lower()}{str(error)[1:]}") from None
 
-    def size(self, key: str, default: Any = ..., least: int = 1) -> int:
+    def size(self, key: str, default: Any = ..., least: int = 1, most: int | None = None) -> int:
         value: int = self.get(key, int, default)
         if value < least:
             raise self.fail(f"{key} = {value}: must be at least {least}")
+        if most is not None and value > most:
+            raise self.fail(f"{key} = {value}: must be at most {most}; take config.json from the model's original")
         return value
 
     def only(self, key: str, supported: Any, what: str) -> None:
@@ -151,11 +155,12 @@ def _check_routing(keys: _Keys, a: Architecture) -> None:
 
 def _deepseek_v3(keys: _Keys) -> Architecture:
     _refuse_other_semantics(keys)
+    mtp = "num_nextn_predict_layers"
     architecture = Architecture(
         model_type=keys.get("model_type", str),
         vocab_size=keys.size("vocab_size"),
         hidden_size=keys.size("hidden_size"),
-        num_layers=keys.size("num_hidden_layers"),
+        num_layers=keys.size("num_hidden_layers", most=_MOST_LAYERS),
         num_heads=keys.size("num_attention_heads"),
         q_lora_rank=keys.size("q_lora_rank", 1536) if keys.document.get("q_lora_rank", 1536) is not None else None,
         kv_lora_rank=keys.size("kv_lora_rank", 512),
@@ -164,7 +169,7 @@ def _deepseek_v3(keys: _Keys) -> Architecture:
         v_head_dim=keys.size("v_head_dim", 128),
         intermediate_size=keys.size("intermediate_size", 18432),
         moe_intermediate_size=keys.size("moe_intermediate_size", 2048),
-        num_experts=keys.size("n_routed_experts", 256),
+        num_experts=keys.size("n_routed_experts", 256, most=_MOST_EXPERTS),
         num_experts_per_tok=keys.size("num_experts_per_tok", 8),
         num_shared_experts=keys.size("n_shared_experts", 1, least=0),
         n_group=keys.size("n_group", 8),
@@ -178,7 +183,7 @@ def _deepseek_v3(keys: _Keys) -> Architecture:
         max_position_embeddings=keys.size("max_position_embeddings", 4096),
         dtype=_dtype(keys),
         quant_block=_quant_block(keys),
-        num_mtp_layers=keys.get("num_nextn_predict_layers", int | None, 1) or 0,
+        num_mtp_layers=keys.size(mtp, 1, least=0, most=_MOST_LAYERS) if keys.document.get(mtp, 1) is not None else 0,
         eos_token_ids=_eos(keys, 1),
     )
     _check_routing(keys, architecture)
