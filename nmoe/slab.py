@@ -107,7 +107,7 @@ class ControlLayout(msgspec.Struct, frozen=True):
         return 3 * rank * LINE
 
     def compiling(self, rank: int) -> int:
-        """Whether `rank` is compiling a kernel, during which it does nothing else."""
+        """Whether `rank` is compiling kernels, during which it does nothing else that peers wait for."""
         return self.life(rank) + 8
 
     def awaited(self, rank: int) -> int:

@@ -66,7 +66,9 @@ def _asking(wanted: _Wanted) -> Iterator[None]:
     from triton.runtime._async_compile import active_mode
     from triton.runtime.jit import KernelInterface
 
-    def ask(kernel: Any, grid: Any) -> Callable[..., Any]:
+    def ask(kernel: Any, grid: Any) -> Any:
+        if active_mode.get() is not wanted:  # another thread's launch
+            return launch(kernel, grid)
         return lambda *args, **kwargs: kernel.run(*args, grid=grid, warmup=True, **kwargs)
 
     launch, mode = KernelInterface.__getitem__, active_mode.set(wanted)

@@ -227,6 +227,8 @@ def _load(boot: ipc.Boot) -> tuple[Runner, int] | None:
     if device.type == "cuda":
         kernels = _compile(model, cache, config, checkpoint.max_seq_len, boot.index)
     compiled = time.monotonic()
+    if _hung_up(boot.control):
+        return None
     # The warm-up needs all ranks, and their loading times differ.
     if not runner.exchange.meet(_life(boot.generation, 0), lambda: _hung_up(boot.control), bounded=False):
         return None
@@ -244,18 +246,25 @@ def _load(boot: ipc.Boot) -> tuple[Runner, int] | None:
     return runner, cache.num_pages
 
 
+def rehearse(model: Model, cache: KVCache, config: Config, max_seq_len: int) -> None:
+    """Go through `warm_up_all` without launching its kernels; see compiling.py."""
+    short, rows = model.abridged(cache)
+    runner = Runner(short, rows, num_slots=config.num_slots, max_seq_len=max_seq_len)
+    warm_up_all(runner, rows, config, max_seq_len, rehearsal=True)
+
+
 def _compile(model: Model, cache: KVCache, config: Config, max_seq_len: int, rank: int) -> int:
     """Compile the kernels of `warm_up_all`, sharing the cores among the ranks; returns how many there are."""
     from nmoe.worker.compiling import compile_kernels
 
-    def rehearse() -> None:
-        short, rows = model.abridged(cache)
-        runner = Runner(short, rows, num_slots=config.num_slots, max_seq_len=max_seq_len)
-        warm_up_all(runner, rows, config, max_seq_len, rehearsal=True)
-
     ranks = config.parallel.world_size
     threads = min(max(1, len(os.sched_getaffinity(0)) // ranks), _COMPILERS)
-    kernels = compile_kernels(rehearse, threads, rank / ranks)
+    try:
+        kernels = compile_kernels(lambda: rehearse(model, cache, config, max_seq_len), threads, rank / ranks)
+    except (ImportError, AttributeError, TypeError):
+        # What this relies on is private to Triton. Without it a start takes longer, but no other harm is done.
+        _log.warning("worker %d: kernels are compiled one by one, as this Triton is unknown", rank, exc_info=True)
+        kernels = 0
     torch.cuda.empty_cache()  # the rehearsal's memory
     return kernels
 
@@ -316,8 +325,8 @@ def warm_up(runner: Runner, page_size: int, numerics: Numerics = Numerics.FAST) 
 
 def warm_up_prefills(runner: Runner, cache: KVCache, longest: int, most: int) -> None:
     """Run steps of 16, 32, ... `most` tokens in rows of up to `longest`, as far as the cache holds them, then idle
-    steps, because other ranks' caches may hold more. Together they need every kernel in every shape and as much memory
-    as any step, so no request waits for the compiler or runs out of memory."""
+    steps, because other ranks' caches may hold more. Together they need every kernel of a prefill in every shape and as
+    much memory as any step, so no request waits for the compiler or runs out of memory."""
     per_row = -(-longest // cache.page_size)
     sizes = [16 << doubling for doubling in range(most.bit_length()) if 16 << doubling < most]
     for tokens in [*sizes, most]:

@@ -330,8 +330,15 @@ def check_absorbed_decode(heads, page, contexts, *sizes):
 @pytest.mark.parametrize(("heads", "page"), [(16, 32), (16, 64), (16, 128), (128, 64), (128, 128)])
 @pytest.mark.parametrize(
     "contexts",
-    [[1], [2000], [3, 700, 64, 65, 1, 129, 2048] * 5, [9000] + [100] * 40, [2000, 50] * 150],
-    ids=["one", "long", "some", "uneven", "many"],
+    [
+        [1],
+        [2000],
+        [3, 700, 64, 65, 1, 129, 2048] * 5,
+        [9000] + [100] * 40,
+        [2000, 50] * 150,
+        [20000] + [64] * 250,
+    ],
+    ids=["one", "long", "some", "uneven", "many", "many and one in many parts"],
 )
 def test_absorbed_decode(heads, page, contexts):
     check_absorbed_decode(heads, page, contexts)
@@ -353,12 +360,15 @@ def test_values_of_many_rows(rows, heads, latent, value):
     assert out[rows:].isnan().all()
 
 
-def test_absorbed_decode_gives_the_same_bits_twice():
-    step = decode_step(16, 64, [2500])
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("contexts", [[2500], [3, 700, 64, 65, 129, 193, 2048] * 5, [2000, 50] * 100])
+def test_absorbed_decode_always_gives_the_same_bits(heads, contexts):
+    step = decode_step(heads, 64, contexts)
     absorbed_decode_gpu(*step)
     first = step[-1].clone()
-    absorbed_decode_gpu(*step)
-    assert torch.equal(first, step[-1])
+    for _ in range(20):
+        absorbed_decode_gpu(*step)
+        assert torch.equal(step[-1], first)
 
 
 @pytest.mark.parametrize("heads", [16, 128])

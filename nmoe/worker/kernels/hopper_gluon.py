@@ -2,9 +2,11 @@
 barrier of a partition's warps; and the wait for the kernel before.
 """
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Before Triton 3.9 they have the second names.
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # descriptor, where, barrier, to
@@ -24,3 +26,9 @@ def wait_for_kernel_before():
         is_pure=False,
         pack=1,
     )
+
+
+def descriptor(tensor: torch.Tensor, *block: int) -> TensorDescriptor:
+    """For copying blocks of this shape between a bfloat16 tensor and shared memory."""
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
+    return TensorDescriptor.from_tensor(tensor, list(block), layout)

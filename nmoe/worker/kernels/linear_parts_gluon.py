@@ -17,11 +17,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nmoe.worker.kernels.device import FEW_TOKENS, multiprocessors
 from nmoe.worker.kernels.early import early
-from nmoe.worker.kernels.hopper_gluon import copy_tile, wait_for_kernel_before
+from nmoe.worker.kernels.hopper_gluon import copy_tile, descriptor, wait_for_kernel_before
 from nmoe.worker.kernels.kept import kept
 from nmoe.worker.kernels.warps_gluon import store, store_rows
 
@@ -68,11 +67,6 @@ def _part_kernel(
     store(row_ptr, token < tokens, output, O, sums, KEPT)
 
 
-def _descriptor(matrix: torch.Tensor, rows: int) -> TensorDescriptor:
-    block = [rows, _DEPTH]
-    return TensorDescriptor.from_tensor(matrix, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
-
-
 def parts_of(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor | None:
     """The product's parts [T, P, O], to be added in float32; None if another method is faster."""
     tokens, (outputs, inputs) = len(x_TI), weight_OI.shape
@@ -83,8 +77,8 @@ def parts_of(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor | None
         return None
     out_TPO = x_TI.new_empty(tokens, parts, outputs)
     _part_kernel[(blocks, parts)](
-        _descriptor(x_TI, max(32, triton.next_power_of_2(tokens))),
-        _descriptor(weight_OI, _OUTPUTS),
+        descriptor(x_TI, max(32, triton.next_power_of_2(tokens)), _DEPTH),
+        descriptor(weight_OI, _OUTPUTS, _DEPTH),
         out_TPO,
         tokens,
         O=outputs,

@@ -24,11 +24,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nmoe.worker.kernels.device import multiprocessors
 from nmoe.worker.kernels.early import early
-from nmoe.worker.kernels.hopper_gluon import copy_tile, store_tile, wait_for_kernel_before
+from nmoe.worker.kernels.hopper_gluon import copy_tile, descriptor, store_tile, wait_for_kernel_before
 
 _ROWS, _COLUMNS = 64, 128  # of a tile: tokens, latent dimensions
 _M, _PIECE = gl.constexpr(_ROWS), gl.constexpr(_COLUMNS)
@@ -132,19 +131,15 @@ def are_many(tokens: int, w_uk_HNL: torch.Tensor) -> bool:
     return fits and heads * triton.cdiv(tokens, _ROWS) >= _LEAST
 
 
-def _descriptor(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
-
-
 def absorb_many(q_THQ: torch.Tensor, w_uk_HNL: torch.Tensor, absorbed_RHL: torch.Tensor) -> None:
     """W_UK^T q_nope of the first R tokens into `absorbed_RHL`. There, as in the weights, only L must be contiguous."""
     (tokens, heads, query), (_, nope, latent) = q_THQ.shape, w_uk_HNL.shape
     absorbed = len(absorbed_RHL)
     groups = max(1, multiprocessors(q_THQ.device) // heads)
     _absorb_kernel[(heads, min(groups, triton.cdiv(absorbed, _GROUPS.value * _ROWS)))](
-        _descriptor(q_THQ.flatten(1), [_ROWS, nope]),
-        _descriptor(w_uk_HNL, [1, nope, _COLUMNS]),
-        _descriptor(absorbed_RHL, [_ROWS, 1, _COLUMNS]),
+        descriptor(q_THQ.flatten(1), _ROWS, nope),
+        descriptor(w_uk_HNL, 1, nope, _COLUMNS),
+        descriptor(absorbed_RHL, _ROWS, 1, _COLUMNS),
         absorbed,
         QUERY=query,
         PIECES=latent // _COLUMNS,

@@ -18,15 +18,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nmoe.worker.kernels.early import early
-from nmoe.worker.kernels.hopper_gluon import wait_for_kernel_before
+from nmoe.worker.kernels.hopper_gluon import descriptor, wait_for_kernel_before
 from nmoe.worker.kernels.kept import kept
-from nmoe.worker.kernels.mla_decode_gluon import part_of, piece_of
+from nmoe.worker.kernels.mla_parts_gluon import part_of, piece_of
 from nmoe.worker.kernels.mla_tiles_triton import block_of_rows
 from nmoe.worker.kernels.mla_values_gluon import Parts
-from nmoe.worker.kernels.mla_warps_gluon import TILE, descriptor, load_queries, load_ropes, load_tiles
+from nmoe.worker.kernels.mla_warps_gluon import TILE, load_queries, load_ropes, load_tiles
 
 HEADS = 16
 _HEADS, _TILE = gl.constexpr(HEADS), gl.constexpr(TILE)
@@ -243,13 +242,11 @@ def attend_parts(
     a context of at least one position: the warps would wait forever for an empty tile."""
     heads, rows, latent = q_latent_HRL.shape
     rope, quarter = rows_KC.shape[1] - latent, latent // 4
-    q_rope = [1, heads, rope]
-    layout = gl.NVMMASharedLayout.get_default_for(q_rope, gl.bfloat16)
     _decode_kernel[(parts.num_parts,)](
         descriptor(q_latent_HRL.view(heads, rows * latent), heads, quarter),
         descriptor(rows_KC, TILE, quarter),
         descriptor(rows_KC, TILE, rope),
-        TensorDescriptor.from_tensor(q_RHQ, q_rope, layout),
+        descriptor(q_RHQ, 1, heads, rope),
         pages_RB,
         contexts_R,
         parts.prefix,

@@ -13,9 +13,10 @@ queries:
 A tile's weights depend on the largest score so far, which comes from the warpgroup that had the previous tile, together
 with that tile's weights, through shared memory. So weights become known strictly one tile after another, and one buffer
 does: whoever writes it has added what it held before, and so has the other warpgroup, which had to before it could
-weigh the tile in between. A warpgroup's own weights are multiplied from registers. Half a tile is free once its values
-are added: the weights were there, so the scores were, too. This order of work follows FlashMLA's "seesaw" (its
-docs/20250422-new-kernel-deep-dive.md, github.com/deepseek-ai/FlashMLA).
+weigh the tile in between, or, after a piece's last tile, before it said that its sums are there. A warpgroup's own
+weights are multiplied from registers. Half a tile is free once its values are added: the weights were there, so the
+scores were, too. This order of work follows FlashMLA's "seesaw" (its docs/20250422-new-kernel-deep-dive.md,
+github.com/deepseek-ai/FlashMLA).
 
 Shape suffixes: R rows, H heads, M a program's heads, L latent, P rope dimensions, C = L + P, K rows of the cache, B
 pages of a row (padded); layouts S of scores, O of values, with heads over lanes in the same way.
@@ -36,13 +37,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nmoe.worker.kernels.early import early
-from nmoe.worker.kernels.hopper_gluon import wait_for_kernel_before
+from nmoe.worker.kernels.hopper_gluon import descriptor, wait_for_kernel_before
 from nmoe.worker.kernels.kept import kept
+from nmoe.worker.kernels.mla_parts_gluon import part_of, piece_of
 from nmoe.worker.kernels.mla_tiles_triton import block_of_rows
 from nmoe.worker.kernels.mla_values_gluon import Parts
 from nmoe.worker.kernels.mla_warps_gluon import (
     ROWS,
-    descriptor,
     load_queries,
     load_ropes,
     load_tiles,
@@ -69,7 +70,8 @@ class _Shared(NamedTuple):
     filled: gl.shared_memory_descriptor  # [stages * 2]: half of the latents each, ropes with the first
     free: gl.shared_memory_descriptor  # [stages * 2]: by the warpgroup that adds this half
     weighed: gl.shared_memory_descriptor  # [2]
-    summed: gl.shared_memory_descriptor  # [1]: both sums of a piece are present
+    # [1]: both sums of a piece are present, and the weights of its last tile have been added by both
+    summed: gl.shared_memory_descriptor
 
 
 @gluon.jit
@@ -103,26 +105,6 @@ def _make_shared(q_desc, q_rope_desc, latent_desc, rope_desc):
     mbarrier.init(shared.summed.index(0), count=2)
     fence_async_shared()
     return shared
-
-
-@gluon.jit
-def part_of(prefix_ptr, num_rows, BLOCK_R: gl.constexpr, WARPS: gl.constexpr):
-    """The program's part [at, stop) of all rows' concatenated pages, and the row in which it starts."""
-    total = gl.load(prefix_ptr + num_rows)
-    pages = (total + gl.num_programs(0) - 1) // gl.num_programs(0)
-    at = gl.program_id(0) * pages
-    index = gl.arange(0, BLOCK_R, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    ends = gl.load(prefix_ptr + 1 + index, mask=index < num_rows, other=2147483647)
-    return at, gl.minimum(at + pages, total), gl.sum((ends <= at).to(gl.int32), 0)
-
-
-@gluon.jit
-def piece_of(contexts_ptr, prefix_ptr, row, at, stop, PAGE: gl.constexpr):
-    """The positions [begin, end) of a row that start at page `at` of all rows' pages and precede page `stop`; and the
-    page after them."""
-    first = gl.load(prefix_ptr + row)
-    last = gl.minimum(gl.load(prefix_ptr + row + 1), stop)
-    return (at - first) * PAGE, gl.minimum((last - first) * PAGE, gl.load(contexts_ptr + row)), last
 
 
 @gluon.jit

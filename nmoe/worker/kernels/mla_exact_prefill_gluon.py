@@ -27,13 +27,13 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from nmoe.worker.chunks import TILE as QUERY_TILE
 from nmoe.worker.chunks import Chunks
 from nmoe.worker.kernels.device import multiprocessors
+from nmoe.worker.kernels.hopper_gluon import descriptor
 from nmoe.worker.kernels.items_gluon import make_items, tell, told
 from nmoe.worker.kernels.mla_exact_triton import MOST_SPANS, SPAN, form_of
 from nmoe.worker.kernels.mla_warps_gluon import (
     ROWS,
     TILE,
     attend_span,
-    descriptor,
     load_queries,
     load_ropes,
     load_tiles,

@@ -23,11 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nmoe.worker.kernels.device import multiprocessors
 from nmoe.worker.kernels.early import early
-from nmoe.worker.kernels.hopper_gluon import copy_tile, wait_for_kernel_before
+from nmoe.worker.kernels.hopper_gluon import copy_tile, descriptor, wait_for_kernel_before
 
 _HELD = 8  # parts of 512 that a warp's registers hold
 
@@ -39,7 +38,8 @@ class Parts(NamedTuple):
     prefix: torch.Tensor  # [R + 1] int32: number of pages of the rows before
     partial: torch.Tensor  # [R + num_parts, H, L] float32
     lse: torch.Tensor  # [R + num_parts, H] float32: log2 of the sum of weights
-    whole_HRL: torch.Tensor | None  # latents of rows that are within one part, if not in `partial`
+    # Latents of rows that are within one part, if not in `partial`; of all rows once these are combined.
+    whole_HRL: torch.Tensor | None
 
 
 @gluon.jit
@@ -246,9 +246,8 @@ def _launch(
     held = _HELD * warps
     at_once = min(held, max(2, triton.next_power_of_2(parts.num_parts // rows + 1))) if parts else 2
     together = min(held // at_once, triton.next_power_of_2(triton.cdiv(rows, groups)))
-    layout = gl.NVMMASharedLayout.get_default_for([1, columns, latent], gl.bfloat16)
     _values_kernel[(heads, blocks, min(groups, triton.cdiv(rows, together)))](
-        TensorDescriptor.from_tensor(w_uv_HVL, [1, columns, latent], layout),
+        descriptor(w_uv_HVL, 1, columns, latent),
         whole_RHL,
         parts.prefix if parts else None,
         parts.partial if parts else None,

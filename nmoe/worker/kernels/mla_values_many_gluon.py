@@ -23,11 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nmoe.worker.kernels.device import multiprocessors
 from nmoe.worker.kernels.early import early
-from nmoe.worker.kernels.hopper_gluon import copy_tile, wait_for_kernel_before
+from nmoe.worker.kernels.hopper_gluon import copy_tile, descriptor, wait_for_kernel_before
 
 _ROWS, _COLUMNS, _PIECE = 64, 128, 128  # of a tile: rows and columns of values; latent dimensions of a piece
 _STAGES = gl.constexpr(5)
@@ -130,10 +129,6 @@ def _values_kernel(w_desc, x_desc, out_ptr, num_rows, out_row, VALUES: gl.conste
     )
 
 
-def _descriptor(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
-
-
 def are_many(rows: int, w_uv_HVL: torch.Tensor) -> bool:
     """Whether `values_of_many` is the way to compute the values of this many rows."""
     heads, values, _ = w_uv_HVL.shape
@@ -146,8 +141,8 @@ def values_of_many(latent_HRL: torch.Tensor, w_uv_HVL: torch.Tensor, out_RHV: to
     blocks = values // _COLUMNS
     groups = max(1, multiprocessors(out_RHV.device) // (heads * blocks))
     _values_kernel[(heads, blocks, min(groups, triton.cdiv(rows, _ROWS)))](
-        _descriptor(w_uv_HVL, [1, _COLUMNS // 2, _PIECE]),
-        _descriptor(latent_HRL.flatten(0, 1), [_ROWS, _PIECE]),
+        descriptor(w_uv_HVL, 1, _COLUMNS // 2, _PIECE),
+        descriptor(latent_HRL.flatten(0, 1), _ROWS, _PIECE),
         out_RHV,
         rows,
         out_RHV.stride(0),

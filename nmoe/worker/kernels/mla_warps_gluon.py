@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nmoe.worker.kernels.hopper_gluon import copy_tile
+from nmoe.worker.kernels.hopper_gluon import copy_tile, descriptor
 
 ROWS = 64  # per program: heads times queries
 TILE = 32  # positions weighed at a time
@@ -49,7 +49,7 @@ class Shared(NamedTuple):
     ones: gl.shared_memory_descriptor  # [tile, 8]
     factors: gl.shared_memory_descriptor  # [2, M]: multiply the values so far before a tile's are added
     peaks: gl.shared_memory_descriptor  # [2, M]: the largest scaled score of a span, up to a tile
-    # [3, M]: factors of the values before a span and of its own, total weight; for decode rows the last only, inverted
+    # [3, M]: factors of the values before a span and of its own, total weight
     merging: gl.shared_memory_descriptor
     # Barriers
     q_bars: gl.shared_memory_descriptor  # [2]: queries are present; are free
@@ -268,13 +268,6 @@ def stages_of(width: int) -> int:
     return stages
 
 
-def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """For copying `rows` x `columns` pieces of a bfloat16 matrix into shared memory."""
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
-    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
-
-
 def rope_descriptor(q_THQ: torch.Tensor, heads: int, rope: int) -> TensorDescriptor:
     """For copying `rope` dimensions of queries: `heads` heads, and as many tokens as a program has rows for."""
-    block = [ROWS // heads, heads, rope]
-    return TensorDescriptor.from_tensor(q_THQ, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
+    return descriptor(q_THQ, ROWS // heads, heads, rope)
