@@ -42,13 +42,7 @@ from nmoe.worker.kernels.kept import kept
 from nmoe.worker.kernels.mla_parts_gluon import part_of, piece_of
 from nmoe.worker.kernels.mla_tiles_triton import block_of_rows
 from nmoe.worker.kernels.mla_values_gluon import Parts
-from nmoe.worker.kernels.mla_warps_gluon import (
-    ROWS,
-    load_queries,
-    load_ropes,
-    load_tiles,
-    rope_descriptor,
-)
+from nmoe.worker.kernels.mla_warps_gluon import ROWS, load_queries, load_ropes, load_tiles, rope_descriptor
 
 TILE = 64  # positions weighed at a time
 _M, _TILE, _STAGES = gl.constexpr(ROWS), gl.constexpr(TILE), gl.constexpr(2)
