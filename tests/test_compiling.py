@@ -9,7 +9,9 @@ import types
 import pytest
 import torch
 
+from nmoe.config import Config
 from nmoe.worker.compiling import ZeroedMemory, compile_kernels
+from nmoe.worker.process import _compile
 
 
 @pytest.fixture
@@ -136,3 +138,30 @@ def test_memory_is_as_ever_afterwards():
         torch.empty(3)
     torch.empty(3)
     assert calls == [torch.empty]
+
+
+def test_other_threads_launch_during_a_rehearsal(triton):
+    kernel = triton.Kernel("one")
+
+    def rehearse():
+        other = threading.Thread(target=lambda: kernel[(2,)](2))
+        other.start()
+        other.join()
+        kernel[(1,)](1)
+
+    assert compile_kernels(rehearse, 1) == 1
+    assert kernel.launched == [((2,), (2,))]
+
+
+@pytest.mark.parametrize("missing", ["active_mode", "submit"])
+def test_an_unknown_triton_makes_a_start_slower_and_not_impossible(triton, monkeypatch, caplog, missing):
+    kernel = triton.Kernel("one")
+    if missing == "active_mode":
+        monkeypatch.setitem(sys.modules, "triton.runtime._async_compile", types.SimpleNamespace())
+    else:
+        monkeypatch.delattr("nmoe.worker.compiling._Wanted.submit")
+    monkeypatch.setattr("nmoe.worker.process.rehearse", lambda *_: kernel[(1,)](1))
+    assert _compile(None, None, Config(), 16, 0) == 0
+    assert "compiled one by one" in caplog.text
+    kernel[(1,)](1)
+    assert kernel.launched == [((1,), (1,))]
