@@ -47,6 +47,10 @@ class _Keys:
             raise self.fail(f"{key} = {value}: must be at most {most}; take config.json from the model's original")
         return value
 
+    def size_or_none(self, key: str, default: int, least: int = 1, most: int | None = None) -> int | None:
+        """The size, or None where the key's value is null."""
+        return None if self.document.get(key, default) is None else self.size(key, default, least, most)
+
     def only(self, key: str, supported: Any, what: str) -> None:
         """Refuse every value of `key` except the supported one, which is also what an absent key means."""
         if (value := self.document.get(key, supported)) != supported:
@@ -155,14 +159,13 @@ def _check_routing(keys: _Keys, a: Architecture) -> None:
 
 def _deepseek_v3(keys: _Keys) -> Architecture:
     _refuse_other_semantics(keys)
-    mtp = "num_nextn_predict_layers"
     architecture = Architecture(
         model_type=keys.get("model_type", str),
         vocab_size=keys.size("vocab_size"),
         hidden_size=keys.size("hidden_size"),
         num_layers=keys.size("num_hidden_layers", most=_MOST_LAYERS),
         num_heads=keys.size("num_attention_heads"),
-        q_lora_rank=keys.size("q_lora_rank", 1536) if keys.document.get("q_lora_rank", 1536) is not None else None,
+        q_lora_rank=keys.size_or_none("q_lora_rank", 1536),
         kv_lora_rank=keys.size("kv_lora_rank", 512),
         qk_nope_head_dim=keys.size("qk_nope_head_dim", 128),
         qk_rope_head_dim=keys.size("qk_rope_head_dim", 64),
@@ -183,7 +186,7 @@ def _deepseek_v3(keys: _Keys) -> Architecture:
         max_position_embeddings=keys.size("max_position_embeddings", 4096),
         dtype=_dtype(keys),
         quant_block=_quant_block(keys),
-        num_mtp_layers=keys.size(mtp, 1, least=0, most=_MOST_LAYERS) if keys.document.get(mtp, 1) is not None else 0,
+        num_mtp_layers=keys.size_or_none("num_nextn_predict_layers", 1, least=0, most=_MOST_LAYERS) or 0,
         eos_token_ids=_eos(keys, 1),
     )
     _check_routing(keys, architecture)
