@@ -18,7 +18,8 @@ from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.kept import kept
 from nmoe.worker.kernels.mla_absorb_gluon import absorb_many, are_many
 
-_HEADS = 16  # per program
+_HEADS = 16  # that a program ropes
+_BLOCK_H = tl.constexpr(_HEADS)
 _LEAST = 200  # minimum number of programs; with fewer, a smaller tile is used
 
 
@@ -28,6 +29,17 @@ class _Tile(NamedTuple):
 
     def programs(self, tokens: int, heads: int, latent: int) -> int:
         return heads * (latent // self.columns) * -(-tokens // self.rows)
+
+
+class _Sizes(NamedTuple):
+    """The kernels' constants."""
+
+    heads: int
+    nope: int
+    rope: int
+    latent: int
+    q_stride: int
+    kv_stride: int
 
 
 _TILES = _Tile(64, 128), _Tile(64, 64), _Tile(64, 32), _Tile(16, 128), _Tile(16, 64), _Tile(16, 32)
@@ -70,75 +82,57 @@ def _rope_queries(q_ptr, head, cos, sin, HEADS: tl.constexpr, NOPE: tl.constexpr
 def _absorb(
     q_ptr,
     w_uk_ptr,
-    absorbed_ptr,
+    out,
     program,
     num_absorbed,
-    out_token,
-    out_head,
-    Q_STRIDE: tl.constexpr,
+    SIZES: tl.constexpr,
     W_HEAD: tl.constexpr,
-    HEADS: tl.constexpr,
-    NOPE: tl.constexpr,
-    ROPE: tl.constexpr,
-    LATENT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     KEPT: tl.constexpr,
 ):
-    """A tile of a head's q_nope @ W_UK. Its weights, which no kernel writes, start loading before the wait."""
+    """A tile of a head's q_nope @ W_UK. Its weights, which no kernel writes, start loading before the wait. `out`:
+    where results go, and how far apart they are there, from token to token and from head to head."""
+    absorbed_ptr, out_token, out_head = out
+    LATENT: tl.constexpr = SIZES.latent
     BLOCKS: tl.constexpr = LATENT // COLUMNS
-    head = (program % HEADS).to(tl.int64)
-    column = (program // HEADS) % BLOCKS * COLUMNS + tl.arange(0, COLUMNS)
-    token = ((program // (HEADS * BLOCKS)) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    nope = tl.arange(0, NOPE)
+    head = (program % SIZES.heads).to(tl.int64)
+    column = (program // SIZES.heads) % BLOCKS * COLUMNS + tl.arange(0, COLUMNS)
+    token = ((program // (SIZES.heads * BLOCKS)) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    nope = tl.arange(0, SIZES.nope)
     w = tl.load(w_uk_ptr + head * W_HEAD + nope[:, None] * LATENT + column[None, :])
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
     exists = (token < num_absorbed)[:, None]
-    q = tl.load(q_ptr + token[:, None] * Q_STRIDE + head * (NOPE + ROPE) + nope[None, :], mask=exists, other=0.0)
+    q_at = q_ptr + token[:, None] * SIZES.q_stride + head * (SIZES.nope + SIZES.rope) + nope[None, :]
+    q = tl.load(q_at, mask=exists, other=0.0)
     absorbed = tl.dot(q, w).to(absorbed_ptr.dtype.element_ty)
-    out = absorbed_ptr + token[:, None] * out_token + head * out_head + column[None, :]
-    tl.store(out, absorbed, mask=exists, eviction_policy=KEPT)
+    at = absorbed_ptr + token[:, None] * out_token + head * out_head + column[None, :]
+    tl.store(at, absorbed, mask=exists, eviction_policy=KEPT)
 
 
 @triton.jit
-def _rope(
-    q_ptr,
-    kv_ptr,
-    positions_ptr,
-    places_ptr,
-    rope_ptr,
-    weight_ptr,
-    rows_ptr,
-    program,
-    eps,
-    Q_STRIDE: tl.constexpr,
-    KV_STRIDE: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    NOPE: tl.constexpr,
-    ROPE: tl.constexpr,
-    LATENT: tl.constexpr,
-    WAIT: tl.constexpr,
-):
+def _rope(step, program, eps, SIZES: tl.constexpr, WAIT: tl.constexpr):
     """Of a token's programs, the first writes its cache row, the others rope its heads. Positions, places and the table
     are older than the previous kernel, so they are read before the wait."""
-    PARTS: tl.constexpr = 1 + (HEADS + BLOCK_H - 1) // BLOCK_H
+    q_ptr, kv_ptr, positions_ptr, places_ptr, rope_ptr, weight_ptr, rows_ptr = step
+    ROPE: tl.constexpr = SIZES.rope
+    PARTS: tl.constexpr = 1 + (SIZES.heads + _BLOCK_H - 1) // _BLOCK_H
     token = (program // PARTS).to(tl.int64)
     part = program % PARTS
     half = tl.arange(0, ROPE // 2)
     table = rope_ptr + tl.load(positions_ptr + token).to(tl.int64) * (2 * ROPE)
     cos = tl.load(table + half).to(tl.float32)
     sin = tl.load(table + ROPE + ROPE // 2 + half).to(tl.float32)
-    row_ptr = rows_ptr + tl.load(places_ptr + token).to(tl.int64) * (LATENT + ROPE)
+    row_ptr = rows_ptr + tl.load(places_ptr + token).to(tl.int64) * (SIZES.latent + ROPE)
     if WAIT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if part == 0:
-        _store_row(kv_ptr + token * KV_STRIDE, row_ptr, weight_ptr, cos, sin, eps, LATENT, ROPE)
+        _store_row(kv_ptr + token * SIZES.kv_stride, row_ptr, weight_ptr, cos, sin, eps, SIZES.latent, ROPE)
     else:
-        head = (part - 1) * BLOCK_H + tl.arange(0, BLOCK_H)
-        _rope_queries(q_ptr + token * Q_STRIDE, head, cos, sin, HEADS, NOPE, ROPE)
+        head = (part - 1) * _BLOCK_H + tl.arange(0, _BLOCK_H)
+        _rope_queries(q_ptr + token * SIZES.q_stride, head, cos, sin, SIZES.heads, SIZES.nope, ROPE)
 
 
 @triton.jit(
@@ -160,99 +154,28 @@ def _inputs_kernel(
     out_token,
     out_head,
     eps,
-    Q_STRIDE: tl.constexpr,
-    KV_STRIDE: tl.constexpr,
+    SIZES: tl.constexpr,
     W_HEAD: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    NOPE: tl.constexpr,
-    ROPE: tl.constexpr,
-    LATENT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     KEPT: tl.constexpr,
 ):
     """The first programs absorb a tile each, the others rope."""
-    if tl.program_id(0) < num_absorbing:
-        _absorb(
-            q_ptr,
-            w_uk_ptr,
-            absorbed_ptr,
-            tl.program_id(0),
-            num_absorbed,
-            out_token,
-            out_head,
-            Q_STRIDE,
-            W_HEAD,
-            HEADS,
-            NOPE,
-            ROPE,
-            LATENT,
-            ROWS,
-            COLUMNS,
-            KEPT,
-        )
+    program = tl.program_id(0)
+    if program < num_absorbing:
+        out = (absorbed_ptr, out_token, out_head)
+        _absorb(q_ptr, w_uk_ptr, out, program, num_absorbed, SIZES, W_HEAD, ROWS, COLUMNS, KEPT)
     else:
-        _rope(
-            q_ptr,
-            kv_ptr,
-            positions_ptr,
-            places_ptr,
-            rope_ptr,
-            weight_ptr,
-            rows_ptr,
-            tl.program_id(0) - num_absorbing,
-            eps,
-            Q_STRIDE,
-            KV_STRIDE,
-            HEADS,
-            BLOCK_H,
-            NOPE,
-            ROPE,
-            LATENT,
-            True,
-        )
+        step = (q_ptr, kv_ptr, positions_ptr, places_ptr, rope_ptr, weight_ptr, rows_ptr)
+        _rope(step, program - num_absorbing, eps, SIZES, True)
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr", "places_ptr"])
-def _rope_kernel(
-    q_ptr,
-    kv_ptr,
-    positions_ptr,
-    places_ptr,
-    rope_ptr,
-    weight_ptr,
-    rows_ptr,
-    eps,
-    Q_STRIDE: tl.constexpr,
-    KV_STRIDE: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    NOPE: tl.constexpr,
-    ROPE: tl.constexpr,
-    LATENT: tl.constexpr,
-):
+def _rope_kernel(q_ptr, kv_ptr, positions_ptr, places_ptr, rope_ptr, weight_ptr, rows_ptr, eps, SIZES: tl.constexpr):
     """Rope beside the kernel before, which absorbs; see early.py."""
     tl.extra.cuda.gdc_launch_dependents()
-    _rope(
-        q_ptr,
-        kv_ptr,
-        positions_ptr,
-        places_ptr,
-        rope_ptr,
-        weight_ptr,
-        rows_ptr,
-        tl.program_id(0),
-        eps,
-        Q_STRIDE,
-        KV_STRIDE,
-        HEADS,
-        BLOCK_H,
-        NOPE,
-        ROPE,
-        LATENT,
-        False,
-    )
+    step = (q_ptr, kv_ptr, positions_ptr, places_ptr, rope_ptr, weight_ptr, rows_ptr)
+    _rope(step, tl.program_id(0), eps, SIZES, False)
     if tl.program_id(0) == 0:
         tl.extra.cuda.gdc_wait()
 
@@ -285,21 +208,12 @@ def enter(
     rope, latent, absorbed = rope_M2P.shape[-1], len(weight_L), len(absorbed_RHL)
     if not tokens:
         return
-    common = {
-        "Q_STRIDE": q_THQ.stride(0),
-        "KV_STRIDE": kv_TC.stride(0),
-        "HEADS": heads,
-        "BLOCK_H": _HEADS,
-        "NOPE": query - rope,
-        "ROPE": rope,
-        "LATENT": latent,
-        "launch_pdl": early(tokens),
-    }
+    sizes = _Sizes(heads, query - rope, rope, latent, q_THQ.stride(0), kv_TC.stride(0))
     step = (q_THQ, kv_TC, positions_T, places_T, rope_M2P, weight_L, rows_KC)
     roping = tokens * (1 + triton.cdiv(heads, _HEADS))
     if are_many(absorbed, w_uk_HNL):
         absorb_many(q_THQ, w_uk_HNL, absorbed_RHL)
-        _rope_kernel[(roping,)](*step, eps, **common)
+        _rope_kernel[(roping,)](*step, eps, sizes, launch_pdl=early(tokens))
         return
     tile = _tile(absorbed, heads, latent)
     absorbing = tile.programs(absorbed, heads, latent)
@@ -312,9 +226,10 @@ def enter(
         absorbed_RHL.stride(0),
         absorbed_RHL.stride(1),
         eps,
+        sizes,
         W_HEAD=w_uk_HNL.stride(0),
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         KEPT=kept(tokens),
-        **common,
+        launch_pdl=early(tokens),
     )
