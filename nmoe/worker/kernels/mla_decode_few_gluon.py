@@ -21,11 +21,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.hopper_gluon import descriptor, wait_for_kernel_before
+from nmoe.worker.kernels.items_gluon import Items, make_items, read_word, release_item, tell, wait_for_item
 from nmoe.worker.kernels.kept import kept
 from nmoe.worker.kernels.mla_parts_gluon import part_of, piece_of
 from nmoe.worker.kernels.mla_tiles_triton import block_of_rows
 from nmoe.worker.kernels.mla_values_gluon import Parts
-from nmoe.worker.kernels.mla_warps_gluon import TILE, load_queries, load_ropes, load_tiles
+from nmoe.worker.kernels.mla_warps_gluon import TILE, load_queries, load_tiles
 
 HEADS = 16
 _HEADS, _TILE = gl.constexpr(HEADS), gl.constexpr(TILE)
@@ -37,12 +38,13 @@ _REGISTERS = 128  # per thread when the program starts, all 256 of them; the war
 class _Shared(NamedTuple):
     """Shared memory. Latents are stored in quarters of their columns."""
 
-    q_latent: gl.shared_memory_descriptor  # [4, H, L / 4]
-    q_rope: gl.shared_memory_descriptor  # [1, H, P]
+    pieces: Items  # pieces of rows: slot in the workspace, first position, and the one after the last
+    q_latent: gl.shared_memory_descriptor  # [2 * 4, H, L / 4]
+    q_rope: gl.shared_memory_descriptor  # [2, 1, H, P]
     k_latent: gl.shared_memory_descriptor  # [stages * 4, tile, L / 4]
     k_rope: gl.shared_memory_descriptor  # [stages, tile, P]
     # Barriers
-    q_bars: gl.shared_memory_descriptor  # [2]: queries are present; are free
+    q_bars: gl.shared_memory_descriptor  # [2 * 2]: queries are present; are free
     filled: gl.shared_memory_descriptor  # [stages]
     free: gl.shared_memory_descriptor  # [stages]
 
@@ -53,15 +55,16 @@ def _make_shared(q_desc, q_rope_desc, latent_desc, rope_desc, STAGES: gl.constex
     ROPE: gl.constexpr = rope_desc.block_type.shape[1]
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     shared = _Shared(
-        q_latent=gl.allocate_shared_memory(gl.bfloat16, [4, _HEADS, QUARTER], q_desc.layout),
-        q_rope=gl.allocate_shared_memory(gl.bfloat16, q_rope_desc.block_type.shape, q_rope_desc.layout),
+        pieces=make_items(1, 3),
+        q_latent=gl.allocate_shared_memory(gl.bfloat16, [8, _HEADS, QUARTER], q_desc.layout),
+        q_rope=gl.allocate_shared_memory(gl.bfloat16, [2, 1, _HEADS, ROPE], q_rope_desc.layout),
         k_latent=gl.allocate_shared_memory(gl.bfloat16, [STAGES * 4, _TILE, QUARTER], latent_desc.layout),
         k_rope=gl.allocate_shared_memory(gl.bfloat16, [STAGES, _TILE, ROPE], rope_desc.layout),
-        q_bars=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
+        q_bars=gl.allocate_shared_memory(gl.int64, [4, 1], BARRIER),
         filled=gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
         free=gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
     )
-    for i in gl.static_range(2):
+    for i in gl.static_range(4):
         mbarrier.init(shared.q_bars.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(shared.filled.index(i), count=1)
@@ -86,59 +89,64 @@ def _produce(
     latent_desc, rope_desc, q_desc, q_rope_desc = descs
     L: gl.constexpr = 4 * shared.k_latent.shape[2]
     at, stop, row = part_of(prefix_ptr, num_rows, BLOCK_R, 1)
+    slot = row + gl.program_id(0)
     pieces = 0
     tiles = 0
-    begin = at * 0
+    loaded = 0
     if at < stop:
         begin, end, _ = piece_of(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
+        tell(shared.pieces, pieces, (slot, begin, end))
         old = gl.minimum(end, gl.load(contexts_ptr + row) - 1)
         ahead = gl.minimum(begin + STAGES * _TILE, old // _TILE * _TILE)
         row_pages_ptr = pages_ptr + row.to(gl.int64) * max_pages
         tiles = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, begin, ahead, tiles, PAGE, STAGES)
-        begin += tiles * _TILE
+        loaded = tiles * _TILE
     wait_for_kernel_before()
     while at < stop:
-        first, end, at = piece_of(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
-        load_queries(shared, q_desc, 0, row * L, pieces)
-        load_ropes(shared, q_rope_desc, row, 0, NOPE)
+        begin, end, at = piece_of(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
+        if pieces > 0:
+            tell(shared.pieces, pieces, (slot, begin, end))
+        load_queries(shared, q_desc, q_rope_desc, (0, row * L), (row, 0, NOPE), pieces)
         row_pages_ptr = pages_ptr + row.to(gl.int64) * max_pages
-        begin = gl.maximum(begin, first)
-        tiles = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, begin, end, tiles, PAGE, STAGES)
+        tiles = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, begin + loaded, end, tiles, PAGE, STAGES)
+        loaded = 0
         pieces += 1
         row += 1
-        begin = at * 0
+        slot += 1
+    tell(shared.pieces, pieces, (0, 0, 0))
 
 
 @gluon.jit
-def _scores(shared, stage, M: gl.constexpr):
-    """The queries times the keys of a tile, [H, tile]."""
+def _told_piece(shared, nth):
+    """The program's `nth` piece: its slot in the workspace, and its positions [begin, end); none if it is empty."""
+    wait_for_item(shared.pieces, nth)
+    slot = read_word(shared.pieces, nth, 0, 4)
+    begin = read_word(shared.pieces, nth, 1, 4)
+    end = read_word(shared.pieces, nth, 2, 4)
+    release_item(shared.pieces, nth)
+    return slot, begin, end
+
+
+@gluon.jit
+def _scores(shared, place, stage, M: gl.constexpr):
+    """The queries in this place of two times the keys of a tile, [H, tile]."""
     A: gl.constexpr = gl.DotOperandLayout(0, M, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, M, 2)
-    q_rope = shared.q_rope.reshape([_HEADS, shared.k_rope.shape[2]]).load(A)
+    q_rope = shared.q_rope.index(place).reshape([_HEADS, shared.k_rope.shape[2]]).load(A)
     # Two accumulators, because a product waits for the previous one in the same accumulator.
     zeros = gl.zeros([_HEADS, _TILE], gl.float32, M)
     even = mma_v2(q_rope, shared.k_rope.index(stage).permute((1, 0)).load(B), zeros)
     odd = zeros
     for i in gl.static_range(0, 4, 2):
-        q = shared.q_latent.index(i).load(A)
+        q = shared.q_latent.index(place * 4 + i).load(A)
         even = mma_v2(q, shared.k_latent.index(stage * 4 + i).permute((1, 0)).load(B), even)
-        q = shared.q_latent.index(i + 1).load(A)
+        q = shared.q_latent.index(place * 4 + i + 1).load(A)
         odd = mma_v2(q, shared.k_latent.index(stage * 4 + i + 1).permute((1, 0)).load(B), odd)
     return even + odd
 
 
 @gluon.jit
-def _attend(
-    shared,
-    plan,
-    parts,
-    scale_log2,
-    BLOCK_R: gl.constexpr,
-    PAGE: gl.constexpr,
-    STAGES: gl.constexpr,
-    KEPT: gl.constexpr,
-):
-    contexts_ptr, prefix_ptr, num_rows = plan
+def _attend(shared, parts, scale_log2, STAGES: gl.constexpr, KEPT: gl.constexpr):
     partial_ptr, lse_ptr = parts
     QUARTER: gl.constexpr = shared.k_latent.shape[2]
     M: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 4], [16, 8])
@@ -147,22 +155,22 @@ def _attend(
     head = gl.arange(0, _HEADS, gl.SliceLayout(1, M))
     key = gl.arange(0, _TILE, gl.SliceLayout(0, M))
     column = gl.arange(0, QUARTER, gl.SliceLayout(0, M))
-    at, stop, row = part_of(prefix_ptr, num_rows, BLOCK_R, 4)
     pieces = 0
     tiles = 0
-    while at < stop:
-        begin, end, at = piece_of(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
+    slot, begin, end = _told_piece(shared, pieces)
+    while begin < end:
+        place = pieces & 1
         peak = gl.full([_HEADS], float("-inf"), gl.float32, gl.SliceLayout(1, M))
         weight = gl.zeros([_HEADS], gl.float32, gl.SliceLayout(1, M))
         acc_0 = gl.zeros([_HEADS, QUARTER], gl.float32, M)
         acc_1 = gl.zeros([_HEADS, QUARTER], gl.float32, M)
         acc_2 = gl.zeros([_HEADS, QUARTER], gl.float32, M)
         acc_3 = gl.zeros([_HEADS, QUARTER], gl.float32, M)
-        mbarrier.wait(shared.q_bars.index(0), pieces & 1)
+        mbarrier.wait(shared.q_bars.index(place), pieces >> 1 & 1)
         for position in range(begin, end, _TILE):
             stage = tiles % STAGES
             mbarrier.wait(shared.filled.index(stage), tiles // STAGES & 1)
-            s = _scores(shared, stage, M)
+            s = _scores(shared, place, stage, M)
             s = gl.where((position + key < end)[None, :], s * scale_log2, float("-inf"))
             new_peak = gl.maximum(peak, gl.max(s, 1))
             factor = gl.exp2(peak - new_peak)
@@ -177,17 +185,16 @@ def _attend(
             acc_3 = mma_v2(p, v.index(stage * 4 + 3).load(B), acc_3 * factor[:, None])
             mbarrier.arrive(shared.free.index(stage), count=1)
             tiles += 1
-        mbarrier.arrive(shared.q_bars.index(1), count=1)
-        slot = (row + gl.program_id(0)).to(gl.int64) * _HEADS + head
-        gl.store(lse_ptr + slot, peak + gl.log2(weight))
-        out = partial_ptr + slot[:, None] * (4 * QUARTER) + column[None, :]
+        mbarrier.arrive(shared.q_bars.index(2 + place), count=1)
+        at = slot.to(gl.int64) * _HEADS + head
+        gl.store(lse_ptr + at, peak + gl.log2(weight))
+        out = partial_ptr + at[:, None] * (4 * QUARTER) + column[None, :]
         inverse = (1.0 / weight)[:, None]
-        gl.store(out, acc_0 * inverse, eviction_policy=KEPT)
-        gl.store(out + QUARTER, acc_1 * inverse, eviction_policy=KEPT)
-        gl.store(out + 2 * QUARTER, acc_2 * inverse, eviction_policy=KEPT)
-        gl.store(out + 3 * QUARTER, acc_3 * inverse, eviction_policy=KEPT)
+        for i in gl.static_range(4):
+            quarter = ((acc_0, acc_1, acc_2, acc_3)[i] * inverse).to(partial_ptr.dtype.element_ty)
+            gl.store(out + i * QUARTER, quarter, eviction_policy=KEPT)
         pieces += 1
-        row += 1
+        slot, begin, end = _told_piece(shared, pieces)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "max_pages"], do_not_specialize_on_alignment=["pages_ptr"])
@@ -215,11 +222,11 @@ def _decode_kernel(
     descs = (latent_desc, rope_desc, q_desc, q_rope_desc)
     gl.warp_specialize(
         [
-            (_attend, (shared, plan, (partial_ptr, lse_ptr), scale_log2, BLOCK_R, PAGE, STAGES, KEPT)),
+            (_attend, (shared, (partial_ptr, lse_ptr), scale_log2, STAGES, KEPT)),
             (_produce, (shared, plan, descs, pages_ptr, max_pages, NOPE, BLOCK_R, PAGE, STAGES)),
         ],
         [1],
-        [24],
+        [40],
     )
 
 

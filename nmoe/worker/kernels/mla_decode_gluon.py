@@ -42,7 +42,7 @@ from nmoe.worker.kernels.kept import kept
 from nmoe.worker.kernels.mla_parts_gluon import part_of, piece_of
 from nmoe.worker.kernels.mla_tiles_triton import block_of_rows
 from nmoe.worker.kernels.mla_values_gluon import Parts
-from nmoe.worker.kernels.mla_warps_gluon import ROWS, load_queries, load_ropes, load_tiles, rope_descriptor
+from nmoe.worker.kernels.mla_warps_gluon import ROWS, load_queries, load_tiles, rope_descriptor
 
 TILE = 64  # positions weighed at a time
 _M, _TILE, _STAGES = gl.constexpr(ROWS), gl.constexpr(TILE), gl.constexpr(2)
@@ -124,8 +124,8 @@ def _produce(shared, plan, descs, pages_ptr, max_pages, NOPE: gl.constexpr, BLOC
         ahead = gl.minimum(begin + _TILE, end)
         tiles = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, begin + loaded, ahead, tiles, PAGE, _STAGES)
         loaded = 0
-        load_queries(shared, q_desc, gl.program_id(1) * _M, row * L, pieces)
-        load_ropes(shared, q_rope_desc, row, gl.program_id(1) * _M, NOPE)
+        head = gl.program_id(1) * _M
+        load_queries(shared, q_desc, q_rope_desc, (head, row * L), (row, head, NOPE), pieces)
         tiles = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, ahead, end, tiles, PAGE, _STAGES)
         pieces += 1
         row += 1
@@ -316,14 +316,15 @@ def _attend(
         if mine == 0:
             gl.store(lse_ptr + slot + gl.arange(0, _M, peak.type.layout), peak + gl.log2(weight))
         factor = gl.convert_layout(1.0 / weight, gl.SliceLayout(1, O))[:, None]
+        to_ptr = partial_ptr
+        place = slot + lane_O
         if whole:
-            place = ((head + lane_O).to(gl.int64) * num_rows + row)[:, None] * (4 * QUARTER) + column
-            gl.store(out_ptr + place, (acc[0] * factor).to(out_ptr.dtype.element_ty), eviction_policy=KEPT)
-            gl.store(out_ptr + place + QUARTER, (acc[1] * factor).to(out_ptr.dtype.element_ty), eviction_policy=KEPT)
-        else:
-            place = (slot + lane_O)[:, None] * (4 * QUARTER) + column
-            gl.store(partial_ptr + place, acc[0] * factor, eviction_policy=KEPT)
-            gl.store(partial_ptr + place + QUARTER, acc[1] * factor, eviction_policy=KEPT)
+            to_ptr = out_ptr
+            place = (head + lane_O).to(gl.int64) * num_rows + row
+        to_ptr += place[:, None] * (4 * QUARTER) + column
+        for i in gl.static_range(2):
+            values = (acc[i] * factor).to(to_ptr.dtype.element_ty)
+            gl.store(to_ptr + i * QUARTER, values, eviction_policy=KEPT)
         pieces += 1
         row += 1
 

@@ -49,7 +49,8 @@ def page_prefix(positions_R: torch.Tensor, page_size: int) -> tuple[torch.Tensor
 def _load_part(partial_ptr, lse_ptr, slot, head, HEADS: tl.constexpr, LATENT: tl.constexpr):
     """Some heads' values [H, L] and log2 of their sums of weights [H], in a slot of the workspace."""
     at = slot.to(tl.int64) * HEADS + head
-    return tl.load(partial_ptr + at[:, None] * LATENT + tl.arange(0, LATENT)[None, :]), tl.load(lse_ptr + at)
+    partial = tl.load(partial_ptr + at[:, None] * LATENT + tl.arange(0, LATENT)[None, :])
+    return partial.to(tl.float32), tl.load(lse_ptr + at)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -133,8 +134,8 @@ def absorbed_decode(
     few = heads == mla_decode_few_gluon.HEADS
     kernel = mla_decode_few_gluon if few else mla_decode_gluon
     count = kernel.num_parts(multiprocessors(rows_KC.device), heads)
-    partial = torch.empty(rows + count, heads, latent, dtype=torch.float32, device=rows_KC.device)
-    lse = torch.empty(rows + count, heads, dtype=torch.float32, device=rows_KC.device)
+    partial = q_latent_HRL.new_empty(rows + count, heads, latent)
+    lse = q_latent_HRL.new_empty(rows + count, heads, dtype=torch.float32)
     parts = Parts(count, prefix, partial, lse, None if few else torch.empty_like(q_latent_HRL))
     kernel.attend_parts(q_latent_HRL, q_RHQ, rows_KC, pages_RB, contexts_R, page_size, scale, parts)
     if parts.whole_HRL is not None and are_many(rows, w_uv_HVL):

@@ -35,7 +35,6 @@ from nmoe.worker.kernels.mla_warps_gluon import (
     TILE,
     attend_span,
     load_queries,
-    load_ropes,
     load_tiles,
     make_shared,
     rope_descriptor,
@@ -116,8 +115,8 @@ def _produce(
         group = _group(item, count, cut, QUERIES, PER_TILE)
         item = gl.num_programs(0) + gl.atomic_add(next_ptr + gl.program_id(1), 1, sem="relaxed")
         if group.context > 0:
-            load_queries(shared, q_desc, group.token * HEADS + head, 0, groups)
-            load_ropes(shared, q_rope_desc, group.token, head, NOPE)
+            where, rope_where = (group.token * HEADS + head, 0), (group.token, head, NOPE)
+            load_queries(shared, q_desc, q_rope_desc, where, rope_where, groups)
             groups += 1
         row_pages_ptr = pages_ptr + group.row.to(gl.int64) * max_pages
         at = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, 0, group.context, at, PAGE, STAGES)

@@ -36,7 +36,7 @@ class Parts(NamedTuple):
 
     num_parts: int
     prefix: torch.Tensor  # [R + 1] int32: number of pages of the rows before
-    partial: torch.Tensor  # [R + num_parts, H, L] float32
+    partial: torch.Tensor  # [R + num_parts, H, L] bfloat16
     lse: torch.Tensor  # [R + num_parts, H] float32: log2 of the sum of weights
     # Latents of rows that are within one part, if not in `partial`; of all rows once these are combined.
     whole_HRL: torch.Tensor | None
@@ -70,7 +70,7 @@ def _load_parts(source, rows, start, LATENT: gl.constexpr, HEADS: gl.constexpr, 
     slot = (gl.convert_layout(first, ROW)[:, None] + part).to(gl.int64)
     lane = gl.arange(0, LATENT, gl.SliceLayout(0, gl.SliceLayout(1, M)))[None, None, :]
     there = (part < gl.convert_layout(count, ROW)[:, None])[:, :, None] & (lane >= 0)
-    partial = gl.load(partial_ptr + (slot * (HEADS * LATENT))[:, :, None] + lane, mask=there, other=0.0)
+    partial = gl.load(partial_ptr + (slot * (HEADS * LATENT))[:, :, None] + lane, mask=there, other=0.0).to(gl.float32)
     part = start + gl.arange(0, PARTS, gl.SliceLayout(0, F))[None, :]
     lse_ptr += (first[:, None] + part) * HEADS
     return partial, gl.load(lse_ptr, mask=part < count[:, None], other=float("-inf"))

@@ -102,23 +102,23 @@ def make_shared(q_desc, q_rope_desc, latent_desc, rope_desc, STAGES: gl.constexp
 
 
 @gluon.jit
-def load_queries(shared, q_desc, q_row, q_column, nth):
-    """Producer: load the latents of a program's piece of work, its `nth`, from a row and column of the descriptor's
-    matrix. Call `load_ropes` next."""
+def load_queries(shared, q_desc, q_rope_desc, where, rope_where, nth):
+    """Producer: load the queries of a program's piece of work, its `nth`: latents from a row and column of the first
+    descriptor's matrix, ropes from a token, head and column on; zeros where there are no tokens. Shared memory has room
+    for the queries of one piece, or of two."""
     QUARTER: gl.constexpr = shared.k_latent.shape[2]
     ROPE: gl.constexpr = shared.k_rope.shape[2]
-    mbarrier.wait(shared.q_bars.index(1), (nth & 1) ^ 1)
-    mbarrier.expect(shared.q_bars.index(0), shared.q_latent.shape[1] * (4 * QUARTER + ROPE) * 2)
+    PIECES: gl.constexpr = shared.q_bars.shape[0] // 2
+    place = nth % PIECES
+    there = shared.q_bars.index(place)
+    mbarrier.wait(shared.q_bars.index(PIECES + place), (nth // PIECES & 1) ^ 1)
+    mbarrier.expect(there, shared.q_latent.shape[1] * (4 * QUARTER + ROPE) * 2)
     for i in gl.static_range(4):
-        to = shared.q_latent.index(i)
-        copy_tile(q_desc, [q_row, q_column + i * QUARTER], shared.q_bars.index(0), to)
-
-
-@gluon.jit
-def load_ropes(shared, q_rope_desc, token, head, NOPE: gl.constexpr):
-    """Producer: load the roped part of the same queries, tokens from `token` and heads from `head` on; zeros where
-    there are no tokens."""
-    copy_tile(q_rope_desc, [token, head, NOPE], shared.q_bars.index(0), shared.q_rope)
+        copy_tile(q_desc, [where[0], where[1] + i * QUARTER], there, shared.q_latent.index(place * 4 + i))
+    q_rope = shared.q_rope
+    if PIECES > 1:
+        q_rope = q_rope.index(place)
+    copy_tile(q_rope_desc, rope_where, there, q_rope)
 
 
 @gluon.jit
