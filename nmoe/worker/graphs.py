@@ -24,6 +24,7 @@ from nmoe.worker.model import Model
 from nmoe.worker.rows import Rows
 from nmoe.worker.samplers import GPUSampler
 from nmoe.worker.slots import DeviceSlots, SlotTable
+from nmoe.worker.stages import Stage
 
 Array = npt.NDArray[Any]
 
@@ -60,6 +61,10 @@ class StepGraph:
         self.logprobs_R: torch.Tensor
         self._count = -1  # rows of the cached results
 
+    def upload(self, stage: Stage, words: Array) -> torch.Tensor:
+        """Upload a step's words to `inputs`; returns them there."""
+        return stage.upload(words, self.inputs, by_kernel=True)
+
     def replay(self) -> None:
         """Run it on the words uploaded to `inputs`."""
         self.graph.replay()
@@ -75,6 +80,11 @@ class StepGraph:
 
 class RehearsedStep(StepGraph):
     """A step that is not captured: its kernels were compiled (compiling.py), and its results mean nothing."""
+
+    def upload(self, stage: Stage, words: Array) -> torch.Tensor:
+        """By the copy engine: kernels are not launched, and what follows a step may index by its words."""
+        super().upload(stage, words)
+        return stage.upload(words, self.inputs)
 
     def replay(self) -> None:
         """There is nothing to run."""

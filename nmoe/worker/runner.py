@@ -129,7 +129,7 @@ class Runner:
         words = self._inputs.write(layout, rows, firsts, ids)
         if pages_2N.size:
             words = np.concatenate((words, pages_2N.ravel()))
-        inputs = stage.upload(words, graph.inputs if graph else None)
+        inputs = graph.upload(stage, words) if graph else stage.upload(words)
         if pages_2N.size:
             self._slots.append(inputs[-pages_2N.size :].view(2, -1))
         if graph:

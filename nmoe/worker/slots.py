@@ -47,8 +47,13 @@ class DeviceSlots:
 
     def append(self, assigned_2N: torch.Tensor) -> None:
         """Apply `SlotTable.append_pages`' result: flat indices into the table, and the pages. int32, on the device."""
-        places_N, pages_N = assigned_2N.unbind()
-        self._table.index_put_((places_N,), pages_N)
+        if assigned_2N.is_cuda:
+            from nmoe.worker.kernels.copies_triton import put_words
+
+            put_words(self._table, assigned_2N)
+        else:
+            places_N, pages_N = assigned_2N.unbind()
+            self._table.index_put_((places_N,), pages_N)
 
     def remember(self, slots_N: torch.Tensor, tokens_N: torch.Tensor) -> None:
         """Set the slots' last tokens. NO_TOKEN is replaced by a valid token, because the next step may already be in

@@ -20,6 +20,12 @@ def put(array: Array, device: torch.device) -> torch.Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    from nmoe.worker.kernels.copies_triton import copy_words
+
+    copy_words(source, target)
+
+
 class _Room:
     """Host memory, int32, and views of its first words, which are kept until their number changes."""
 
@@ -50,8 +56,9 @@ class Stage:
         self._event = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
         self._stream = torch.cuda.current_stream(device) if pinned else None
 
-    def upload(self, words: Array, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Upload the step's int32 words, to the start of `into` or to new memory. Returns them on the device."""
+    def upload(self, words: Array, into: torch.Tensor | None = None, *, by_kernel: bool = False) -> torch.Tensor:
+        """Upload the step's int32 words, to the start of `into` or to new memory. Returns them on the device.
+        `by_kernel`: on the GPU, without its copy engine (copies_triton.py)."""
         size = len(words)
         self._up.take(size)
         self._up.words[:] = words
@@ -59,13 +66,18 @@ class Stage:
             return self._up.tensor.to(self._device, non_blocking=True)
         if into is not self._into or self._there.numel() != size:
             self._into, self._there = into, into[:size]
-        return self._there.copy_(self._up.tensor, non_blocking=True)
+        if not by_kernel:
+            return self._there.copy_(self._up.tensor, non_blocking=True)
+        _copy(self._up.tensor, self._there)
+        return self._there
 
     def download(self, tokens_S: torch.Tensor) -> None:
         """Download the tokens, after all work on the device so far. This must be the step's last call."""
         self._down.take(tokens_S.numel())
-        self._down.tensor.copy_(tokens_S, non_blocking=True)
-        if self._event is not None:
+        if self._event is None:
+            self._down.tensor.copy_(tokens_S)
+        else:
+            _copy(tokens_S, self._down.tensor)
             self._event.record(self._stream)
 
     def ready(self) -> bool:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
+from nmoe.worker.kernels.early import early
 from nmoe.worker.sampler import NO_TOKEN
 
 BLOCK = 4096  # logits per program
@@ -45,6 +46,8 @@ def _parameters(table_ptr, slot):
 def _peaks_kernel(logits_ptr, peaks_ptr, places_ptr, vocab, row_stride, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
     """Each block's largest logit and the first position that has it."""
     row, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     token = block * BLOCK + tl.arange(0, BLOCK)
     logits = tl.load(logits_ptr + row * row_stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
     logits = tl.where(logits == logits, logits, float("inf"))
@@ -68,6 +71,8 @@ def _sums_kernel(
 ):
     """The sums of the blocks' weights, in the rows that draw."""
     row, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     temperature, least = _parameters(table_ptr, tl.load(slots_ptr + row))
     if temperature > 0:
         index = tl.arange(0, PADDED)
@@ -207,6 +212,8 @@ def _filter_kernel(
     """One program per row: the weight above which all tokens are kept, how many with exactly that weight are kept,
     lower ids first, and the blocks' sums of kept weights."""
     row = tl.program_id(0).to(tl.int64)
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     slot = tl.load(slots_ptr + row)
     temperature, least = _parameters(table_ptr, slot)
     at = table_ptr + slot.to(tl.int64) * _WIDTH
@@ -268,6 +275,8 @@ def _pick_kernel(
 ):
     """One program per row: its token, which becomes its slot's last, and the log of its share of the weights."""
     row = tl.program_id(0).to(tl.int64)
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     slot = tl.load(slots_ptr + row)
     temperature, least = _parameters(table_ptr, slot)
     index = tl.arange(0, PADDED)
@@ -333,9 +342,10 @@ def sample_rows(
     floors, allowed = new(rows, dtype=torch.int64), new(rows, dtype=torch.int64)
     tokens, logprobs = new(rows, dtype=torch.int32), new(rows, dtype=torch.float32)
     stride, padded = logits_SV.stride(0), triton.next_power_of_2(blocks)
-    _peaks_kernel[(blocks, rows)](logits_SV, peaks, places, vocab, stride, BLOCKS=blocks, BLOCK=BLOCK)
+    pdl = {"launch_pdl": early(rows)}
+    _peaks_kernel[(blocks, rows)](logits_SV, peaks, places, vocab, stride, BLOCKS=blocks, BLOCK=BLOCK, **pdl)
     sizes = {"BLOCKS": blocks, "PADDED": padded, "BLOCK": BLOCK}
-    _sums_kernel[(blocks, rows)](logits_SV, slots_S, table_NP, peaks, sums, vocab, stride, **sizes)
+    _sums_kernel[(blocks, rows)](logits_SV, slots_S, table_NP, peaks, sums, vocab, stride, **sizes, **pdl)
     if filtered:
         _filter_kernel[(rows,)](
             logits_SV,
@@ -350,6 +360,7 @@ def sample_rows(
             stride,
             **sizes,
             num_warps=16,
+            **pdl,
         )
     _pick_kernel[(rows,)](
         logits_SV,
@@ -370,5 +381,6 @@ def sample_rows(
         FILTERED=filtered,
         **sizes,
         num_warps=8,
+        **pdl,
     )
     return tokens, logprobs
