@@ -1,10 +1,12 @@
 """Absorbed latent attention of one query per row over pages, for 16 heads, in Gluon; memory-bound.
 
-    producer, one warp   loads tiles of positions from the pages into a ring, and queries
+    producer, one warp   loads tiles of positions from the pages into a ring, and the queries of two pieces of rows;
+                         tells the warpgroup which pieces these are
     one warpgroup        processes the tiles, in position order
 
-Two programs share a multiprocessor. The ring carries over from row to row, and its first tiles are loading before the
-previous kernel has finished: only the step's newest positions are written by that kernel, so earlier ones may be read.
+Two programs share a multiprocessor. The ring carries over from row to row: a row's queries and first tiles are there
+when the row before ends. The first tiles of all are loading before the previous kernel has finished: only the step's
+newest positions are written by that kernel, so earlier ones may be read.
 
 mla_decode_triton.py describes how the rows' contexts are cut into equal parts. Shape suffixes as there; layout M of the
 tensor cores' products, heads times anything.
