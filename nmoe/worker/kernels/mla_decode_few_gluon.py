@@ -26,9 +26,10 @@ from nmoe.worker.kernels.hopper_gluon import descriptor, wait_for_kernel_before
 from nmoe.worker.kernels.items_gluon import Items, make_items, read_word, release_item, tell, wait_for_item
 from nmoe.worker.kernels.kept import kept
 from nmoe.worker.kernels.mla_parts_gluon import part_of, piece_of
+from nmoe.worker.kernels.mla_ring_gluon import Ring, load_old_tiles, load_queries, load_tiles, make_ring, rope_queries
 from nmoe.worker.kernels.mla_tiles_triton import block_of_rows
 from nmoe.worker.kernels.mla_values_gluon import Parts
-from nmoe.worker.kernels.mla_warps_gluon import TILE, load_queries, load_tiles
+from nmoe.worker.kernels.mla_warps_gluon import TILE
 
 HEADS = 16
 _HEADS, _TILE = gl.constexpr(HEADS), gl.constexpr(TILE)
@@ -38,39 +39,15 @@ _REGISTERS = 128  # per thread when the program starts, all 256 of them; the war
 
 
 class _Shared(NamedTuple):
-    """Shared memory. Latents are stored in quarters of their columns."""
+    """Shared memory."""
 
     pieces: Items  # pieces of rows: slot in the workspace, first position, and the one after the last
-    q_latent: gl.shared_memory_descriptor  # [2 * 4, H, L / 4]
-    q_rope: gl.shared_memory_descriptor  # [2, 1, H, P]
-    k_latent: gl.shared_memory_descriptor  # [stages * 4, tile, L / 4]
-    k_rope: gl.shared_memory_descriptor  # [stages, tile, P]
-    # Barriers
-    q_bars: gl.shared_memory_descriptor  # [2 * 2]: queries are present; are free
-    filled: gl.shared_memory_descriptor  # [stages]
-    free: gl.shared_memory_descriptor  # [stages]
+    ring: Ring
 
 
 @gluon.jit
-def _make_shared(q_desc, q_rope_desc, latent_desc, rope_desc, STAGES: gl.constexpr):
-    QUARTER: gl.constexpr = latent_desc.block_type.shape[1]
-    ROPE: gl.constexpr = rope_desc.block_type.shape[1]
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    shared = _Shared(
-        pieces=make_items(1, 3),
-        q_latent=gl.allocate_shared_memory(gl.bfloat16, [8, _HEADS, QUARTER], q_desc.layout),
-        q_rope=gl.allocate_shared_memory(gl.bfloat16, [2, 1, _HEADS, ROPE], q_rope_desc.layout),
-        k_latent=gl.allocate_shared_memory(gl.bfloat16, [STAGES * 4, _TILE, QUARTER], latent_desc.layout),
-        k_rope=gl.allocate_shared_memory(gl.bfloat16, [STAGES, _TILE, ROPE], rope_desc.layout),
-        q_bars=gl.allocate_shared_memory(gl.int64, [4, 1], BARRIER),
-        filled=gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
-        free=gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
-    )
-    for i in gl.static_range(4):
-        mbarrier.init(shared.q_bars.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(shared.filled.index(i), count=1)
-        mbarrier.init(shared.free.index(i), count=1)
+def _make_shared(descs, STAGES: gl.constexpr):
+    shared = _Shared(pieces=make_items(1, 3), ring=make_ring(descs, STAGES, 1, 2, 1))
     fence_async_shared()
     return shared
 
@@ -88,8 +65,7 @@ def _produce(
     STAGES: gl.constexpr,
 ):
     contexts_ptr, prefix_ptr, num_rows = plan
-    latent_desc, rope_desc, q_desc, q_rope_desc = descs
-    L: gl.constexpr = 4 * shared.k_latent.shape[2]
+    L: gl.constexpr = 4 * shared.ring.k_latent.shape[2]
     at, stop, row = part_of(prefix_ptr, num_rows, BLOCK_R, 1)
     slot = row + gl.program_id(0)
     pieces = 0
@@ -98,19 +74,18 @@ def _produce(
     if at < stop:
         begin, end, _ = piece_of(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
         tell(shared.pieces, pieces, (slot, begin, end))
-        old = gl.minimum(end, gl.load(contexts_ptr + row) - 1)
-        ahead = gl.minimum(begin + STAGES * _TILE, old // _TILE * _TILE)
         row_pages_ptr = pages_ptr + row.to(gl.int64) * max_pages
-        tiles = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, begin, ahead, tiles, PAGE, STAGES)
+        context = gl.load(contexts_ptr + row)
+        tiles = load_old_tiles(shared.ring, descs, row_pages_ptr, context, begin, end, STAGES, PAGE)
         loaded = tiles * _TILE
     wait_for_kernel_before()
     while at < stop:
         begin, end, at = piece_of(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
         if pieces > 0:
             tell(shared.pieces, pieces, (slot, begin, end))
-        load_queries(shared, q_desc, q_rope_desc, (0, row * L), (row, 0, NOPE), pieces)
+        load_queries(shared.ring, descs, (0, row * L), (row, 0, NOPE), pieces)
         row_pages_ptr = pages_ptr + row.to(gl.int64) * max_pages
-        tiles = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, begin + loaded, end, tiles, PAGE, STAGES)
+        tiles = load_tiles(shared.ring, descs, row_pages_ptr, begin + loaded, end, tiles, PAGE)
         loaded = 0
         pieces += 1
         row += 1
@@ -134,23 +109,23 @@ def _scores(shared, place, stage, M: gl.constexpr):
     """The queries in this place of two times the keys of a tile, [H, tile]."""
     A: gl.constexpr = gl.DotOperandLayout(0, M, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, M, 2)
-    q_rope = shared.q_rope.index(place).reshape([_HEADS, shared.k_rope.shape[2]]).load(A)
+    q_rope = rope_queries(shared.ring, place).load(A)
     # Two accumulators, because a product waits for the previous one in the same accumulator.
     zeros = gl.zeros([_HEADS, _TILE], gl.float32, M)
-    even = mma_v2(q_rope, shared.k_rope.index(stage).permute((1, 0)).load(B), zeros)
+    even = mma_v2(q_rope, shared.ring.k_rope.index(stage).permute((1, 0)).load(B), zeros)
     odd = zeros
     for i in gl.static_range(0, 4, 2):
-        q = shared.q_latent.index(place * 4 + i).load(A)
-        even = mma_v2(q, shared.k_latent.index(stage * 4 + i).permute((1, 0)).load(B), even)
-        q = shared.q_latent.index(place * 4 + i + 1).load(A)
-        odd = mma_v2(q, shared.k_latent.index(stage * 4 + i + 1).permute((1, 0)).load(B), odd)
+        q = shared.ring.q_latent.index(place * 4 + i).load(A)
+        even = mma_v2(q, shared.ring.k_latent.index(stage * 4 + i).permute((1, 0)).load(B), even)
+        q = shared.ring.q_latent.index(place * 4 + i + 1).load(A)
+        odd = mma_v2(q, shared.ring.k_latent.index(stage * 4 + i + 1).permute((1, 0)).load(B), odd)
     return even + odd
 
 
 @gluon.jit
 def _attend(shared, parts, scale_log2, STAGES: gl.constexpr, KEPT: gl.constexpr):
     partial_ptr, lse_ptr = parts
-    QUARTER: gl.constexpr = shared.k_latent.shape[2]
+    QUARTER: gl.constexpr = shared.ring.k_latent.shape[2]
     M: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 4], [16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, M, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, M, 2)
@@ -168,10 +143,10 @@ def _attend(shared, parts, scale_log2, STAGES: gl.constexpr, KEPT: gl.constexpr)
         acc_1 = gl.zeros([_HEADS, QUARTER], gl.float32, M)
         acc_2 = gl.zeros([_HEADS, QUARTER], gl.float32, M)
         acc_3 = gl.zeros([_HEADS, QUARTER], gl.float32, M)
-        mbarrier.wait(shared.q_bars.index(place), pieces >> 1 & 1)
+        mbarrier.wait(shared.ring.q_bars.index(place), pieces >> 1 & 1)
         for position in range(begin, end, _TILE):
             stage = tiles % STAGES
-            mbarrier.wait(shared.filled.index(stage), tiles // STAGES & 1)
+            mbarrier.wait(shared.ring.filled.index(stage), tiles // STAGES & 1)
             s = _scores(shared, place, stage, M)
             s = gl.where((position + key < end)[None, :], s * scale_log2, float("-inf"))
             new_peak = gl.maximum(peak, gl.max(s, 1))
@@ -180,14 +155,14 @@ def _attend(shared, parts, scale_log2, STAGES: gl.constexpr, KEPT: gl.constexpr)
             weight = weight * factor + gl.sum(p, 1)
             peak = new_peak
             p = gl.convert_layout(p.to(gl.bfloat16), A)
-            v = shared.k_latent
+            v = shared.ring.k_latent
             acc_0 = mma_v2(p, v.index(stage * 4).load(B), acc_0 * factor[:, None])
             acc_1 = mma_v2(p, v.index(stage * 4 + 1).load(B), acc_1 * factor[:, None])
             acc_2 = mma_v2(p, v.index(stage * 4 + 2).load(B), acc_2 * factor[:, None])
             acc_3 = mma_v2(p, v.index(stage * 4 + 3).load(B), acc_3 * factor[:, None])
-            mbarrier.arrive(shared.free.index(stage), count=1)
+            mbarrier.arrive(shared.ring.free.index(stage), count=1)
             tiles += 1
-        mbarrier.arrive(shared.q_bars.index(2 + place), count=1)
+        mbarrier.arrive(shared.ring.q_bars.index(2 + place), count=1)
         at = slot.to(gl.int64) * _HEADS + head
         gl.store(lse_ptr + at, peak + gl.log2(weight))
         out = partial_ptr + at[:, None] * (4 * QUARTER) + column[None, :]
@@ -219,9 +194,9 @@ def _decode_kernel(
     STAGES: gl.constexpr,
     KEPT: gl.constexpr,
 ):
-    shared = _make_shared(q_desc, q_rope_desc, latent_desc, rope_desc, STAGES)
-    plan = (contexts_ptr, prefix_ptr, num_rows)
     descs = (latent_desc, rope_desc, q_desc, q_rope_desc)
+    shared = _make_shared(descs, STAGES)
+    plan = (contexts_ptr, prefix_ptr, num_rows)
     gl.warp_specialize(
         [
             (_attend, (shared, (partial_ptr, lse_ptr), scale_log2, STAGES, KEPT)),

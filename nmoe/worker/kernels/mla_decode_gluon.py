@@ -40,62 +40,45 @@ from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.hopper_gluon import descriptor, wait_for_kernel_before
 from nmoe.worker.kernels.kept import kept
 from nmoe.worker.kernels.mla_parts_gluon import part_of, piece_of
+from nmoe.worker.kernels.mla_ring_gluon import Ring, load_old_tiles, load_queries, load_tiles, make_ring, rope_queries
 from nmoe.worker.kernels.mla_tiles_triton import block_of_rows
 from nmoe.worker.kernels.mla_values_gluon import Parts
-from nmoe.worker.kernels.mla_warps_gluon import ROWS, load_queries, load_tiles, rope_descriptor
+from nmoe.worker.kernels.mla_warps_gluon import ROWS, rope_descriptor
 
 TILE = 64  # positions weighed at a time
 _M, _TILE, _STAGES = gl.constexpr(ROWS), gl.constexpr(TILE), gl.constexpr(2)
 
 
 class _Shared(NamedTuple):
-    """Shared memory. Latents are stored in quarters of their columns."""
+    """Shared memory."""
 
-    q_latent: gl.shared_memory_descriptor  # [4, M, L / 4]
-    q_rope: gl.shared_memory_descriptor  # [1, M, P]
-    k_latent: gl.shared_memory_descriptor  # [stages * 4, tile, L / 4]
-    k_rope: gl.shared_memory_descriptor  # [stages, tile, P]
+    ring: Ring  # in halves: each is freed by the warpgroup that adds it
     weights: gl.shared_memory_descriptor  # [M, tile]: of the tile weighed last
     factors: gl.shared_memory_descriptor  # [2, M]: multiply the values so far before a warpgroup's tile is added
     peaks: gl.shared_memory_descriptor  # [2, M]: the largest scaled score up to a warpgroup's tile
     sums: gl.shared_memory_descriptor  # [2 * 2, M]: of a warpgroup's weights in a piece, for even and for odd pieces
     # Barriers
-    q_bars: gl.shared_memory_descriptor  # [2]: queries are present; are free
-    filled: gl.shared_memory_descriptor  # [stages * 2]: half of the latents each, ropes with the first
-    free: gl.shared_memory_descriptor  # [stages * 2]: by the warpgroup that adds this half
     weighed: gl.shared_memory_descriptor  # [2]
     # [1]: both sums of a piece are present, and the weights of its last tile have been added by both
     summed: gl.shared_memory_descriptor
 
 
 @gluon.jit
-def _make_shared(q_desc, q_rope_desc, latent_desc, rope_desc):
-    QUARTER: gl.constexpr = latent_desc.block_type.shape[1]
-    ROPE: gl.constexpr = rope_desc.block_type.shape[1]
+def _make_shared(descs):
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     HEADS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     WEIGHTS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_M, _TILE], gl.bfloat16)
     shared = _Shared(
-        q_latent=gl.allocate_shared_memory(gl.bfloat16, [4, _M, QUARTER], q_desc.layout),
-        q_rope=gl.allocate_shared_memory(gl.bfloat16, q_rope_desc.block_type.shape, q_rope_desc.layout),
-        k_latent=gl.allocate_shared_memory(gl.bfloat16, [_STAGES * 4, _TILE, QUARTER], latent_desc.layout),
-        k_rope=gl.allocate_shared_memory(gl.bfloat16, [_STAGES, _TILE, ROPE], rope_desc.layout),
+        ring=make_ring(descs, _STAGES, 2, 1, 2),
         weights=gl.allocate_shared_memory(gl.bfloat16, [_M, _TILE], WEIGHTS),
         factors=gl.allocate_shared_memory(gl.float32, [2, _M], HEADS),
         peaks=gl.allocate_shared_memory(gl.float32, [2, _M], HEADS),
         sums=gl.allocate_shared_memory(gl.float32, [4, _M], HEADS),
-        q_bars=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
-        filled=gl.allocate_shared_memory(gl.int64, [_STAGES * 2, 1], BARRIER),
-        free=gl.allocate_shared_memory(gl.int64, [_STAGES * 2, 1], BARRIER),
         weighed=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
         summed=gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER),
     )
     for i in gl.static_range(2):
-        mbarrier.init(shared.q_bars.index(i), count=1 + i)
         mbarrier.init(shared.weighed.index(i), count=1)
-    for i in gl.static_range(_STAGES * 2):
-        mbarrier.init(shared.filled.index(i), count=1)
-        mbarrier.init(shared.free.index(i), count=1)
     mbarrier.init(shared.summed.index(0), count=2)
     fence_async_shared()
     return shared
@@ -104,17 +87,15 @@ def _make_shared(q_desc, q_rope_desc, latent_desc, rope_desc):
 @gluon.jit
 def _produce(shared, plan, descs, pages_ptr, max_pages, NOPE: gl.constexpr, BLOCK_R: gl.constexpr, PAGE: gl.constexpr):
     contexts_ptr, prefix_ptr, num_rows = plan
-    latent_desc, rope_desc, q_desc, q_rope_desc = descs
-    L: gl.constexpr = 4 * shared.k_latent.shape[2]
+    L: gl.constexpr = 4 * shared.ring.k_latent.shape[2]
     at, stop, row = part_of(prefix_ptr, num_rows, BLOCK_R, 1)
     pieces = 0
     tiles = 0
     if at < stop:  # what was cached in earlier steps is there before the kernel before has ended
         begin, end, _ = piece_of(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
-        old = gl.minimum(end, gl.load(contexts_ptr + row) - 1)
-        ahead = gl.minimum(begin + _TILE, old // _TILE * _TILE)
         row_pages_ptr = pages_ptr + row.to(gl.int64) * max_pages
-        tiles = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, begin, ahead, tiles, PAGE, _STAGES)
+        context = gl.load(contexts_ptr + row)
+        tiles = load_old_tiles(shared.ring, descs, row_pages_ptr, context, begin, end, 1, PAGE)
     wait_for_kernel_before()
     loaded = tiles * _TILE
     while at < stop:
@@ -122,11 +103,11 @@ def _produce(shared, plan, descs, pages_ptr, max_pages, NOPE: gl.constexpr, BLOC
         row_pages_ptr = pages_ptr + row.to(gl.int64) * max_pages
         # A tile finds room before the queries do: the piece before still needs those.
         ahead = gl.minimum(begin + _TILE, end)
-        tiles = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, begin + loaded, ahead, tiles, PAGE, _STAGES)
+        tiles = load_tiles(shared.ring, descs, row_pages_ptr, begin + loaded, ahead, tiles, PAGE)
         loaded = 0
         head = gl.program_id(1) * _M
-        load_queries(shared, q_desc, q_rope_desc, (head, row * L), (row, head, NOPE), pieces)
-        tiles = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, ahead, end, tiles, PAGE, _STAGES)
+        load_queries(shared.ring, descs, (head, row * L), (row, head, NOPE), pieces)
+        tiles = load_tiles(shared.ring, descs, row_pages_ptr, ahead, end, tiles, PAGE)
         pieces += 1
         row += 1
 
@@ -139,15 +120,16 @@ def _scores(shared, at, position, end, scale_log2):
     stage, phase = at % _STAGES, at // _STAGES & 1
     # Zero, which the compiler does not know: it would keep the places of all queries in registers throughout the loop.
     zero = at >> 28
-    mbarrier.wait(shared.filled.index(stage * 2), phase)
+    mbarrier.wait(shared.ring.filled.index(stage * 2), phase)
     s = warpgroup_mma_init(gl.zeros([_M, _TILE], gl.float32, S))
-    q_rope = shared.q_rope.reshape([_M, shared.k_rope.shape[2]])
-    s = warpgroup_mma(q_rope, shared.k_rope.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
+    s = warpgroup_mma(
+        rope_queries(shared.ring, 0), shared.ring.k_rope.index(stage).permute((1, 0)), s, use_acc=False, is_async=True
+    )
     for i in gl.static_range(4):
         if i == 2:
-            mbarrier.wait(shared.filled.index(stage * 2 + 1), phase)
-        keys = shared.k_latent.index(stage * 4 + i).permute((1, 0))
-        s = warpgroup_mma(shared.q_latent.index(i + zero), keys, s, is_async=True)
+            mbarrier.wait(shared.ring.filled.index(stage * 2 + 1), phase)
+        keys = shared.ring.k_latent.index(stage * 4 + i).permute((1, 0))
+        s = warpgroup_mma(shared.ring.q_latent.index(i + zero), keys, s, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
     key = position + gl.arange(0, _TILE, gl.SliceLayout(0, S))
     s = gl.where((key < end)[None, :], s * scale_log2, float("-inf"))
@@ -186,8 +168,8 @@ def _add(shared, at, p, acc, factor, mine: gl.constexpr):
     columns, to what was there times the tile's factor."""
     factor_O = gl.convert_layout(factor, gl.SliceLayout(1, acc[0].type.layout))[:, None]
     columns = at % _STAGES * 4 + 2 * mine
-    acc_0 = warpgroup_mma(p, shared.k_latent.index(columns), acc[0] * factor_O, is_async=True)
-    acc_1 = warpgroup_mma(p, shared.k_latent.index(columns + 1), acc[1] * factor_O, is_async=True)
+    acc_0 = warpgroup_mma(p, shared.ring.k_latent.index(columns), acc[0] * factor_O, is_async=True)
+    acc_1 = warpgroup_mma(p, shared.ring.k_latent.index(columns + 1), acc[1] * factor_O, is_async=True)
     return acc_0, acc_1
 
 
@@ -195,7 +177,7 @@ def _add(shared, at, p, acc, factor, mine: gl.constexpr):
 def _added(shared, at, adding, mine: gl.constexpr):
     """Wait for what `_add` started with the other warpgroup's weights, and free this one's half of the tile."""
     acc_0, acc_1 = warpgroup_mma_wait(0, deps=[adding[0], adding[1]])
-    mbarrier.arrive(shared.free.index(at % _STAGES * 2 + mine), count=1)
+    mbarrier.arrive(shared.ring.free.index(at % _STAGES * 2 + mine), count=1)
     return acc_0, acc_1
 
 
@@ -205,7 +187,7 @@ def _add_own(shared, at, p, acc, factor, mine: gl.constexpr):
     p = gl.convert_layout(p, gl.DotOperandLayout(0, acc[0].type.layout, 2))
     adding = _add(shared, at, p, acc, factor, mine)
     acc_0, acc_1, p = warpgroup_mma_wait(0, deps=[adding[0], adding[1], p])
-    mbarrier.arrive(shared.free.index(at % _STAGES * 2 + mine), count=1)
+    mbarrier.arrive(shared.ring.free.index(at % _STAGES * 2 + mine), count=1)
     return acc_0, acc_1
 
 
@@ -219,7 +201,7 @@ def _attend_even(shared, at, begin, end, scale_log2, their_turn, acc):
     peak = gl.full([_M], float("-inf"), gl.float32, HEADS)
     weight = gl.zeros([_M], gl.float32, HEADS)
     s, tile_peak = _scores(shared, at, begin, end, scale_log2)
-    mbarrier.arrive(shared.q_bars.index(1), count=1, pred=tiles < 3)
+    mbarrier.arrive(shared.ring.q_bars.index(1), count=1, pred=tiles < 3)
     for tile in range(0, tiles, 2):
         p, total, peak, factor = _weigh(s, tile_peak, peak)
         _publish(shared, p, peak, factor, 0)
@@ -233,7 +215,7 @@ def _attend_even(shared, at, begin, end, scale_log2, their_turn, acc):
             acc = _added(shared, at + tile + 1, adding, 0)
         if tile + 2 < tiles:
             s, tile_peak = _scores(shared, at + tile + 2, begin + (tile + 2) * _TILE, end, scale_log2)
-            mbarrier.arrive(shared.q_bars.index(1), count=1, pred=tile + 4 >= tiles)
+            mbarrier.arrive(shared.ring.q_bars.index(1), count=1, pred=tile + 4 >= tiles)
     return peak, weight, acc
 
 
@@ -248,7 +230,7 @@ def _attend_odd(shared, at, begin, end, scale_log2, their_turn, acc):
     s, tile_peak = gl.zeros([_M, _TILE], gl.float32, S), peak
     if tiles > 1:
         s, tile_peak = _scores(shared, at + 1, begin + _TILE, end, scale_log2)
-    mbarrier.arrive(shared.q_bars.index(1), count=1, pred=tiles < 4)
+    mbarrier.arrive(shared.ring.q_bars.index(1), count=1, pred=tiles < 4)
     for tile in range(0, tiles - 1, 2):
         peak, factor = _receive(shared, their_turn, HEADS, 0)
         their_turn += 1
@@ -261,7 +243,7 @@ def _attend_odd(shared, at, begin, end, scale_log2, their_turn, acc):
         acc = _add_own(shared, at + tile + 1, p, acc, factor, 1)
         if tile + 3 < tiles:
             s, tile_peak = _scores(shared, at + tile + 3, begin + (tile + 3) * _TILE, end, scale_log2)
-            mbarrier.arrive(shared.q_bars.index(1), count=1, pred=tile + 5 >= tiles)
+            mbarrier.arrive(shared.ring.q_bars.index(1), count=1, pred=tile + 5 >= tiles)
     if tiles % 2 == 1:
         peak, factor = _receive(shared, their_turn, HEADS, 0)
         weight *= factor
@@ -285,7 +267,7 @@ def _attend(
     """Warpgroup `mine`, 0 or 1."""
     contexts_ptr, prefix_ptr, num_rows = plan
     partial_ptr, lse_ptr, out_ptr = rows
-    QUARTER: gl.constexpr = shared.k_latent.shape[2]
+    QUARTER: gl.constexpr = shared.ring.k_latent.shape[2]
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUARTER, 16])  # noqa: E741
     head = gl.program_id(1) * _M
     lane_O = gl.arange(0, _M, gl.SliceLayout(1, O))
@@ -298,7 +280,7 @@ def _attend(
         begin, end, at = piece_of(contexts_ptr, prefix_ptr, row, at, stop, PAGE)
         whole = (begin == 0) & (at == gl.load(prefix_ptr + row + 1))
         count = (end - begin + _TILE - 1) // _TILE
-        mbarrier.wait(shared.q_bars.index(0), pieces & 1)
+        mbarrier.wait(shared.ring.q_bars.index(0), pieces & 1)
         zeros = gl.zeros([_M, QUARTER], gl.float32, O)
         if mine == 0:
             peak, weight, acc = _attend_even(shared, tiles, begin, end, scale_log2, their_turns, (zeros, zeros))
@@ -350,10 +332,10 @@ def _decode_kernel(
     PAGE: gl.constexpr,
     KEPT: gl.constexpr,
 ):
-    shared = _make_shared(q_desc, q_rope_desc, latent_desc, rope_desc)
+    descs = (latent_desc, rope_desc, q_desc, q_rope_desc)
+    shared = _make_shared(descs)
     plan = (contexts_ptr, prefix_ptr, num_rows)
     rows = (partial_ptr, lse_ptr, out_ptr)
-    descs = (latent_desc, rope_desc, q_desc, q_rope_desc)
     gl.warp_specialize(
         [
             (_attend, (shared, plan, rows, scale_log2, HEADS, BLOCK_R, PAGE, KEPT, 0)),

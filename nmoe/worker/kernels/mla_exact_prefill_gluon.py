@@ -30,12 +30,11 @@ from nmoe.worker.kernels.device import multiprocessors
 from nmoe.worker.kernels.hopper_gluon import descriptor
 from nmoe.worker.kernels.items_gluon import make_items, tell, told
 from nmoe.worker.kernels.mla_exact_triton import MOST_SPANS, SPAN, form_of
+from nmoe.worker.kernels.mla_ring_gluon import load_queries, load_tiles
 from nmoe.worker.kernels.mla_warps_gluon import (
     ROWS,
     TILE,
     attend_span,
-    load_queries,
-    load_tiles,
     make_shared,
     rope_descriptor,
     stages_of,
@@ -100,7 +99,6 @@ def _produce(
     PAGE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    latent_desc, rope_desc, q_desc, q_rope_desc = descs
     pages_ptr, max_pages, next_ptr = source
     QUERIES: gl.constexpr = _M // BLOCK_H
     count = _count(cut, QUERIES, PER_TILE)
@@ -116,10 +114,10 @@ def _produce(
         item = gl.num_programs(0) + gl.atomic_add(next_ptr + gl.program_id(1), 1, sem="relaxed")
         if group.context > 0:
             where, rope_where = (group.token * HEADS + head, 0), (group.token, head, NOPE)
-            load_queries(shared, q_desc, q_rope_desc, where, rope_where, groups)
+            load_queries(shared.ring, descs, where, rope_where, groups)
             groups += 1
         row_pages_ptr = pages_ptr + group.row.to(gl.int64) * max_pages
-        at = load_tiles(shared, latent_desc, rope_desc, row_pages_ptr, 0, group.context, at, PAGE, STAGES)
+        at = load_tiles(shared.ring, descs, row_pages_ptr, 0, group.context, at, PAGE)
     tell(items, nth, (item,))
 
 
@@ -196,7 +194,7 @@ def _attend(
     """Warpgroup `mine`, 0 or 1: weighs every other tile of a span, and adds up half of the columns of all values."""
     merged_ptr, out_ptr = rows
     QUERIES: gl.constexpr = _M // BLOCK_H
-    QUARTER: gl.constexpr = shared.k_latent.shape[2]
+    QUARTER: gl.constexpr = shared.ring.k_latent.shape[2]
     L: gl.constexpr = 4 * QUARTER
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUARTER, 16])  # noqa: E741
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16])
@@ -213,7 +211,7 @@ def _attend(
     while item < count:
         group = _group(item, count, cut, QUERIES, PER_TILE)
         if group.context > 0:
-            mbarrier.wait(shared.q_bars.index(0), groups & 1)
+            mbarrier.wait(shared.ring.q_bars.index(0), groups & 1)
         last = group.first + lane_S // BLOCK_H
         no_weight = gl.zeros([_M], gl.float32, gl.SliceLayout(1, S))
         merged = (no_weight + float("-inf"), no_weight)
@@ -223,7 +221,7 @@ def _attend(
                 shared, at, begin, tiles, last, turns, scale_log2, mine, STAGES
             )
             at += tiles
-            mbarrier.arrive(shared.q_bars.index(1), count=1, pred=begin + group.span >= group.context)
+            mbarrier.arrive(shared.ring.q_bars.index(1), count=1, pred=begin + group.span >= group.context)
             factors, merged = _merge_factors(shared, spans, merged, span_peak, span_weight, mine, O)
             spans += 1
             column = 2 * mine * QUARTER
@@ -263,13 +261,13 @@ def _prefill_kernel(
     STAGES: gl.constexpr,
 ):
     items = make_items(2)
-    shared = make_shared(q_desc, q_rope_desc, latent_desc, rope_desc, STAGES)
+    descs = (latent_desc, rope_desc, q_desc, q_rope_desc)
+    shared = make_shared(descs, STAGES)
     QUARTER: gl.constexpr = latent_desc.block_type.shape[1]
     program = gl.program_id(0) * gl.num_programs(1) + gl.program_id(1)
     merged_ptr = scratch_ptr + program.to(gl.int64) * (_M * 4 * QUARTER)
     cut = (starts_ptr, firsts_ptr, tile_row_ptr, tile_start_ptr, num_tiles_ptr)
     rows = (merged_ptr, out_ptr)
-    descs = (latent_desc, rope_desc, q_desc, q_rope_desc)
     source = (pages_ptr, max_pages, next_ptr)
     gl.warp_specialize(
         [

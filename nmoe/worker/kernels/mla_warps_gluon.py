@@ -1,7 +1,7 @@
-"""Absorbed latent attention with specialised warps, in Gluon: the building blocks of mla_exact_prefill_gluon.py, some
-also of the decode kernels. A program has 64 rows, heads times queries.
+"""Absorbed latent attention with specialised warps, in Gluon: the building blocks of mla_exact_prefill_gluon.py. A
+program has 64 rows, heads times queries.
 
-    producer, one warp   loads queries, and tiles of positions from the pages into a ring
+    producer, one warp   loads queries, and tiles of positions from the pages into a ring (mla_ring_gluon.py)
     two warpgroups       alternate over the tiles of a span: while one turns a tile's scores into weights, the other has
                          the tensor cores; each accumulates half of the columns of the values of all tiles
 
@@ -27,7 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nmoe.worker.kernels.hopper_gluon import copy_tile, descriptor
+from nmoe.worker.kernels.hopper_gluon import descriptor
+from nmoe.worker.kernels.mla_ring_gluon import Ring, make_ring, rope_queries
 
 ROWS = 64  # per program: heads times queries
 TILE = 32  # positions weighed at a time
@@ -39,12 +40,9 @@ _LEAST_STAGES = 2  # each warpgroup has a tile
 
 
 class Shared(NamedTuple):
-    """Shared memory. Latents are stored in quarters of their columns."""
+    """Shared memory."""
 
-    q_latent: gl.shared_memory_descriptor  # [4, M, L / 4]
-    q_rope: gl.shared_memory_descriptor  # [M / heads, heads, P]
-    k_latent: gl.shared_memory_descriptor  # [stages * 4, tile, L / 4]
-    k_rope: gl.shared_memory_descriptor  # [stages, tile, P]
+    ring: Ring  # in halves: each is free once its warpgroup has added it
     weights: gl.shared_memory_descriptor  # [2, M, tile]: of a tile's positions
     ones: gl.shared_memory_descriptor  # [tile, 8]
     factors: gl.shared_memory_descriptor  # [2, M]: multiply the values so far before a tile's are added
@@ -52,98 +50,38 @@ class Shared(NamedTuple):
     # [3, M]: factors of the values before a span and of its own, total weight
     merging: gl.shared_memory_descriptor
     # Barriers
-    q_bars: gl.shared_memory_descriptor  # [2]: queries are present; are free
-    filled: gl.shared_memory_descriptor  # [stages * 2]: half of the latents each, ropes with the first
-    free: gl.shared_memory_descriptor  # [stages * 2]: by the warpgroup that adds this half
     weighed: gl.shared_memory_descriptor  # [2]
     weights_free: gl.shared_memory_descriptor  # [2]
     merge_bars: gl.shared_memory_descriptor  # [2]: present; free
 
 
 @gluon.jit
-def make_shared(q_desc, q_rope_desc, latent_desc, rope_desc, STAGES: gl.constexpr):
-    """A program's shared memory, with a ring of STAGES stages, initialised for its warps."""
-    QUARTER: gl.constexpr = latent_desc.block_type.shape[1]
-    ROPE: gl.constexpr = rope_desc.block_type.shape[1]
+def make_shared(descs, STAGES: gl.constexpr):
+    """A program's shared memory, with a ring of STAGES stages, initialised for its warps. `descs` as in `make_ring`."""
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     WEIGHTS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_M, _TILE], gl.bfloat16)
     ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_TILE, 8], gl.bfloat16)
     REGISTERS: gl.constexpr = gl.BlockedLayout([1, 2], [8, 4], [4, 1], [1, 0])
     shared = Shared(
-        q_latent=gl.allocate_shared_memory(gl.bfloat16, [4, _M, QUARTER], q_desc.layout),
-        q_rope=gl.allocate_shared_memory(gl.bfloat16, q_rope_desc.block_type.shape, q_rope_desc.layout),
-        k_latent=gl.allocate_shared_memory(gl.bfloat16, [STAGES * 4, _TILE, QUARTER], latent_desc.layout),
-        k_rope=gl.allocate_shared_memory(gl.bfloat16, [STAGES, _TILE, ROPE], rope_desc.layout),
+        ring=make_ring(descs, STAGES, 2, 1, 2),
         weights=gl.allocate_shared_memory(gl.bfloat16, [2, _M, _TILE], WEIGHTS),
         ones=gl.allocate_shared_memory(gl.bfloat16, [_TILE, 8], ONES),
         factors=gl.allocate_shared_memory(gl.float32, [2, _M], ROWS),
         peaks=gl.allocate_shared_memory(gl.float32, [2, _M], ROWS),
         merging=gl.allocate_shared_memory(gl.float32, [3, _M], ROWS),
-        q_bars=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
-        filled=gl.allocate_shared_memory(gl.int64, [STAGES * 2, 1], BARRIER),
-        free=gl.allocate_shared_memory(gl.int64, [STAGES * 2, 1], BARRIER),
         weighed=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
         weights_free=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
         merge_bars=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
     )
     # What both warpgroups use is free once both have said so.
     for i in gl.static_range(2):
-        mbarrier.init(shared.q_bars.index(i), count=1 + i)
         mbarrier.init(shared.merge_bars.index(i), count=1 + i)
         mbarrier.init(shared.weighed.index(i), count=1)
         mbarrier.init(shared.weights_free.index(i), count=1)
-    for i in gl.static_range(STAGES * 2):
-        mbarrier.init(shared.filled.index(i), count=1)
-        mbarrier.init(shared.free.index(i), count=1)
     shared.ones.store(gl.full([_TILE, 8], 1.0, gl.bfloat16, REGISTERS))
     fence_async_shared()
     return shared
-
-
-@gluon.jit
-def load_queries(shared, q_desc, q_rope_desc, where, rope_where, nth):
-    """Producer: load the queries of a program's piece of work, its `nth`: latents from a row and column of the first
-    descriptor's matrix, ropes from a token, head and column on; zeros where there are no tokens. Shared memory has room
-    for the queries of one piece, or of two."""
-    QUARTER: gl.constexpr = shared.k_latent.shape[2]
-    ROPE: gl.constexpr = shared.k_rope.shape[2]
-    PIECES: gl.constexpr = shared.q_bars.shape[0] // 2
-    place = nth % PIECES
-    there = shared.q_bars.index(place)
-    mbarrier.wait(shared.q_bars.index(PIECES + place), (nth // PIECES & 1) ^ 1)
-    mbarrier.expect(there, shared.q_latent.shape[1] * (4 * QUARTER + ROPE) * 2)
-    for i in gl.static_range(4):
-        copy_tile(q_desc, [where[0], where[1] + i * QUARTER], there, shared.q_latent.index(place * 4 + i))
-    q_rope = shared.q_rope
-    if PIECES > 1:
-        q_rope = q_rope.index(place)
-    copy_tile(q_rope_desc, rope_where, there, q_rope)
-
-
-@gluon.jit
-def load_tiles(
-    shared, latent_desc, rope_desc, row_pages_ptr, begin, stop, at, PAGE: gl.constexpr, STAGES: gl.constexpr
-):
-    """Producer: load the tiles from position `begin` to `stop` of the row with these pages. Returns how many there have
-    been in total; `at` of them came before. A stage has one pair of barriers, or one for each half of its latents."""
-    TILE: gl.constexpr = shared.k_latent.shape[1]
-    QUARTER: gl.constexpr = shared.k_latent.shape[2]
-    ROPE: gl.constexpr = shared.k_rope.shape[2]
-    PIECES: gl.constexpr = shared.free.shape[0] // STAGES
-    for position in range(begin, stop, TILE):
-        stage = at % STAGES
-        k_row = gl.load(row_pages_ptr + position // PAGE).to(gl.int32) * PAGE + position % PAGE
-        for piece in gl.static_range(PIECES):
-            filled = shared.filled.index(stage * PIECES + piece)
-            mbarrier.wait(shared.free.index(stage * PIECES + piece), (at // STAGES & 1) ^ 1)
-            mbarrier.expect(filled, TILE * (4 // PIECES * QUARTER + (ROPE if piece == 0 else 0)) * 2)
-            for i in gl.static_range(piece * 4 // PIECES, (piece + 1) * 4 // PIECES):
-                copy_tile(latent_desc, [k_row, i * QUARTER], filled, shared.k_latent.index(stage * 4 + i))
-            if piece == 0:
-                copy_tile(rope_desc, [k_row, 4 * QUARTER], filled, shared.k_rope.index(stage))
-        at += 1
-    return at
 
 
 @gluon.jit
@@ -154,11 +92,12 @@ def _scores(shared, at, STAGES: gl.constexpr):
     s = warpgroup_mma_init(gl.zeros([_M, _TILE], gl.float32, S))
     for i in gl.static_range(4):
         if i % 2 == 0:
-            mbarrier.wait(shared.filled.index(stage * 2 + i // 2), at // STAGES & 1)
-        keys = shared.k_latent.index(stage * 4 + i).permute((1, 0))
-        s = warpgroup_mma(shared.q_latent.index(i), keys, s, use_acc=i > 0, is_async=True)
-    q_rope = shared.q_rope.reshape([_M, shared.k_rope.shape[2]])
-    return warpgroup_mma(q_rope, shared.k_rope.index(stage).permute((1, 0)), s, is_async=True)
+            mbarrier.wait(shared.ring.filled.index(stage * 2 + i // 2), at // STAGES & 1)
+        keys = shared.ring.k_latent.index(stage * 4 + i).permute((1, 0))
+        s = warpgroup_mma(shared.ring.q_latent.index(i), keys, s, use_acc=i > 0, is_async=True)
+    return warpgroup_mma(
+        rope_queries(shared.ring, 0), shared.ring.k_rope.index(stage).permute((1, 0)), s, is_async=True
+    )
 
 
 @gluon.jit
@@ -191,8 +130,8 @@ def _add(shared, at, whose: gl.constexpr, mine: gl.constexpr, span_sum, acc_0, a
     else:
         adding = warpgroup_mma_init(span_sum)
     columns = at % STAGES * 4 + 2 * mine
-    adding_0 = warpgroup_mma(p, shared.k_latent.index(columns), acc_0 * factor_O, is_async=True)
-    adding_1 = warpgroup_mma(p, shared.k_latent.index(columns + 1), acc_1 * factor_O, is_async=True)
+    adding_0 = warpgroup_mma(p, shared.ring.k_latent.index(columns), acc_0 * factor_O, is_async=True)
+    adding_1 = warpgroup_mma(p, shared.ring.k_latent.index(columns + 1), acc_1 * factor_O, is_async=True)
     return adding, adding_0, adding_1
 
 
@@ -202,7 +141,7 @@ def _add_theirs(shared, at, factor, mine: gl.constexpr, span_sum, acc_0, acc_1, 
     adding = _add(shared, at, 1 - mine, mine, span_sum, acc_0, acc_1, factor, STAGES)
     span_sum, acc_0, acc_1 = warpgroup_mma_wait(0, deps=adding)
     mbarrier.arrive(shared.weights_free.index(1 - mine), count=1)
-    mbarrier.arrive(shared.free.index(at % STAGES * 2 + mine), count=1)
+    mbarrier.arrive(shared.ring.free.index(at % STAGES * 2 + mine), count=1)
     return span_sum, acc_0, acc_1
 
 
@@ -212,7 +151,7 @@ def _add_own(shared, at, has_next, s, factor, mine: gl.constexpr, span_sum, acc_
     first: the ring is short, so what is free must not wait until the next tile is there."""
     adding = _add(shared, at, mine, mine, span_sum, acc_0, acc_1, factor, STAGES)
     span_sum, acc_0, acc_1 = warpgroup_mma_wait(0, deps=adding)
-    mbarrier.arrive(shared.free.index(at % STAGES * 2 + mine), count=1)
+    mbarrier.arrive(shared.ring.free.index(at % STAGES * 2 + mine), count=1)
     if has_next:
         s = warpgroup_mma_wait(0, deps=[_scores(shared, at + 2, STAGES)])
     return s, span_sum, acc_0, acc_1
@@ -223,7 +162,7 @@ def attend_span(shared, at, begin, tiles, last, turns, scale_log2, mine: gl.cons
     """Attend a span of `tiles` tiles, the first being the ring's number `at`. Returns the span's peak, the sum of its
     weights (first warpgroup only), and this one's half of its values, in two parts. `turns`, passed in and returned:
     how many tiles this warpgroup has weighed, and how many weighed by the other one it has added."""
-    QUARTER: gl.constexpr = shared.k_latent.shape[2]
+    QUARTER: gl.constexpr = shared.ring.k_latent.shape[2]
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUARTER, 16])  # noqa: E741
     W: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16])
