@@ -26,6 +26,7 @@ from nmoe.worker.kernels import (
     router,
     router_triton,
 )
+from nmoe.worker.kernels.copies_triton import copy_words, put_words
 from nmoe.worker.kernels.fp8 import BlockFP8, dequantise_blocks, quantise_rows
 from nmoe.worker.kernels.lists import Routes, lists_of
 from nmoe.worker.kernels.mla import Up, absorbed_decode
@@ -402,6 +403,28 @@ def test_expanded_chunks(heads, padding):
         hidden = torch.arange(context, device=GPU) > torch.arange(context - count, context, device=GPU)[:, None]
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         close(out[own_q], torch.einsum("hqk,khd->qhd", weights, kv[..., 128:]))
+
+
+@pytest.mark.parametrize("size", [0, 1, 1023, 5000])
+def test_words_reach_the_device_and_come_back(size):
+    """By kernels, also once the pinned memory has been written again."""
+    host, back = (torch.empty(size + 1, dtype=torch.int32, pin_memory=True)[1:] for _ in range(2))
+    for first in range(3):
+        host.copy_(torch.arange(first, first + size))
+        there = torch.empty(size, dtype=torch.int32, device=GPU)
+        copy_words(host, there)
+        copy_words(there, back)
+        torch.cuda.synchronize()
+        assert torch.equal(there.cpu(), host) and torch.equal(back, host)
+
+
+@pytest.mark.parametrize("size", [1, 2500])
+def test_put_words(size):
+    table = torch.zeros(5000, dtype=torch.int32, device=GPU)
+    places = torch.randperm(5000, device=GPU)[:size].int()
+    words = torch.randint(1, 1 << 30, (size,), dtype=torch.int32, device=GPU)
+    put_words(table, torch.stack((places, words)))
+    assert torch.equal(table[places.long()], words) and int((table != 0).sum()) == size
 
 
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (256, 256), (7, 500), (0, 16)])
