@@ -3,6 +3,7 @@
 import pathlib
 import select
 import time
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -28,6 +29,7 @@ from nmoe.messages import (
 from nmoe.metrics import Board, row_index
 from nmoe.profiles import Numerics
 from nmoe.worker import process
+from nmoe.worker.process import Worker
 from tests.checkpoints import make_checkpoint
 from tests.forking import fork_call
 
@@ -206,6 +208,19 @@ def test_it_sleeps_when_idle_and_wakes_at_once(worker):
 
 def test_the_launchers_end_ends_it(worker):
     assert worker.hang_up() == 0
+
+
+def test_a_rank_that_leaves_lets_the_others_leave(config):
+    """A last step may have reached some ranks only: these would wait for the rest, and be killed for it."""
+    launcher, control = ipc.Control.pair()
+    worker = Worker.__new__(Worker)
+    worker._boot, left = ipc.Boot("worker", 0, LIFE, config, pathlib.Path(), control, Board(2)), []
+    worker._runner = SimpleNamespace(exchange=SimpleNamespace(leave=lambda: left.append("the exchange")))
+    worker._launcher_gone = worker._scheduler_gone = False
+    assert worker._heed_launcher() and not left
+    launcher.close()
+    assert not worker._heed_launcher() and left == ["the exchange"]
+    control.close()
 
 
 @pytest.mark.parametrize(

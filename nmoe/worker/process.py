@@ -120,9 +120,10 @@ class Worker:
 
     def _heed_launcher(self) -> bool:
         """Handle the launcher's messages. Returns False if it has hung up."""
-        if self._left_alone() and self._scheduler_gone:
+        if self._left_alone():
+            self._runner.exchange.leave()  # others may be waiting for a step that this rank will not run
+        if self._scheduler_gone:
             self._scheduler_gone = False
-            self._runner.exchange.leave()
             self._in_flight.clear()
             self._runner.reset()
             self._link.close()  # along with anything the dead scheduler sent
