@@ -5,6 +5,7 @@ import pathlib
 import select
 import signal
 import time
+from contextlib import nullcontext
 
 import msgspec
 import numpy as np
@@ -486,6 +487,31 @@ def test_a_worker_out_of_reach_is_noticed_without_being_told(tmp_path):
         uid = frontend.submit()
         frontend.receive()
         assert frontend.ended == {uid: "error"}
+
+
+@pytest.mark.parametrize("news", [None, "death", "next life"])
+def test_a_worker_that_lives_but_is_out_of_reach_takes_a_new_life_of_the_scheduler(tmp_path, monkeypatch, news):
+    """Workers connect anew only then; with one rank, no other would miss it."""
+    monkeypatch.setattr(process, "_OUT_OF_REACH_S", 0.0)
+    config = msgspec.structs.replace(CONFIG, parallel=Parallel(world_size=1, device="cpu"))
+    launcher, control = ipc.Control.pair()
+    with zmq.Context() as context:
+        scheduler = process.Process(ipc.Boot("scheduler", 0, LIFE, config, tmp_path, control, Board(3)), context)
+        scheduler._welcome(Ready(1, 0, 40))  # by a worker that never connected
+        ids = np.array(PROMPT, np.int32).tobytes()
+        assert scheduler._submit(Submit(1, make_uid(0, 1, 0), ids, 4, Sampling())) is None
+        scheduler._plan()
+        assert scheduler._policy is None
+        if news == "death":
+            launcher.send(ipc.Gone("worker", 0, 1))
+            assert scheduler._heed_launcher()
+        elif news == "next life":
+            scheduler._welcome(Ready(2, 0, 40))
+        with pytest.raises(RuntimeError, match="link to a worker is lost") if news is None else nullcontext():
+            scheduler._beat()
+        scheduler.close()
+    launcher.close()
+    control.close()
 
 
 def test_a_new_life_takes_back_what_the_earlier_one_said_of_its_steps():

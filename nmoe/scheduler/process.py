@@ -7,11 +7,14 @@ tokens after them, and sleep in poll when there is nothing to do. That poll is t
 
 While not serving there is no policy, and requests are rejected with 503. A worker's death takes all workers down (the
 launcher restarts them as a group), so messages from workers are ignored until their next life. A frontend's death, or
-the first message of its next life, ends the requests of its previous life.
+the first message of its next life, ends the requests of its previous life. A worker that is out of reach has nearly
+always died. If the launcher does not say so soon, it lives and only its link is lost: then this process ends, because
+workers connect anew to the scheduler's next life.
 """
 
 import gc
 import logging
+import math
 import time
 from typing import Any
 
@@ -43,6 +46,7 @@ from nmoe.scheduler.scheduler import Scheduler
 
 _log = logging.getLogger("nmoe.scheduler")
 _HEARTBEAT_S = 1.0
+_OUT_OF_REACH_S = 5.0  # by then the launcher has reported a worker's death
 _REPORT_S = 0.05  # between reports of the policy's counters while it has work
 _BURST = 64  # requests taken at once, so that a flood of them does not delay results
 _NOWAIT = int(zmq.NOBLOCK)  # a plain int, because converting zmq's enum takes longer than the receive itself
@@ -85,6 +89,7 @@ class Process:
         self._ready: dict[int, int] = {}  # rank -> its num_pages
         self._workers = 0  # newest generation seen
         self._dead_workers = 0  # newest generation known to have died
+        self._death_due = math.inf  # when the launcher must have reported the death of a worker that is out of reach
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode_frontend = msgspec.msgpack.Decoder(FrontendToScheduler).decode
         self._decode_worker = msgspec.msgpack.Decoder(WorkerToScheduler).decode
@@ -123,6 +128,7 @@ class Process:
         if isinstance(message, ipc.Gone):
             if message.role == "worker" and message.generation >= self._workers:
                 self._workers = message.generation
+                self._death_due = math.inf
                 self._lose_workers(f"worker {message.index} died")
             elif message.role == "frontend" and message.generation >= self._frontends.get(message.index, 0):
                 self._lose_frontend(message.index)
@@ -130,9 +136,11 @@ class Process:
         return True
 
     def _beat(self) -> None:
-        """Publish the heartbeat, if it is due."""
+        """Publish the heartbeat, if it is due. Raises RuntimeError if the link to a live worker is lost."""
         now = time.monotonic()
         if now >= self._beat_at:
+            if now > self._death_due:
+                raise RuntimeError("the link to a worker is lost, and the worker has not died")
             self._report.beat(now)
             self._beat_at = now + _HEARTBEAT_S
             if self._policy:
@@ -172,6 +180,7 @@ class Process:
         if ready.generation > self._workers:
             self._lose_workers("the workers were restarted")
             self._workers = ready.generation
+            self._death_due = math.inf
         self._ready[ready.rank] = ready.num_pages
         if self._policy is None and len(self._ready) == self._boot.config.parallel.world_size:
             num_pages = min(self._ready.values())
@@ -197,6 +206,7 @@ class Process:
             for rank, step in enumerate(steps):
                 if ipc.route(self._worker_link, rank, self._encode(step)) != "sent":
                     self._lose_workers(f"worker {rank} is out of reach")
+                    self._death_due = time.monotonic() + _OUT_OF_REACH_S
                     break
         self._report.set_deadline(self._policy)
 
