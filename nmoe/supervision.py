@@ -30,7 +30,8 @@ MAX_TRIES = 5
 _AT_ONCE_S = 0.5  # a group that stays up longer has recovered from whatever killed it
 _FIRST_PAUSE_S = 0.2
 _MAX_SILENCE_S = 5.0  # heartbeats come every second
-_MAX_LOADING_SILENCE_S = 60.0  # the first heartbeat follows the imports, perhaps from a cold disk
+# The first heartbeat follows the imports, perhaps from a cold disk; only workers import torch.
+_MAX_LOADING_SILENCE_S: dict[Role, float] = {"worker": 60.0, "scheduler": 20.0, "frontend": 20.0}
 LOOK_S = 0.5  # how often heartbeats and deadlines are checked
 _STOPPED_S = 2.0  # a launcher that has not looked for so long was stopped
 
@@ -156,8 +157,9 @@ class Supervisor:
                 continue  # a process with much memory takes a while to die
             row = self._board.rows[row_index(child.role, child.index, self._world_size)]
             silence = now - max(row.get("nmoe:heartbeat_seconds"), self._awake_since)
-            overdue = child.role == "worker" and 0 < due < now and not self._is_loading(child)
-            if overdue or silence > (_MAX_LOADING_SILENCE_S if self._is_loading(child) else _MAX_SILENCE_S):
+            is_loading = self._is_loading(child)
+            overdue = child.role == "worker" and 0 < due < now and not is_loading
+            if overdue or silence > (_MAX_LOADING_SILENCE_S[child.role] if is_loading else _MAX_SILENCE_S):
                 what = "has a step overdue" if overdue else f"has not answered for {silence:.0f} s"
                 _log.error("%s %s: killed", child.title, what)
                 os.kill(child.pid, signal.SIGKILL)

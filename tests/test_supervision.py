@@ -84,18 +84,27 @@ async def test_many_deaths_leave_nothing_behind(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("silence", "loading", "dies"), [(4, False, False), (6, False, True), (50, True, False), (70, True, True)]
+    ("role", "silence", "loading", "dies"),
+    [
+        ("worker", 4, False, False),
+        ("worker", 6, False, True),
+        ("worker", 50, True, False),
+        ("worker", 70, True, True),
+        ("frontend", 15, True, False),
+        ("frontend", 25, True, True),
+    ],
 )
-def test_who_says_nothing_is_killed_once(silence: float, loading: bool, dies: bool) -> None:
-    """Also while it loads, though a restart gives more time: others may be waiting for it."""
+def test_who_says_nothing_is_killed_once(role: Role, silence: float, loading: bool, dies: bool) -> None:
+    """Also while it loads, though a restart gives more time: others may be waiting for it, and clients for a frontend,
+    which loads less."""
     with subprocess.Popen(["sleep", "60"]) as process:
         ours, theirs = Control.pair()
-        child = Child("worker", 0, 1, "worker 0", process.pid, os.pidfd_open(process.pid), ours)
+        child = Child(role, 0, 1, f"{role} 0", process.pid, os.pidfd_open(process.pid), ours)
         board = Board(3)
         supervisor = Supervisor([child], board, 1, lambda role, index: None)
         if loading:
             supervisor._loading.add(child.title)
-        board.rows[row_index("worker", 0, 1)].set("nmoe:heartbeat_seconds", time.monotonic() - silence)
+        board.rows[row_index(role, 0, 1)].set("nmoe:heartbeat_seconds", time.monotonic() - silence)
         supervisor.kill_silent()
         assert (child.pid in supervisor._killed) == dies
         assert bool(select.select([child.pidfd], [], [], 5 if dies else 0.1)[0]) == dies
