@@ -477,24 +477,32 @@ async def test_a_line_that_kills_the_engine_does_not_take_others_along(tmp_path,
     monkeypatch.setattr("nmoe.batch.driver._REST_S", 0.001)
 
     class Fragile(FakeClient):
-        """All that is under way fails with line 7."""
+        """All that is under way fails with line 7, and what comes before the engine is back is refused."""
 
         deaths = 0
+        is_up = True
 
         async def post_json(self, path, body, request_id):
+            if not self.is_up:
+                return 503, b'{"error":{"code":"loading"}}'
             deaths = self.deaths
             if request_id == "batch_req_7":
                 await asyncio.sleep(0.002)
                 self.deaths += 1
+                self.is_up = False
+                asyncio.get_running_loop().call_later(0.02, setattr, self, "is_up", True)
                 raise ConnectionError("dead")
             answer = await super().post_json(path, body, request_id)
             if self.deaths > deaths:
                 raise ConnectionError("dead")
             return answer
 
+        async def is_healthy(self):
+            return self.is_up
+
     tally = await drive(tmp_path, requests(100), Fragile(pause=0.004), room=64)
     failed = [number for number, entry in read_output(tmp_path).items() if entry["error"] is not None]
-    assert (failed, tally.done) == ([7], 100)
+    assert (failed, tally.errors, tally.done) == ([7], 1, 100)
 
 
 async def test_told_to_stop_it_lets_running_lines_finish_and_sends_no_more(tmp_path):

@@ -137,14 +137,15 @@ class Driver:
         """The line's answer; if the engine fails while computing it, it is asked again.
 
         If one line makes the engine fail, all lines in progress fail with it. So lines that have seen two failures are
-        asked again in smaller groups, and in the end one by one, so that the other lines get their answers.
+        asked again in smaller groups, and in the end one by one, so that the other lines get their answers. Whoever
+        failed gives up its turn only when the engine is back, which would refuse the next one too.
         """
         for turn in self._turns:
             async with turn:
                 result = await self._try(line)
-            if result.status != 503:
-                break
-            await self._until_back()
+                if result.status != 503:
+                    break
+                await self._until_back()
         return result
 
     async def _try(self, line: Line) -> Result:
