@@ -140,7 +140,12 @@ class _Server:
         self._drain(supervisor)
 
     def _fork(self, role: ipc.Role, index: int) -> None:
-        """Start a process's next life."""
+        """Start a process's next life. Raises LaunchError if it could reach nobody."""
+        if not self._run_dir.exists():
+            raise LaunchError(
+                f"{self._run_dir} is gone, and {role} {index} could not reach the others without the sockets in it;"
+                " keep what cleans this folder away, or set TMPDIR to another"
+            )
         self._lives[role, index] += 1
         ours, theirs = ipc.Control.pair()
         boot = ipc.Boot(

@@ -23,7 +23,7 @@ import pytest
 from nmoe import ipc, launch
 from nmoe.__main__ import main
 from nmoe.errors import LaunchError
-from nmoe.run_dir import run_dir
+from nmoe.run_dir import PREFIX, run_dir
 from tests.checkpoints import make_checkpoint
 from tests.forking import fork_call
 from tests.serving import READY, Server, write_config
@@ -101,6 +101,19 @@ def test_what_a_killed_server_leaves_is_removed_by_the_next(tmp_path: pathlib.Pa
     finally:
         for holder in holders:
             holder.end()
+
+
+def test_a_server_whose_sockets_were_removed_ends_with_the_reason(start: Callable[..., Server]) -> None:
+    """By a cleaner of TMPDIR. Open links live on, but what is restarted would wait for its own forever."""
+    server = start()
+    family = server.family()
+    held = [fd.readlink() for fd in pathlib.Path(f"/proc/{server.process.pid}/fd").iterdir()]
+    (folder,) = (path for path in held if path.name.startswith(PREFIX))
+    shutil.rmtree(folder)
+    server.find("frontend 0").kill()
+    assert server.process.wait(10) == 1
+    assert f"nmoe: {folder} is gone" in server.output and "Traceback" not in server.output
+    assert psutil.wait_procs(family, timeout=1)[1] == []
 
 
 def test_a_machine_without_a_folder_for_sockets_is_a_message(tmp_path: pathlib.Path, monkeypatch) -> None:
