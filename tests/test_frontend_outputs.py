@@ -412,6 +412,18 @@ async def test_a_stream_tells_what_belongs_to_its_text(rig):
     assert chunks[-1]["choices"][0]["routed_experts"] == routed_field(1 + 2 + 5)
 
 
+async def test_a_stream_echoes_a_prompt_that_has_no_text(rig):
+    """Of special tokens, which are never shown, only the log-probabilities come back."""
+    asked = run(read(rig, COMPLETIONS, prompt=[BOS, EOS], echo=True, logprobs=0))
+    submit = await rig.next(Submit)
+    await rig.tokens(submit, "", block=block(submit, [EOS]))
+    await rig.tokens(submit, "x", "length", block=block(submit, ids_of("x")))
+    chunks = [chunk["choices"][0] for chunk in (await asked)[:-1]]
+    assert "".join(choice["text"] for choice in chunks) == "x"
+    told = [token for choice in chunks if choice["logprobs"] for token in choice["logprobs"]["token_ids"]]
+    assert told == [BOS, EOS, *ids_of("x")]
+
+
 @pytest.mark.parametrize("is_stream", [False, True])
 async def test_records_behind_a_stop_string_are_dropped(rig, is_stream):
     fields = {"prompt": "a", "stop": "st", "logprobs": 0, "return_token_ids": True}

@@ -218,12 +218,12 @@ class OutputChunks(Chunks):
         if self._opened:
             return None
         self._opened = True
-        fields, echoed = self._formats.prompt.fields, self._formats.prompt.echoed_json
-        if not (self._is_chat or self._choice.prompt.text or fields):
+        prompt = self._formats.prompt
+        if not (self._is_chat or self._choice.prompt.text or prompt.fields or prompt.echoed):
             return None
         chunk = self._opening()
-        (chunk if self._is_chat else chunk["choices"][0]).update(fields)
-        chunk["choices"][0]["logprobs"] = echoed
+        (chunk if self._is_chat else chunk["choices"][0]).update(prompt.fields)
+        chunk["choices"][0]["logprobs"] = prompt.echoed_json
         return orjson.dumps(chunk)
 
     def text(self, text: str, ids: list[int]) -> bytes:
