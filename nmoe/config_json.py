@@ -16,7 +16,9 @@ import msgspec
 from nmoe.architecture import DTYPE_BYTES, Architecture, Dtype, Rope, Yarn
 from nmoe.errors import CheckpointError
 
-_MOST_LAYERS, _MOST_EXPERTS = 1000, 4096  # far above any model's: a typing error must not list tensors for hours
+# Far above any model's: a typing error must not list tensors for minutes, or make tables that no memory holds.
+_MOST_LAYERS, _MOST_EXPERTS, _MOST_IN_ALL = 1000, 4096, 1 << 18  # experts, of a layer and of all layers
+_MOST_POSITIONS = 1 << 24
 
 
 class _Keys:
@@ -45,6 +47,12 @@ class _Keys:
             raise self.fail(f"{key} = {value}: must be at least {least}")
         if most is not None and value > most:
             raise self.fail(f"{key} = {value}: must be at most {most}; take config.json from the model's original")
+        return value
+
+    def finite(self, key: str, default: float) -> float:
+        value: float = self.get(key, float, default)
+        if not 0 <= value < math.inf:
+            raise self.fail(f"{key} = {value}: must be a number of at least 0")
         return value
 
     def size_or_none(self, key: str, default: int, least: int = 1, most: int | None = None) -> int | None:
@@ -146,6 +154,11 @@ def _check_routing(keys: _Keys, a: Architecture) -> None:
         raise keys.fail(
             f"n_routed_experts = {a.num_experts}: must be n_group = {a.n_group} groups of at least 2 experts"
         )
+    if a.num_layers * a.num_experts > _MOST_IN_ALL:
+        raise keys.fail(
+            f"num_hidden_layers = {a.num_layers}, n_routed_experts = {a.num_experts}: more than {_MOST_IN_ALL} experts"
+            " in all; take config.json from the model's original"
+        )
     if a.topk_group > a.n_group:
         raise keys.fail(f"topk_group = {a.topk_group}: more than n_group = {a.n_group}")
     if a.num_experts_per_tok > a.topk_group * per_group:
@@ -178,12 +191,12 @@ def _deepseek_v3(keys: _Keys) -> Architecture:
         n_group=keys.size("n_group", 8),
         topk_group=keys.size("topk_group", 4),
         norm_topk_prob=keys.get("norm_topk_prob", bool | None, True) or False,
-        routed_scaling_factor=keys.get("routed_scaling_factor", float, 2.5),
+        routed_scaling_factor=keys.finite("routed_scaling_factor", 2.5),
         first_k_dense=keys.get("first_k_dense_replace", int, 3),
-        rms_norm_eps=keys.get("rms_norm_eps", float, 1e-6),
+        rms_norm_eps=keys.finite("rms_norm_eps", 1e-6),
         rope=_rope(keys),
         tie_word_embeddings=keys.get("tie_word_embeddings", bool, False),
-        max_position_embeddings=keys.size("max_position_embeddings", 4096),
+        max_position_embeddings=keys.size("max_position_embeddings", 4096, most=_MOST_POSITIONS),
         dtype=_dtype(keys),
         quant_block=_quant_block(keys),
         num_mtp_layers=keys.size_or_none("num_nextn_predict_layers", 1, least=0, most=_MOST_LAYERS) or 0,
