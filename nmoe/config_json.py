@@ -7,6 +7,7 @@ of being served incorrectly. To support a family member with its own keys, add a
 
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any, cast
@@ -231,9 +232,14 @@ def is_lfs_pointer(path: pathlib.Path) -> bool:
 
 
 def is_there(path: pathlib.Path) -> bool:
-    """Whether there is such a file. Raises CheckpointError if nobody may know: its folder cannot be searched."""
+    """Whether there is such a file. Raises CheckpointError if nobody may know: its folder cannot be searched, or it is
+    a link to nothing, as in a copy of a folder of links without what they point to."""
     try:
-        return path.exists()
+        if path.exists():
+            return True
+        if path.is_symlink():
+            raise CheckpointError(f"{path}: is a link to {os.readlink(path)}, which is not there; copy the file itself")
+        return False
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}; check the file and its permissions") from None
 

@@ -450,6 +450,19 @@ def test_the_end_of_an_answer(single):
     assert eos_ids(single, read_architecture(single)) == (7, 8)
 
 
+@pytest.mark.parametrize("target", ["../blobs/5f70bf18", "generation_config.json"])
+def test_a_link_to_nothing_is_not_an_absent_file(single, target):
+    """Hugging Face's cache holds links: without what they point to, the model would end its answers elsewhere."""
+    (single / "generation_config.json").unlink()
+    (single / "generation_config.json").symlink_to(target)
+    refused(single, f"generation_config.json: is a link to {target}", "copy the file itself")
+    (single / "generation_config.json").unlink()
+    (single / "tokenizer.json").rename(single / "elsewhere")
+    (single / "tokenizer.json").symlink_to(target)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is a link"):
+        tokenizer_file(single)
+
+
 @pytest.mark.parametrize(
     ("found", "word"),
     [("tiktoken.model", "tiktoken"), ("tokenizer.model", "sentencepiece"), ("vocab.json", "vocabulary")],
