@@ -78,7 +78,6 @@ class Architecture(msgspec.Struct, frozen=True):
     max_position_embeddings: int
     dtype: Dtype | None  # None: config.json does not say
     quant_block: tuple[int, int] | None  # rows and columns of an FP8 weight that share a scale; None: no FP8
-    num_mtp_layers: int  # MTP layers that a checkpoint may have after the last layer
     eos_token_ids: tuple[int, ...]
 
     @property

@@ -199,11 +199,10 @@ def _drop_unused(folder: pathlib.Path, a: Architecture, found: dict[str, TensorI
 
 
 def _mtp_layers(a: Architecture, found: dict[str, TensorInfo]) -> set[int]:
-    """The MTP layers after the last layer: those that config.json counts, and any that show what they are (some
-    config.json count none so that other engines skip them)."""
+    """The MTP layers after the last layer, by the projection that only they have. How many config.json counts says
+    nothing: some count none so that other engines skip them, and one is the default, also where there is none."""
     shown = {int(match[1]) for match in map(_MTP_PROJECTION.fullmatch, found) if match}
-    counted = range(a.num_layers, a.num_layers + a.num_mtp_layers)
-    return {*counted, *(layer for layer in shown if layer >= a.num_layers)}
+    return {layer for layer in shown if layer >= a.num_layers}
 
 
 def _check_tensor(

@@ -56,9 +56,9 @@ class _Keys:
             raise self.fail(f"{key} = {value}: must be a number of at least 0")
         return value
 
-    def size_or_none(self, key: str, default: int, least: int = 1, most: int | None = None) -> int | None:
+    def size_or_none(self, key: str, default: int) -> int | None:
         """The size, or None where the key's value is null."""
-        return None if self.document.get(key, default) is None else self.size(key, default, least, most)
+        return None if self.document.get(key, default) is None else self.size(key, default)
 
     def only(self, key: str, supported: Any, what: str) -> None:
         """Refuse every value of `key` except the supported one, which is also what an absent key means."""
@@ -200,7 +200,6 @@ def _deepseek_v3(keys: _Keys) -> Architecture:
         max_position_embeddings=keys.size("max_position_embeddings", 4096, most=_MOST_POSITIONS),
         dtype=_dtype(keys),
         quant_block=_quant_block(keys),
-        num_mtp_layers=keys.size_or_none("num_nextn_predict_layers", 1, least=0, most=_MOST_LAYERS) or 0,
         eos_token_ids=_eos(keys, 1),
     )
     _check_routing(keys, architecture)

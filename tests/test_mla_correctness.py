@@ -45,7 +45,6 @@ BASE = Architecture(
     max_position_embeddings=256,
     dtype="float32",
     quant_block=None,
-    num_mtp_layers=0,
     eos_token_ids=(1,),
 )
 YARN = Yarn(factor=8.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=0.8)
