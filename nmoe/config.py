@@ -161,7 +161,7 @@ def _contradictions(config: Config) -> list[str]:
             f"[engine] max_prefill_tokens = {engine.max_prefill_tokens}: every rank needs at least one token a step;"
             f" set it to at least world_size = {config.parallel.world_size}"
         )
-    if config.model.max_seq_len and engine.num_pages and engine.num_pages * engine.page_size < 2:
+    if engine.num_pages and engine.num_pages * engine.page_size < 2:
         problems.append("[engine] num_pages: the cache holds fewer than two tokens; raise num_pages or page_size")
     if any(not key or key != key.strip() or _CONTROLS.search(key) for key in config.server.api_keys):
         problems.append(

@@ -224,8 +224,10 @@ def _capacity(facts: Facts) -> Row | None:
     )
     if pages * engine.page_size >= wanted:
         return Row("KV capacity", "ok", detail)
-    fits = max(1, pages * engine.page_size // each)
-    remedy = f"lower [engine] max_batch_size to {fits}"
+    tokens = max(2, pages * engine.page_size)
+    remedy = f"lower [engine] max_batch_size to {max(1, tokens // each)}"
+    if tokens < each:  # there is not even room for one request
+        remedy += f" and [model] max_seq_len to {tokens}"
     if engine.num_pages:
         remedy += f", or raise num_pages to {-(-wanted // engine.page_size)}"
     return Row("KV capacity", "warn", detail, remedy)

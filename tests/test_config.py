@@ -223,6 +223,13 @@ def test_every_rank_needs_a_prefill_token(tmp_path):
     assert "max_prefill_tokens = 4" in problem and "world_size = 8" in problem
 
 
+@pytest.mark.parametrize("length", [0, 2])
+def test_the_cache_holds_a_prompt_and_an_answer(tmp_path, length):
+    text = f'[model]\npath = "m"\nmax_seq_len = {length}\n[engine]\nnum_pages = 1\npage_size = 1'
+    (problem,) = problems(tmp_path, text)
+    assert "[engine] num_pages" in problem and "raise" in problem
+
+
 def test_broken_toml_and_absent_files_are_config_errors(tmp_path):
     (problem,) = problems(tmp_path, "[model\n")
     assert "not valid TOML" in problem and "line 1" in problem

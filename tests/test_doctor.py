@@ -251,6 +251,14 @@ def test_capacity_below_4096_tokens_a_request_warns_with_numbers_that_cure_it():
     assert check(doctor._capacity, facts(vary(config, engine={"num_pages": 192}))).status == "ok"
 
 
+def test_capacity_below_one_request_warns_with_numbers_that_cure_it():
+    config = vary(CPU, engine={"max_batch_size": 3, "num_pages": 5})
+    found = check(doctor._capacity, facts(config))
+    assert found.status == "warn" and "max_batch_size to 1 and [model] max_seq_len to 320," in found.remedy
+    cured = vary(config, engine={"max_batch_size": 1}, model={"max_seq_len": 320})
+    assert check(doctor._capacity, facts(cured)).status == "ok"
+
+
 def test_capacity_asks_no_more_than_the_longest_sequence():
     config = vary(CPU, engine={"max_batch_size": 4}, model={"max_seq_len": 1024})
     assert check(doctor._capacity, facts(config)).status == "ok"
