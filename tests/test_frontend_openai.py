@@ -163,6 +163,38 @@ def test_an_unknown_role_is_told_the_known_ones():
     assert str(error).endswith("one of system, developer, user, assistant, tool")
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "field", "remedy"),
+    [
+        ("completions", "max_completion_tokens", "it belongs to /v1/chat/completions"),
+        ("completions", "top_logprobs", "it belongs to /v1/chat/completions"),
+        ("completions", "messages", "it belongs to /v1/chat/completions"),
+        ("chat", "prompt", "it belongs to /v1/completions, /v1/generate"),
+        ("generate", "stream", "it belongs to /v1/completions, /v1/chat/completions"),
+        ("chat", "logits", "it belongs to /v1/generate"),
+        ("chat", "tools", "leave it out"),
+        ("completions", "max_token", "did you mean max_tokens?"),
+    ],
+)
+def test_a_field_that_is_not_the_endpoints_is_refused_with_a_remedy(endpoint, field, remedy):
+    """A field of another endpoint is not taken for a misspelt one."""
+    error = refused(endpoint, **{field: 1})
+    assert error.param == field and str(error).startswith(f"{field}: ") and str(error).endswith(f"; {remedy}")
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "remedy"),
+    [
+        ({"name": "b"}, "messages[0].name", "leave it out"),
+        ({"content": [{"type": "image_url"}]}, "messages[0].content[0].type", "only text is supported"),
+        ({"tool_calls": [CALL | {"type": "custom"}]}, "messages[0].tool_calls[0].type", "only function is supported"),
+    ],
+)
+def test_what_a_message_may_not_have_is_refused_with_a_remedy(message, param, remedy):
+    error = refused("chat", messages=[USER | message])
+    assert error.param == param and str(error).endswith(f"; {remedy}")
+
+
 def test_two_names_of_one_length():
     for fields in ({"max_tokens": 5}, {"max_completion_tokens": 5}, {"max_tokens": 5, "max_completion_tokens": 5}):
         assert parse_call("chat", {"messages": [USER], **fields}).max_tokens == 5

@@ -35,6 +35,11 @@ _TEMPLATES_OWN = frozenset(_TEMPLATES_OWN_NAMES.split())
 _UNKNOWN = re.compile("Object contains unknown field `(.*)`", re.DOTALL)
 _PLACE = re.compile(r"\[([0-9]+)\]")
 _PLACES = re.compile(r"(\[[0-9]+\])*")
+_PATHS: dict[Endpoint, str] = {
+    "completions": "/v1/completions",
+    "chat": "/v1/chat/completions",
+    "generate": "/v1/generate",
+}
 _NUMBERS_OF_LIKELIEST = ("logprobs", "top_logprobs", "prompt_logprobs", "top_k_logprobs")
 
 
@@ -192,10 +197,14 @@ def _read(document: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unknown(name: str, known: list[str]) -> RequestError:
+    homes = ", ".join(path for endpoint, path in _PATHS.items() if name in FIELDS[endpoint])
     if name in FOREIGN:
-        return RequestError(f"{name}: not supported", param=name, code="unsupported_parameter")
+        remedy = f"it belongs to {homes}" if homes else "leave it out"
+        return RequestError(f"{name}: not supported; {remedy}", param=name, code="unsupported_parameter")
     close = difflib.get_close_matches(name[:64], known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}?" if close else f"known fields: {', '.join(known)}"
+    if homes:  # a field of the same name, not one of a similar name
+        hint = f"it belongs to {homes}"
     return RequestError(f"{name[:64]}: unknown field; {hint}", param=name[:64], code="unknown_parameter")
 
 
@@ -209,11 +218,13 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         if message.startswith("Expected `int") and _was_long_integer(value, param.removeprefix(name)):
             message = "Expected `int` of at most 64 bits, sign included"
         elif unknown := _UNKNOWN.fullmatch(message):
-            param, message = inside(param, unknown[1]), "Unknown field"
+            param, message = inside(param, unknown[1]), "Unknown field; leave it out"
         elif "matching regex" in message:
             message = "Its keys are token ids, written in decimal digits"
         elif param.endswith(".role") and message.startswith("Invalid enum value"):
             message += f"; one of {', '.join(get_args(Role))}"
+        elif param.endswith("].type") and message.startswith("Invalid enum value"):
+            message += "; only function is supported" if ".tool_calls" in param else "; only text is supported"
         raise RequestError(f"{param}: {message[0].lower()}{message[1:]}", param=param) from None
     except RecursionError:
         raise RequestError(f"{name}: nested too deeply", param=name) from None
