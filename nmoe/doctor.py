@@ -30,6 +30,7 @@ from nmoe.config_json import is_there
 from nmoe.errors import CheckpointError, LaunchError
 from nmoe.gpu_limits import refusals
 from nmoe.memory import CPU_CACHE_SHARE, free_ram, pages_that_fill
+from nmoe.printing import printing
 from nmoe.slab import SlabLayout
 
 _log = logging.getLogger("nmoe.doctor")
@@ -72,13 +73,12 @@ def run(config: Config, as_json: bool = False) -> int:
     them there: a full disk, a closed pipe."""
     rows = checks(config)
     try:
-        if as_json:
-            sys.stdout.write(json.dumps(msgspec.to_builtins(rows), indent=2) + "\n")  # takes any path, also no UTF-8
-        else:
-            report(rows, Console())
-        sys.stdout.flush()
+        with printing():
+            if as_json:  # by the module that takes any path, also no UTF-8
+                sys.stdout.write(json.dumps(msgspec.to_builtins(rows), indent=2) + "\n")
+            else:
+                report(rows, Console())
     except OSError as error:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (nothing else can be printed there either)
         raise LaunchError(
             f"standard output cannot be written ({error.strerror}); print the checks elsewhere"
         ) from error

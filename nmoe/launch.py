@@ -29,6 +29,7 @@ from nmoe.config import Config
 from nmoe.config_json import read_architecture
 from nmoe.errors import LaunchError
 from nmoe.metrics import Board, row_index
+from nmoe.printing import printing
 from nmoe.run_dir import run_dir
 from nmoe.slab import ControlLayout, SlabLayout, make_slabs
 from nmoe.supervision import LOOK_S, Supervisor
@@ -76,11 +77,10 @@ def _serve_on(config: Config, http_socket: socket.socket, folder: pathlib.Path, 
 def print_line(line: str) -> None:
     """Print a line for anyone waiting for it; failing to print must end neither a server nor a batch."""
     try:
-        sys.stdout.write(line)
-        sys.stdout.flush()
+        with printing():
+            sys.stdout.write(line)
     except OSError as error:
         _log.warning("standard output cannot be written (%s): %s", error.strerror, line.strip())
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
 
 
 def _check_run_dir(folder: pathlib.Path) -> None:
