@@ -114,6 +114,15 @@ async def test_log_probabilities_are_rendered_before_many_gather(rig, monkeypatc
     assert (await rig.next(Abort)).uid == submit.uid
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_a_client_that_shuts_down_its_sending_side_has_left(rig, is_stream):
+    sock = connect(rig)
+    submit = await ask(rig, sock, stream=is_stream)
+    sock.shutdown(socket.SHUT_WR)
+    assert (await rig.next(Abort)).uid == submit.uid
+    await closed(sock)
+
+
 async def test_an_answer_whose_end_nobody_reads_does_not_stay(rig):
     stalled = connect(rig, receive_buffer=4096)
     submit = await ask(rig, stalled)
