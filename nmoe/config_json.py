@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from nmoe.errors import CheckpointError
 # Far above any model's: a typing error must not list tensors for minutes, or make tables that no memory holds.
 _MOST_LAYERS, _MOST_EXPERTS, _MOST_IN_ALL = 1000, 4096, 1 << 18  # experts, of a layer and of all layers
 _MOST_POSITIONS = 1 << 24
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half a character, if it is not beside the other half
 
 
 class _Keys:
@@ -213,7 +215,10 @@ _NOT_YET = {"deepseek_v32": "its sparse attention (attention_type = 'dsa') does 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Read a JSON object from a checkpoint file. Raises CheckpointError naming the file and what is wrong with it."""
     try:
-        document = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        document = json.loads(data)
+        if _SURROGATE.search(data):  # of a half alone Python makes a string that nothing can be done with
+            json.dumps(document, ensure_ascii=False).encode()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}; check [model] path") from None
     except (ValueError, RecursionError) as error:

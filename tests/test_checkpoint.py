@@ -149,7 +149,14 @@ def test_config_json_is_missing(single):
 
 @pytest.mark.parametrize(
     ("text", "word"),
-    [("{", "not valid JSON"), ("[]", "not an object"), ("\xff", "not valid"), ("[" * 100_000, "not valid")],
+    [
+        ("{", "not valid JSON"),
+        ("[]", "not an object"),
+        ("\xff", "not valid"),
+        ("[" * 100_000, "not valid"),
+        (r'{"model_type": "\ud800"}', "surrogates not allowed"),
+        (r'{"model_type": "\ud83d\ude00"}', "is not supported"),
+    ],
 )
 def test_config_json_is_damaged(single, text, word):
     (single / "config.json").write_bytes(text.encode("latin-1"))
@@ -231,7 +238,7 @@ def test_a_shard_is_missing(sharded):
     refused(sharded, "1 of 3 shards", "model-00002-of-00003.safetensors", "download")
 
 
-@pytest.mark.parametrize(("name", "shown"), [("x" * 5000, "x" * 200 + ";"), ("\ud800", "\\ud800")])
+@pytest.mark.parametrize(("name", "shown"), [("x" * 5000, "x" * 200 + ";"), ("\x85", r"\x85")])
 def test_the_index_names_what_cannot_be_a_file(sharded, name, shown):
     (sharded / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
     refused(sharded, "1 of 1 shards", shown, "download")
