@@ -149,12 +149,13 @@ def _tokenizer(facts: Facts) -> Row | None:
     try:
         if model.weights == "random" and not is_there(folder / "tokenizer.json"):
             return None  # same as for a config.json
-        file = tokenizer_file(model.path)
-        if not isinstance(facts.checkpoint, CheckpointError):
+        if isinstance(facts.checkpoint, CheckpointError):
+            tokenizer_file(model.path)
+        else:
             # Imported by name, like a child's module: the root and the command line do not load frontend libraries.
             prompt = importlib.import_module("nmoe.frontend.prompt")
             prompt.load_prompts(facts.config, (), facts.checkpoint.architecture.vocab_size)
-        return Row("tokenizer", "ok", file.name)
+        return Row("tokenizer", "ok", "tokenizer.json")
     except CheckpointError as error:
         return Row("tokenizer", "fail", *_split(error))
 

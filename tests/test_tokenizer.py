@@ -252,6 +252,17 @@ def test_a_panic_of_the_library_is_an_ordinary_error(tmp_path):
         assert caught.value.status == 500
 
 
+def test_a_decoder_is_what_the_library_takes_it_for(tmp_path):
+    """It takes the fields of an object also as a list."""
+    library = byte_level()
+    library.decoder = decoders.BPEDecoder(suffix="Ġ")
+    file = save(library, tmp_path)
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps(document | {"decoder": ["Ġ"]}))
+    ids = library.encode("hello").ids
+    assert Tokenizer(file).decode(ids) == library.decode(ids)
+
+
 def test_a_decoder_that_cannot_be_streamed_is_refused(tmp_path):
     library = byte_level()
     library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])

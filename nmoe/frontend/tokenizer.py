@@ -40,8 +40,7 @@ class Tokenizer:
         added: Mapping[int, AddedToken] = types.MappingProxyType({}),
     ) -> None:
         try:
-            text = file.read_text(encoding="utf-8")
-            tokenizer = library.load(text)
+            tokenizer = library.load(file.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(
                 f"{file}: not a tokenizer of the tokenizers library ({error}); save it again with"
@@ -55,7 +54,7 @@ class Tokenizer:
         self._tokenizer = tokenizer
         special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
         self._hidden = frozenset(special | set(eos_ids))
-        self._is_byte_level = _is_byte_level(file, json.loads(text))
+        self._is_byte_level = _is_byte_level(file, tokenizer)
         is_plain = tokenizer.normalizer is None and self._is_byte_level
         self._longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=0) if is_plain else 0
         if any(added.lstrip or added.rstrip for added in tokenizer.get_added_tokens_decoder().values()):
@@ -144,8 +143,11 @@ def _begin_with(tokenizer: tokenizers.Tokenizer, bos: str, file: pathlib.Path) -
     tokenizer.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, token)])
 
 
-def _is_byte_level(file: pathlib.Path, document: dict[str, Any]) -> bool:
-    kinds = _decoder_kinds(document.get("decoder"))
+def _is_byte_level(file: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> bool:
+    # As the library has read it: parsing the whole file again would take as long as reading it did, and serde takes
+    # more than one spelling.
+    decoder = tokenizer.decoder
+    kinds = _decoder_kinds(json.loads(decoder.__getstate__())) if decoder is not None else []
     if "ByteLevel" in kinds and len(kinds) > 1:
         raise CheckpointError(
             f"{file}: decoder {' + '.join(kinds)}: ByteLevel is supported on its own only; remove the other decoders"
@@ -153,9 +155,7 @@ def _is_byte_level(file: pathlib.Path, document: dict[str, Any]) -> bool:
     return kinds == ["ByteLevel"]
 
 
-def _decoder_kinds(decoder: dict[str, Any] | None) -> list[str]:
-    if decoder is None:
-        return []
+def _decoder_kinds(decoder: dict[str, Any]) -> list[str]:
     if decoder["type"] == "Sequence":
         return [kind for inner in decoder["decoders"] for kind in _decoder_kinds(inner)]
     return [decoder["type"]]
