@@ -66,9 +66,10 @@ class Stage:
             return self._up.tensor.to(self._device, non_blocking=True)
         if into is not self._into or self._there.numel() != size:
             self._into, self._there = into, into[:size]
-        if not by_kernel:
-            return self._there.copy_(self._up.tensor, non_blocking=True)
-        _copy(self._up.tensor, self._there)
+        if by_kernel and self._event is not None:
+            _copy(self._up.tensor, self._there)
+        else:
+            self._there.copy_(self._up.tensor, non_blocking=True)
         return self._there
 
     def download(self, tokens_S: torch.Tensor) -> None:
