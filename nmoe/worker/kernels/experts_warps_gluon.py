@@ -32,7 +32,7 @@ from triton.experimental.gluon import language as gl
 
 from nmoe.worker.kernels import lists
 from nmoe.worker.kernels.hopper_gluon import thread_barrier, wait_for_kernel_before
-from nmoe.worker.kernels.items_gluon import make_items, read_word, release_item, tell, wait_for_item
+from nmoe.worker.kernels.items_gluon import make_items, tell, told
 from nmoe.worker.kernels.warps_gluon import LOADERS, load_rows, produce, row_lanes
 
 WORDS = gl.constexpr(lists.WORDS)
@@ -81,15 +81,7 @@ def make_pieces():
 @gluon.jit
 def told_piece(items, nth, WARPS: gl.constexpr = 4):
     """For a reader of WARPS warps: the program's `nth` piece."""
-    wait_for_item(items, nth)
-    kind = read_word(items, nth, 0, WARPS)
-    expert = read_word(items, nth, 1, WARPS)
-    block = read_word(items, nth, 2, WARPS)
-    first = read_word(items, nth, 3, WARPS)
-    rows = read_word(items, nth, 4, WARPS)
-    between = read_word(items, nth, 5, WARPS)
-    needs = read_word(items, nth, 6, WARPS)
-    release_item(items, nth)
+    kind, expert, block, first, rows, between, needs = told(items, nth, WARPS)
     return Piece(kind, expert, block, first, rows, between, needs)
 
 

@@ -46,28 +46,13 @@ def tell(items, nth, words):
 
 
 @gluon.jit
-def told(items, nth):
-    """A warpgroup: wait for and return the `nth` piece, if it is a single word."""
-    wait_for_item(items, nth)
-    item = read_word(items, nth, 0, 4)
-    release_item(items, nth)
-    return item
-
-
-@gluon.jit
-def wait_for_item(items, nth):
-    """A reader that uses `read_word`: call this first."""
-    mbarrier.wait(items.there.index(nth % 2), nth // 2 & 1)
-
-
-@gluon.jit
-def read_word(items, nth, i: gl.constexpr, WARPS: gl.constexpr):
-    """One word of the `nth` piece."""
+def told(items, nth, WARPS: gl.constexpr = 4):
+    """A reader of WARPS warps: wait for the `nth` piece. Returns its words as a tuple."""
     WORDS: gl.constexpr = items.words.shape[0] // 2
-    return gl.max(items.words.index(nth % 2 * WORDS + i).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
-
-
-@gluon.jit
-def release_item(items, nth):
-    """A reader that uses `read_word`: call this last."""
+    mbarrier.wait(items.there.index(nth % 2), nth // 2 & 1)
+    words = ()
+    for i in gl.static_range(WORDS):
+        word = items.words.index(nth % 2 * WORDS + i).load(gl.BlockedLayout([1], [32], [WARPS], [0]))
+        words = words + (gl.max(word, 0),)  # type: ignore[assignment]  # noqa: RUF005
     mbarrier.arrive(items.free.index(nth % 2), count=1)
+    return words

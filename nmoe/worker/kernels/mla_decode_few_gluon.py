@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from nmoe.worker.kernels.early import early
 from nmoe.worker.kernels.hopper_gluon import descriptor, wait_for_kernel_before
-from nmoe.worker.kernels.items_gluon import Items, make_items, read_word, release_item, tell, wait_for_item
+from nmoe.worker.kernels.items_gluon import Items, make_items, tell, told
 from nmoe.worker.kernels.kept import kept
 from nmoe.worker.kernels.mla_parts_gluon import part_of, piece_of
 from nmoe.worker.kernels.mla_ring_gluon import Ring, load_old_tiles, load_queries, load_tiles, make_ring, rope_queries
@@ -32,8 +32,7 @@ from nmoe.worker.kernels.mla_values_gluon import Parts
 from nmoe.worker.kernels.mla_warps_gluon import TILE
 
 HEADS = 16
-_HEADS, _TILE = gl.constexpr(HEADS), gl.constexpr(TILE)
-_STAGES = 2
+_HEADS, _TILE, _STAGES = gl.constexpr(HEADS), gl.constexpr(TILE), gl.constexpr(2)
 _PROGRAMS = 2  # per multiprocessor
 _REGISTERS = 128  # per thread when the program starts, all 256 of them; the warpgroup takes most of the others'
 
@@ -41,13 +40,13 @@ _REGISTERS = 128  # per thread when the program starts, all 256 of them; the war
 class _Shared(NamedTuple):
     """Shared memory."""
 
-    pieces: Items  # pieces of rows: slot in the workspace, first position, and the one after the last
+    pieces: Items  # of rows: slot in the workspace, first position, and the one after the last; empty at the end
     ring: Ring
 
 
 @gluon.jit
-def _make_shared(descs, STAGES: gl.constexpr):
-    shared = _Shared(pieces=make_items(1, 3), ring=make_ring(descs, STAGES, 1, 2, 1))
+def _make_shared(descs):
+    shared = _Shared(pieces=make_items(1, 3), ring=make_ring(descs, _STAGES, 1, 2, 1))
     fence_async_shared()
     return shared
 
@@ -62,7 +61,6 @@ def _produce(
     NOPE: gl.constexpr,
     BLOCK_R: gl.constexpr,
     PAGE: gl.constexpr,
-    STAGES: gl.constexpr,
 ):
     contexts_ptr, prefix_ptr, num_rows = plan
     L: gl.constexpr = 4 * shared.ring.k_latent.shape[2]
@@ -76,7 +74,7 @@ def _produce(
         tell(shared.pieces, pieces, (slot, begin, end))
         row_pages_ptr = pages_ptr + row.to(gl.int64) * max_pages
         context = gl.load(contexts_ptr + row)
-        tiles = load_old_tiles(shared.ring, descs, row_pages_ptr, context, begin, end, STAGES, PAGE)
+        tiles = load_old_tiles(shared.ring, descs, row_pages_ptr, context, begin, end, _STAGES, PAGE)
         loaded = tiles * _TILE
     wait_for_kernel_before()
     while at < stop:
@@ -91,17 +89,6 @@ def _produce(
         row += 1
         slot += 1
     tell(shared.pieces, pieces, (0, 0, 0))
-
-
-@gluon.jit
-def _told_piece(shared, nth):
-    """The program's `nth` piece: its slot in the workspace, and its positions [begin, end); none if it is empty."""
-    wait_for_item(shared.pieces, nth)
-    slot = read_word(shared.pieces, nth, 0, 4)
-    begin = read_word(shared.pieces, nth, 1, 4)
-    end = read_word(shared.pieces, nth, 2, 4)
-    release_item(shared.pieces, nth)
-    return slot, begin, end
 
 
 @gluon.jit
@@ -123,7 +110,7 @@ def _scores(shared, place, stage, M: gl.constexpr):
 
 
 @gluon.jit
-def _attend(shared, parts, scale_log2, STAGES: gl.constexpr, KEPT: gl.constexpr):
+def _attend(shared, parts, scale_log2, KEPT: gl.constexpr):
     partial_ptr, lse_ptr = parts
     QUARTER: gl.constexpr = shared.ring.k_latent.shape[2]
     M: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 4], [16, 8])
@@ -134,7 +121,7 @@ def _attend(shared, parts, scale_log2, STAGES: gl.constexpr, KEPT: gl.constexpr)
     column = gl.arange(0, QUARTER, gl.SliceLayout(0, M))
     pieces = 0
     tiles = 0
-    slot, begin, end = _told_piece(shared, pieces)
+    slot, begin, end = told(shared.pieces, pieces)
     while begin < end:
         place = pieces & 1
         peak = gl.full([_HEADS], float("-inf"), gl.float32, gl.SliceLayout(1, M))
@@ -145,8 +132,8 @@ def _attend(shared, parts, scale_log2, STAGES: gl.constexpr, KEPT: gl.constexpr)
         acc_3 = gl.zeros([_HEADS, QUARTER], gl.float32, M)
         mbarrier.wait(shared.ring.q_bars.index(place), pieces >> 1 & 1)
         for position in range(begin, end, _TILE):
-            stage = tiles % STAGES
-            mbarrier.wait(shared.ring.filled.index(stage), tiles // STAGES & 1)
+            stage = tiles % _STAGES
+            mbarrier.wait(shared.ring.filled.index(stage), tiles // _STAGES & 1)
             s = _scores(shared, place, stage, M)
             s = gl.where((position + key < end)[None, :], s * scale_log2, float("-inf"))
             new_peak = gl.maximum(peak, gl.max(s, 1))
@@ -171,7 +158,7 @@ def _attend(shared, parts, scale_log2, STAGES: gl.constexpr, KEPT: gl.constexpr)
             quarter = ((acc_0, acc_1, acc_2, acc_3)[i] * inverse).to(partial_ptr.dtype.element_ty)
             gl.store(out + i * QUARTER, quarter, eviction_policy=KEPT)
         pieces += 1
-        slot, begin, end = _told_piece(shared, pieces)
+        slot, begin, end = told(shared.pieces, pieces)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "max_pages"], do_not_specialize_on_alignment=["pages_ptr"])
@@ -191,16 +178,15 @@ def _decode_kernel(
     NOPE: gl.constexpr,
     BLOCK_R: gl.constexpr,
     PAGE: gl.constexpr,
-    STAGES: gl.constexpr,
     KEPT: gl.constexpr,
 ):
     descs = (latent_desc, rope_desc, q_desc, q_rope_desc)
-    shared = _make_shared(descs, STAGES)
+    shared = _make_shared(descs)
     plan = (contexts_ptr, prefix_ptr, num_rows)
     gl.warp_specialize(
         [
-            (_attend, (shared, (partial_ptr, lse_ptr), scale_log2, STAGES, KEPT)),
-            (_produce, (shared, plan, descs, pages_ptr, max_pages, NOPE, BLOCK_R, PAGE, STAGES)),
+            (_attend, (shared, (partial_ptr, lse_ptr), scale_log2, KEPT)),
+            (_produce, (shared, plan, descs, pages_ptr, max_pages, NOPE, BLOCK_R, PAGE)),
         ],
         [1],
         [40],
@@ -242,7 +228,6 @@ def attend_parts(
         NOPE=q_RHQ.shape[2] - rope,
         BLOCK_R=block_of_rows(rows),
         PAGE=page_size,
-        STAGES=_STAGES,
         KEPT=kept(rows),
         num_warps=4,
         maxnreg=_REGISTERS,

@@ -207,7 +207,7 @@ def _attend(
     turn = 0
     their_turn = 0
     turns = (turn, their_turn)
-    item = told(items, nth)
+    item = told(items, nth)[0]
     while item < count:
         group = _group(item, count, cut, QUERIES, PER_TILE)
         if group.context > 0:
@@ -233,7 +233,7 @@ def _attend(
             nothing = gl.zeros([_M, 2 * QUARTER], gl.float32, O)
             _put(nothing, 2 * mine * QUARTER, group, out_ptr, HEADS, BLOCK_H, L)
         nth += 1
-        item = told(items, nth)
+        item = told(items, nth)[0]
 
 
 @gluon.jit(do_not_specialize=["max_pages"], do_not_specialize_on_alignment=[*_POINTERS, "pages_ptr"])
