@@ -19,6 +19,7 @@ from nmoe.frontend.openai import ToTokenize
 from nmoe.frontend.openapi import document
 from nmoe.frontend.prompt import Prompts
 from nmoe.frontend.requests import Requests
+from nmoe.frontend.schema import PATHS
 from nmoe.ipc import Boot
 from nmoe.metrics import Board
 
@@ -56,10 +57,9 @@ class Endpoints:
 
     def routes(self) -> dict[str, tuple[str, Endpoint]]:
         """Path -> method and endpoint."""
+        answer = self._generations.answer
         return {
-            "/v1/completions": (hdrs.METH_POST, partial(self._generations.answer, "completions")),
-            "/v1/chat/completions": (hdrs.METH_POST, partial(self._generations.answer, "chat")),
-            "/v1/generate": (hdrs.METH_POST, partial(self._generations.answer, "generate")),
+            **{path: (hdrs.METH_POST, partial(answer, endpoint)) for endpoint, path in PATHS.items()},
             "/v1/models": (hdrs.METH_GET, self._models),
             "/v1/models/": (hdrs.METH_GET, self._model),
             "/tokenize": (hdrs.METH_POST, self._tokenize),

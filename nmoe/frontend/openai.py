@@ -17,6 +17,7 @@ from nmoe.frontend.schema import (
     FIELDS,
     FOREIGN,
     MAX_CHOICES,
+    PATHS,
     REQUIRED,
     TOKENIZE,
     Conversation,
@@ -35,11 +36,6 @@ _TEMPLATES_OWN = frozenset(_TEMPLATES_OWN_NAMES.split())
 _UNKNOWN = re.compile("Object contains unknown field `(.*)`", re.DOTALL)
 _PLACE = re.compile(r"\[([0-9]+)\]")
 _PLACES = re.compile(r"(\[[0-9]+\])*")
-_PATHS: dict[Endpoint, str] = {
-    "completions": "/v1/completions",
-    "chat": "/v1/chat/completions",
-    "generate": "/v1/generate",
-}
 _NUMBERS_OF_LIKELIEST = ("logprobs", "top_logprobs", "prompt_logprobs", "top_k_logprobs")
 
 
@@ -197,7 +193,7 @@ def _read(document: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unknown(name: str, known: list[str]) -> RequestError:
-    homes = ", ".join(path for endpoint, path in _PATHS.items() if name in FIELDS[endpoint])
+    homes = ", ".join(path for endpoint, path in PATHS.items() if name in FIELDS[endpoint])
     if name in FOREIGN:
         remedy = f"it belongs to {homes}" if homes else "leave it out"
         return RequestError(f"{name}: not supported; {remedy}", param=name, code="unsupported_parameter")

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from nmoe import __version__
-from nmoe.frontend.schema import DETOKENIZE, FIELDS, REQUIRED, TOKENIZE
+from nmoe.frontend.schema import DETOKENIZE, FIELDS, PATHS, REQUIRED, TOKENIZE
 from nmoe.native import CONTENT_TYPE, FRAMES_CONTENT_TYPE
 
 _REF = "#/components/schemas/{name}"
@@ -27,9 +27,9 @@ _ERROR = {
     },
 }
 _BODIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
-    "/v1/completions": ("CompletionRequest", FIELDS["completions"], [REQUIRED["completions"]]),
-    "/v1/chat/completions": ("ChatRequest", FIELDS["chat"], [REQUIRED["chat"]]),
-    "/v1/generate": ("GenerateRequest", FIELDS["generate"], [REQUIRED["generate"]]),
+    PATHS["completions"]: ("CompletionRequest", FIELDS["completions"], [REQUIRED["completions"]]),
+    PATHS["chat"]: ("ChatRequest", FIELDS["chat"], [REQUIRED["chat"]]),
+    PATHS["generate"]: ("GenerateRequest", FIELDS["generate"], [REQUIRED["generate"]]),
     "/tokenize": ("TokenizeRequest", TOKENIZE, []),
     "/detokenize": ("DetokenizeRequest", DETOKENIZE, ["tokens"]),
 }
@@ -62,12 +62,12 @@ def document() -> bytes:
             "required": required,
             "additionalProperties": False,
         }
-        media = _PACKED if path == "/v1/generate" else ("application/json",)
+        media = _PACKED if path == PATHS["generate"] else ("application/json",)
         body = {"required": True, "content": {media[0]: {"schema": {"$ref": _REF.format(name=name)}}}}
         paths[path] = {"post": {"requestBody": body, "responses": _responses(*media)}}
     for path, text in _READS.items():
         paths[path] = {"get": {"summary": text, "responses": _responses(_content_type(path))}}
-    paths["/v1/generate"]["post"]["summary"] = _BULK
+    paths[PATHS["generate"]]["post"]["summary"] = _BULK
     paths["/v1/models/{model}"]["parameters"] = [
         {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
     ]

@@ -144,6 +144,11 @@ TOKENIZE: dict[str, Any] = {
     "return_token_strs": bool,
 }
 DETOKENIZE: dict[str, Any] = {"model": str, "tokens": list[TokenId]}
+PATHS: dict[Endpoint, str] = {
+    "completions": "/v1/completions",
+    "chat": "/v1/chat/completions",
+    "generate": "/v1/generate",
+}
 REQUIRED: dict[Endpoint, str] = {"completions": "prompt", "chat": "messages", "generate": "prompt"}
 
 # Fields of OpenAI's and vLLM's APIs that nmoe lacks: for these, a misspelt field is not the likely cause.
