@@ -128,7 +128,6 @@ class Process:
         if isinstance(message, ipc.Gone):
             if message.role == "worker" and message.generation >= self._workers:
                 self._workers = message.generation
-                self._death_due = math.inf
                 self._lose_workers(f"worker {message.index} died")
             elif message.role == "frontend" and message.generation >= self._frontends.get(message.index, 0):
                 self._lose_frontend(message.index)
@@ -180,7 +179,6 @@ class Process:
         if ready.generation > self._workers:
             self._lose_workers("the workers were restarted")
             self._workers = ready.generation
-            self._death_due = math.inf
         self._ready[ready.rank] = ready.num_pages
         if self._policy is None and len(self._ready) == self._boot.config.parallel.world_size:
             num_pages = min(self._ready.values())
@@ -193,6 +191,7 @@ class Process:
     def _lose_workers(self, why: str) -> None:
         """All workers are gone, along with the cache and every step in flight: stop serving until their next life."""
         self._dead_workers = self._workers
+        self._death_due = math.inf
         self._ready.clear()
         if policy := self._policy:
             _log.error("%s: %d open requests end with an error", why, policy.num_open)
