@@ -338,19 +338,19 @@ EXACT = [name for name, profile in PROFILES.items() if profile.numerics is Numer
 SCARCE = {"num_pages": 40, "page_size": 4, "max_batch_size": 16, "max_prefill_tokens": 32}
 
 
-def probes():
+def probes(prompt_tokens):
     """Of each exact profile: drawn and greedy, short and of several chunks, with everything that can come back."""
     bodies = []
     for place, name in enumerate(EXACT):
         common = {"profile": name, "return_token_ids": True, "top_k_logprobs": 20, "logprob_token_ids": OWN}
         common |= {"return_routed_experts": True, "ignore_eos": True}
         drawn = {"seed": 7, "temperature": 1.1, "repetition_penalty": 1.1, "top_p": 0.98}
-        bodies.append({**common, **drawn, "prompt": prompt_of(50 + place, 47), "max_tokens": 24})
+        bodies.append({**common, **drawn, "prompt": prompt_of(50 + place, prompt_tokens), "max_tokens": 24})
         bodies.append({**common, "temperature": 0, "prompt": prompt_of(60 + place, 8 + place), "max_tokens": 12})
     return bodies
 
 
-def others(seed):
+def others(seed, most_tokens):
     """64 requests of all profiles, which fill the pages."""
     rng = random.Random(seed)
     names = [*PROFILES]
@@ -358,7 +358,7 @@ def others(seed):
         {
             "profile": names[place % len(names)],
             "prompt": prompt_of(rng.random(), rng.randint(1, 40)),
-            "max_tokens": rng.randint(1, 20),
+            "max_tokens": rng.randint(1, most_tokens),
             "temperature": rng.choice([0, 1.0]),
             "logprobs": rng.choice([0, 3]),
         }
@@ -381,9 +381,10 @@ def computed_tokens(server, world_size):
     return [metrics[f'nmoe:rank_iteration_tokens_sum{{rank="{rank}"}}'] for rank in range(world_size)]
 
 
-def check_repeats(sections, start_s=30.0):
-    """The exact profiles' answers are the same to the bit in every situation that a server can bring them into."""
-    world_size, bodies = sections["parallel"]["world_size"], probes()
+def check_repeats(sections, start_s=30.0, prompt_tokens=47, most_tokens=20):
+    """The exact profiles' answers are the same to the bit in every situation that a server can bring them into. Prompts
+    of `prompt_tokens` fill a page and outgrow the next; others' answers, up to `most_tokens` long, some pages."""
+    world_size, bodies = sections["parallel"]["world_size"], probes(prompt_tokens)
     with Server(sections, start_s) as server:
         alone = [ask_all(server, [body])[0] for body in bodies]
         assert [cached(answer) for answer in alone] == [0] * len(bodies)
@@ -400,7 +401,7 @@ def check_repeats(sections, start_s=30.0):
 
         preempted = server.metrics()["nmoe:num_preemptions_total"]
         late = [{**body, "priority": 9} for body in bodies]  # these lose their pages first
-        crowd = others(world_size)
+        crowd = others(world_size, most_tokens)
         answers = ask_all(server, [*crowd[:32], *bodies, *late, *crowd[32:]])[32 : 32 + 2 * len(bodies)]
         assert list(map(told, answers)) == 2 * expected, "among others"
         assert server.metrics()["nmoe:num_preemptions_total"] > preempted
