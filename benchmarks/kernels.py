@@ -102,7 +102,7 @@ class Bench:
             moved = 2 * (rows * context * a.cache_dim + up_size + 2 * q.numel())
             yield "expand and attend", self.expanded(plan, batch, q, cached), moved, macs, False
         values = self.random(total, heads * a.v_head_dim)
-        yield self.product("out-projection", values, lambda i: attention(i)._w_o)
+        yield self.product("out-projection", values, lambda i: attention(i)._w_o, ops.linear_to_add)
         gate = float(layers[0].mlp._gate.nbytes)  # random weights need all three bfloat16 terms of the router
         route = lambda i: ops.route(x, layers[i].mlp._gate, layers[i].mlp._bias_E, a, listed=True)  # noqa: E731
         yield "router", route, gate + row, total * a.num_experts * a.hidden_size, False
@@ -163,14 +163,17 @@ class Bench:
         attend = lambda i: absorbed_decode(latent, q, cached, *where, w[i], out)  # noqa: E731
         yield "attend, values", attend, 2.0 * moved, macs, False
 
-    def product(self, name: str, x: Activations, weight: Callable[[int], Any]) -> Operation:
-        """The product of every token's vector with a layer's weight."""
+    def product(
+        self, name: str, x: Activations, weight: Callable[[int], Any], linear: Callable[..., Any] | None = None
+    ) -> Operation:
+        """The product of every token's vector with a layer's weight, by `linear` instead of the plain product."""
+        linear = linear or self.ops.linear
         one = weight(0)
         quantised = isinstance(one, BlockFP8)
         outputs, inputs = (one.values if quantised else one).shape
         tokens = len(unquantised(x))
         moved = outputs * inputs * (1 if quantised else 2) + 2 * tokens * (inputs + outputs)
-        return name, lambda i: self.ops.linear(x, weight(i)), float(moved), float(tokens * outputs * inputs), quantised
+        return name, lambda i: linear(x, weight(i)), float(moved), float(tokens * outputs * inputs), quantised
 
     def end(self, rows: int) -> Iterator[Operation]:
         """What a step does once: the output head (a product with the vocabulary matrix), and sampling."""

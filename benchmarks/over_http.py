@@ -1,4 +1,5 @@
-"""The decode workload through a whole server, `nmoe serve`: a streaming completion per request, an event per token."""
+"""The decode workload through a whole server, `nmoe serve`: a streaming completion per request, an event per token (the
+first event of a stream has those that came before the response's head was sent)."""
 
 import asyncio
 import contextlib
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import orjson
 
 from nmoe.config import Config
 
@@ -36,7 +38,7 @@ def serving(config_path: str) -> Iterator[tuple[str, float]]:
 
 def decode_over_http(url: str, config: Config, batch: int, vocab_size: int) -> dict[str, Any]:
     """One batch of `batch` requests per GPU; a step's time is the time between two tokens of a request, and `tokens_s`
-    is the number of events per second over all requests."""
+    is the number of tokens per second over all requests."""
     arrivals = asyncio.run(_all(url, config, batch * config.parallel.world_size, vocab_size))
     first = max(times[1] for times in arrivals)
     last = min(times[-1] for times in arrivals)
@@ -49,7 +51,7 @@ def decode_over_http(url: str, config: Config, batch: int, vocab_size: int) -> d
             float(statistics.median((times[-1] - times[0]) / (len(times) - 1) for times in inside)) * 1e3, 3
         ),
         "p99_ms": round(float(np.percentile(gaps, 99)), 3),
-        "tokens_s": round(sum(len(times) - 1 for times in inside) / (last - first)),
+        "tokens_s": round(sum((len(times) - 1) / (times[-1] - times[0]) for times in inside)),
     }
 
 
@@ -60,7 +62,7 @@ async def _all(url: str, config: Config, requests: int, vocab_size: int) -> list
 
 
 async def _one(url: str, config: Config, prompt: list[int]) -> list[float]:
-    """When each event with tokens of a request arrived, in seconds on the monotonic clock."""
+    """When each token of a request arrived, in seconds on the monotonic clock."""
     where = urllib.parse.urlsplit(url)
     reader, writer = await asyncio.open_connection(where.hostname, where.port)
     body = {
@@ -77,9 +79,13 @@ async def _one(url: str, config: Config, prompt: list[int]) -> list[float]:
     writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     times: list[float] = []
     async for line in reader:
-        if line.startswith(b"data: ") and b'"token_ids":[' in line.replace(b" ", b""):
-            times.append(time.monotonic())
-        elif b"[DONE]" in line or b'"error"' in line:
+        if line.startswith(b"data: {"):
+            event = orjson.loads(line.removeprefix(b"data: "))
+            if "error" in event:
+                break
+            for choice in event["choices"]:
+                times += [time.monotonic()] * len(choice["token_ids"])
+        elif b"[DONE]" in line:
             break
     writer.close()
     if len(times) < config.benchmark.output_len:

@@ -30,6 +30,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from benchmarks.setting import setting
 from nmoe import envs
 from nmoe.architecture import Architecture
 from nmoe.config import Config, Engine, Parallel
@@ -339,7 +340,8 @@ def main() -> None:
         os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # a queue for every stream, since ranks wait for each other
         results = in_one_process(args.shapes, args.tokens, world_size)
     where = "a GPU per rank" if apart else "all ranks on one GPU"
-    print(json.dumps({"benchmark": "rdep", "world_size": world_size, "where": where, "results": results}))
+    report = {"benchmark": "rdep", "world_size": world_size, "where": where}
+    print(json.dumps(report | setting() | {"command": " ".join(sys.argv), "results": results}))
 
 
 if __name__ == "__main__":
