@@ -97,7 +97,6 @@ def _produce(
     BLOCK_H: gl.constexpr,
     PER_TILE: gl.constexpr,
     PAGE: gl.constexpr,
-    STAGES: gl.constexpr,
 ):
     pages_ptr, max_pages, next_ptr = source
     QUERIES: gl.constexpr = _M // BLOCK_H
@@ -188,7 +187,6 @@ def _attend(
     HEADS: gl.constexpr,
     BLOCK_H: gl.constexpr,
     PER_TILE: gl.constexpr,
-    STAGES: gl.constexpr,
     mine: gl.constexpr,
 ):
     """Warpgroup `mine`, 0 or 1: weighs every other tile of a span, and adds up half of the columns of all values."""
@@ -218,7 +216,7 @@ def _attend(
         for begin in range(0, group.context, group.span):
             tiles = (gl.minimum(group.span, group.context - begin) + _TILE - 1) // _TILE
             span_peak, span_weight, acc_0, acc_1, turns = attend_span(
-                shared, at, begin, tiles, last, turns, scale_log2, mine, STAGES
+                shared, at, begin, tiles, last, turns, scale_log2, mine
             )
             at += tiles
             mbarrier.arrive(shared.ring.q_bars.index(1), count=1, pred=begin + group.span >= group.context)
@@ -271,9 +269,9 @@ def _prefill_kernel(
     source = (pages_ptr, max_pages, next_ptr)
     gl.warp_specialize(
         [
-            (_attend, (shared, items, cut, rows, scale_log2, HEADS, BLOCK_H, PER_TILE, STAGES, 0)),
-            (_attend, (shared, items, cut, rows, scale_log2, HEADS, BLOCK_H, PER_TILE, STAGES, 1)),
-            (_produce, (shared, items, cut, descs, source, NOPE, HEADS, BLOCK_H, PER_TILE, PAGE, STAGES)),
+            (_attend, (shared, items, cut, rows, scale_log2, HEADS, BLOCK_H, PER_TILE, 0)),
+            (_attend, (shared, items, cut, rows, scale_log2, HEADS, BLOCK_H, PER_TILE, 1)),
+            (_produce, (shared, items, cut, descs, source, NOPE, HEADS, BLOCK_H, PER_TILE, PAGE)),
         ],
         [4, 1],
         [232, 24],

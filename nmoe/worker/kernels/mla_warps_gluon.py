@@ -85,8 +85,9 @@ def make_shared(descs, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _scores(shared, at, STAGES: gl.constexpr):
+def _scores(shared, at):
     """Start multiplying the queries by the keys of the ring's tile number `at`, [M, tile]."""
+    STAGES: gl.constexpr = shared.ring.k_rope.shape[0]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16])
     stage = at % STAGES
     s = warpgroup_mma_init(gl.zeros([_M, _TILE], gl.float32, S))
@@ -119,9 +120,10 @@ def _weigh(shared, turn, s, position, last, peak, scale_log2, mine: gl.constexpr
 
 
 @gluon.jit
-def _add(shared, at, whose: gl.constexpr, mine: gl.constexpr, span_sum, acc_0, acc_1, factor, STAGES: gl.constexpr):
+def _add(shared, at, whose: gl.constexpr, mine: gl.constexpr, span_sum, acc_0, acc_1, factor):
     """Start adding tile number `at` of the ring: its values times warpgroup `whose`'s weights, in this one's half of
     the columns, plus what was there times the tile's factor. The first warpgroup also adds the weights."""
+    STAGES: gl.constexpr = shared.ring.k_rope.shape[0]
     factor_O = gl.convert_layout(factor, gl.SliceLayout(1, acc_0.type.layout))[:, None]
     p = shared.weights.index(whose)
     if mine == 0:
@@ -136,9 +138,10 @@ def _add(shared, at, whose: gl.constexpr, mine: gl.constexpr, span_sum, acc_0, a
 
 
 @gluon.jit
-def _add_theirs(shared, at, factor, mine: gl.constexpr, span_sum, acc_0, acc_1, STAGES: gl.constexpr):
+def _add_theirs(shared, at, factor, mine: gl.constexpr, span_sum, acc_0, acc_1):
     """Add a tile weighed by the other warpgroup; then this one needs neither its weights nor its half any more."""
-    adding = _add(shared, at, 1 - mine, mine, span_sum, acc_0, acc_1, factor, STAGES)
+    STAGES: gl.constexpr = shared.ring.k_rope.shape[0]
+    adding = _add(shared, at, 1 - mine, mine, span_sum, acc_0, acc_1, factor)
     span_sum, acc_0, acc_1 = warpgroup_mma_wait(0, deps=adding)
     mbarrier.arrive(shared.weights_free.index(1 - mine), count=1)
     mbarrier.arrive(shared.ring.free.index(at % STAGES * 2 + mine), count=1)
@@ -146,19 +149,20 @@ def _add_theirs(shared, at, factor, mine: gl.constexpr, span_sum, acc_0, acc_1, 
 
 
 @gluon.jit
-def _add_own(shared, at, has_next, s, factor, mine: gl.constexpr, span_sum, acc_0, acc_1, STAGES: gl.constexpr):
+def _add_own(shared, at, has_next, s, factor, mine: gl.constexpr, span_sum, acc_0, acc_1):
     """Add a tile weighed by this warpgroup, and compute the scores of its next one, if the span has one. Adding ends
     first: the ring is short, so what is free must not wait until the next tile is there."""
-    adding = _add(shared, at, mine, mine, span_sum, acc_0, acc_1, factor, STAGES)
+    STAGES: gl.constexpr = shared.ring.k_rope.shape[0]
+    adding = _add(shared, at, mine, mine, span_sum, acc_0, acc_1, factor)
     span_sum, acc_0, acc_1 = warpgroup_mma_wait(0, deps=adding)
     mbarrier.arrive(shared.ring.free.index(at % STAGES * 2 + mine), count=1)
     if has_next:
-        s = warpgroup_mma_wait(0, deps=[_scores(shared, at + 2, STAGES)])
+        s = warpgroup_mma_wait(0, deps=[_scores(shared, at + 2)])
     return s, span_sum, acc_0, acc_1
 
 
 @gluon.jit
-def attend_span(shared, at, begin, tiles, last, turns, scale_log2, mine: gl.constexpr, STAGES: gl.constexpr):
+def attend_span(shared, at, begin, tiles, last, turns, scale_log2, mine: gl.constexpr):
     """Attend a span of `tiles` tiles, the first being the ring's number `at`. Returns the span's peak, the sum of its
     weights (first warpgroup only), and this one's half of its values, in two parts. `turns`, passed in and returned:
     how many tiles this warpgroup has weighed, and how many weighed by the other one it has added."""
@@ -173,28 +177,26 @@ def attend_span(shared, at, begin, tiles, last, turns, scale_log2, mine: gl.cons
     acc_1 = gl.zeros([_M, QUARTER], gl.float32, O)
     s = gl.zeros([_M, _TILE], gl.float32, S)
     if mine < tiles:
-        s = warpgroup_mma_wait(0, deps=[_scores(shared, at + mine, STAGES)])
+        s = warpgroup_mma_wait(0, deps=[_scores(shared, at + mine)])
     if mine == 0:
         peak, factor = _weigh(shared, turn, s, begin, last, peak, scale_log2, mine)
         turn += 1
-        s, weight, acc_0, acc_1 = _add_own(shared, at, tiles > 2, s, factor, mine, weight, acc_0, acc_1, STAGES)
+        s, weight, acc_0, acc_1 = _add_own(shared, at, tiles > 2, s, factor, mine, weight, acc_0, acc_1)
     for tile in range(2 - mine, tiles, 2):
         mbarrier.wait(shared.weighed.index(1 - mine), their_turn & 1)
         their_peak = shared.peaks.index(1 - mine).load(gl.SliceLayout(1, S))
         their_factor = shared.factors.index(1 - mine).load(gl.SliceLayout(1, O))
         # First, what the other warpgroup is waiting for.
         peak, factor = _weigh(shared, turn, s, begin + tile * _TILE, last, their_peak, scale_log2, mine)
-        weight, acc_0, acc_1 = _add_theirs(shared, at + tile - 1, their_factor, mine, weight, acc_0, acc_1, STAGES)
-        s, weight, acc_0, acc_1 = _add_own(
-            shared, at + tile, tile + 2 < tiles, s, factor, mine, weight, acc_0, acc_1, STAGES
-        )
+        weight, acc_0, acc_1 = _add_theirs(shared, at + tile - 1, their_factor, mine, weight, acc_0, acc_1)
+        s, weight, acc_0, acc_1 = _add_own(shared, at + tile, tile + 2 < tiles, s, factor, mine, weight, acc_0, acc_1)
         turn += 1
         their_turn += 1
     if (tiles - 1 - mine) % 2 != 0:
         mbarrier.wait(shared.weighed.index(1 - mine), their_turn & 1)
         peak = shared.peaks.index(1 - mine).load(gl.SliceLayout(1, S))
         their_factor = shared.factors.index(1 - mine).load(gl.SliceLayout(1, O))
-        weight, acc_0, acc_1 = _add_theirs(shared, at + tiles - 1, their_factor, mine, weight, acc_0, acc_1, STAGES)
+        weight, acc_0, acc_1 = _add_theirs(shared, at + tiles - 1, their_factor, mine, weight, acc_0, acc_1)
         their_turn += 1
     return peak, weight, acc_0, acc_1, (turn, their_turn)
 
