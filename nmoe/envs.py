@@ -24,6 +24,7 @@ def for_children(config: Config) -> dict[str, str]:
         values |= {
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
             "TRITON_CACHE_DIR": str(cache / "triton"),
+            "TRITON_DEFAULT_FP_FUSION": "1",  # what Triton did before 3.10, whose default differs; 3.9 warns of it
             "TORCH_EXTENSIONS_DIR": str(cache / "extensions"),
             "TORCH_BLAS_PREFER_CUBLASLT": "1",  # needed by exact products; setting it here avoids a warning from torch
             "NCCL_SOCKET_IFNAME": "lo",  # single node: rendezvous stays local

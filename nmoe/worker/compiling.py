@@ -55,8 +55,9 @@ class _Wanted:
     def __init__(self) -> None:
         self.kernels: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {}
 
-    def submit(self, key: str, compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], None]) -> None:
-        """Called by Triton for every kernel that this process has not compiled; repeatedly, if it is asked again."""
+    def submit(self, key: str, compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], None], *_: object) -> None:
+        """Called by Triton for every kernel that this process has not compiled; repeatedly, if it is asked again. Later
+        versions also give what takes back a result that this would return; it returns none."""
         self.kernels.setdefault(key, (compile_fn, finalize_fn))
 
 

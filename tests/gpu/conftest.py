@@ -9,3 +9,4 @@ collect_ignore_glob = [] if pathlib.Path("/dev/nvidiactl").exists() else ["*"]
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 # As in the workers (nmoe/envs.py).
 os.environ.setdefault("TORCH_BLAS_PREFER_CUBLASLT", "1")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
