@@ -266,7 +266,7 @@ class _Entry(msgspec.Struct):
 
 def _read_tensors(folder: pathlib.Path) -> dict[str, TensorInfo]:
     """Every tensor of the checkpoint: of the single file, or else of the shards that the index names."""
-    has_single = _has(folder / SINGLE)
+    has_single = is_there(folder / SINGLE)
     has_index = is_there(folder / INDEX)
     if not has_single and not has_index:
         raise CheckpointError(f"{folder}: {_no_weights(folder)}")
@@ -277,7 +277,7 @@ def _read_tensors(folder: pathlib.Path) -> dict[str, TensorInfo]:
     if has_single and SINGLE not in shards:
         log.warning("%s: has both %s and %s; as in transformers, the first is used", folder, SINGLE, INDEX)
         return _read_header(folder / SINGLE)
-    absent = [shard for shard in shards if not _is_file(folder / shard)]
+    absent = [shard for shard in shards if not _exists(folder / shard)]
     if absent:
         shown = [shard if shard.isprintable() else ascii(shard) for shard in absent[:_SHOWN]]
         raise CheckpointError(
@@ -300,14 +300,9 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     return weight_map
 
 
-def _has(file: pathlib.Path) -> bool:
-    """Whether it is there, and a file. Raises CheckpointError if a folder on the way may not be searched."""
-    return is_there(file) and file.is_file()
-
-
-def _is_file(path: pathlib.Path) -> bool:
+def _exists(path: pathlib.Path) -> bool:
     try:
-        return path.is_file()
+        return path.exists()
     except OSError:  # a name that is too long
         return False
 
@@ -322,6 +317,7 @@ def _no_weights(folder: pathlib.Path) -> str:
 
 def _read_header(file: pathlib.Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file. Raises CheckpointError unless its length matches its header."""
+    is_there(file)  # which refuses what is no regular file
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -397,7 +393,7 @@ def tokenizer_file(path: str | pathlib.Path) -> pathlib.Path:
     """The checkpoint's tokenizer.json. Raises CheckpointError saying what is there instead and how to convert it."""
     folder = config_file(path).parent
     file = folder / "tokenizer.json"
-    if _has(file):
+    if is_there(file):
         if "model" not in read_json(file):
             raise CheckpointError(f"{file}: is not a tokenizer of the tokenizers library (no 'model'); copy it again")
         return file

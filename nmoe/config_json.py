@@ -214,6 +214,7 @@ _NOT_YET = {"deepseek_v32": "its sparse attention (attention_type = 'dsa') does 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Read a JSON object from a checkpoint file. Raises CheckpointError naming the file and what is wrong with it."""
+    is_there(path)  # which refuses what is no regular file
     try:
         data = path.read_bytes()
         document = json.loads(data)
@@ -237,10 +238,14 @@ def is_lfs_pointer(path: pathlib.Path) -> bool:
 
 def is_there(path: pathlib.Path) -> bool:
     """Whether there is such a file. Raises CheckpointError if nobody may know: its folder cannot be searched, or it is
-    a link to nothing, as in a copy of a folder of links without what they point to."""
+    a link to nothing, as in a copy of a folder of links without what they point to. The same if it is no regular file:
+    reading a named pipe may never end."""
     try:
-        if path.exists():
+        if path.is_file():
             return True
+        if path.exists():
+            kind = "folder" if path.is_dir() else "named pipe" if path.is_fifo() else "device or socket"
+            raise CheckpointError(f"{path}: is not a regular file but a {kind}; copy the file itself")
         if path.is_symlink():
             raise CheckpointError(f"{path}: is a link to {os.readlink(path)}, which is not there; copy the file itself")
         return False

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 import pathlib
 import shutil
 import struct
@@ -300,9 +301,6 @@ def test_a_header_says_what_cannot_be(single, change):
 
 def test_files_that_cannot_be_read(single, sharded, monkeypatch):
     refused(single / ("x" * 300), "cannot be read", "name too long", "[model] path")
-    (single / "model.safetensors").unlink()
-    (single / "model.safetensors").mkdir()
-    refused(single, "neither", "download the weights")
 
     def forbidden(path, *arguments, **options):
         if path.suffix == ".safetensors":
@@ -468,6 +466,31 @@ def test_a_link_to_nothing_is_not_an_absent_file(single, target):
     (single / "tokenizer.json").rename(single / "elsewhere")
     (single / "tokenizer.json").symlink_to(target)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: is a link"):
+        tokenizer_file(single)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model-00002-of-00003.safetensors", INDEX])
+def test_what_is_no_regular_file_is_named(sharded, name):
+    """A named pipe would be waited for without end, a device read without end."""
+    (sharded / name).unlink()
+    os.mkfifo(sharded / name)
+    refused(sharded, f"{name}: is not a regular file but a named pipe; copy the file itself")
+    (sharded / name).unlink()
+    (sharded / name).mkdir()
+    refused(sharded, f"{name}: is not a regular file but a folder")
+    (sharded / name).rmdir()
+    (sharded / name).symlink_to("/dev/null")
+    refused(sharded, f"{name}: is not a regular file but a device")
+
+
+@pytest.mark.timeout(20)
+def test_the_single_file_and_the_tokenizer_are_regular_files(single):
+    for name in ("model.safetensors", "tokenizer.json"):
+        (single / name).unlink()
+        os.mkfifo(single / name)
+    refused(single, "model.safetensors: is not a regular file but a named pipe")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is not a regular file but a named pipe"):
         tokenizer_file(single)
 
 

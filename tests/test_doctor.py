@@ -141,6 +141,16 @@ def test_a_tokenizer_that_the_frontend_would_refuse(tmp_path, name, content, say
     assert found.status == "fail" and name in found.detail and says in found.detail and "again" in found.remedy
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"])
+def test_a_tokenizers_file_that_is_a_named_pipe(tmp_path, name):
+    for each in {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} - {name}:
+        (tmp_path / each).symlink_to(pathlib.Path(DEMO) / each)
+    os.mkfifo(tmp_path / name)
+    found = row(doctor.checks(vary(CPU, model={"path": str(tmp_path)})), "tokenizer")
+    assert found.status == "fail" and f"{name}: is not a regular file" in found.detail and "copy" in found.remedy
+
+
 @pytest.fixture
 def forbid(monkeypatch):
     """Makes a folder one that may not be searched: those who run the tests may be allowed everything."""
