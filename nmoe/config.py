@@ -191,8 +191,11 @@ def load_config(path: str | pathlib.Path) -> Config:
     try:
         document = tomli.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise ConfigError(str(path), [f"cannot be read: {error.strerror}; check the path after --config"]) from None
-    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        problem = f"cannot be read: {error.strerror}; check the path after --config and its permissions"
+        raise ConfigError(str(path), [problem]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), [f"is not UTF-8, as TOML must be ({error}); save it as UTF-8"]) from None
+    except tomli.TOMLDecodeError as error:
         raise ConfigError(str(path), [f"is not valid TOML: {error}"]) from None
 
     kinds = {field.name: field.type for field in msgspec.structs.fields(Config)}

@@ -221,7 +221,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         if _SURROGATE.search(data):  # of a half alone Python makes a string that nothing can be done with
             json.dumps(document, ensure_ascii=False).encode()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; check [model] path") from None
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror}; check [model] path and the file's permissions"
+        ) from None
     except (ValueError, RecursionError) as error:
         remedy = "run `git lfs pull` in its folder" if is_lfs_pointer(path) else "copy it again from the original"
         raise CheckpointError(f"{path}: is not valid JSON ({error}); {remedy}") from None

@@ -241,9 +241,8 @@ def _gpus(facts: Facts) -> Row | None:
     if facts.gpus is None:
         return None
     if facts.gpus.problem:
-        return Row(
-            "GPUs", "fail", f"NVML: {facts.gpus.problem}", "install the NVIDIA driver and see that nvidia-smi runs"
-        )
+        remedy = "install the NVIDIA driver and see that nvidia-smi runs, or set [parallel] device = 'cpu'"
+        return Row("GPUs", "fail", f"NVML: {facts.gpus.problem}", remedy)
     found, needed = len(facts.gpus.gpus), facts.config.parallel.world_size
     names = ", ".join(sorted({gpu.name for gpu in facts.gpus.gpus}))
     if found < needed:

@@ -60,7 +60,9 @@ class Recorder:
             self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
             os.set_blocking(self._fd, True)
         except OSError as error:
-            raise NmoeError(f"[trace] record = {path!r}: cannot be opened: {error.strerror}") from error
+            raise NmoeError(
+                f"[trace] record = {path!r}: cannot be opened: {error.strerror}; set it to a file that you may write"
+            ) from error
         self._path = path
         self._records: queue.Queue[Callable[[], Record] | None] = queue.Queue()
         self._dropped = 0  # since the last one was queued

@@ -233,8 +233,15 @@ def test_the_cache_holds_a_prompt_and_an_answer(tmp_path, length):
 def test_broken_toml_and_absent_files_are_config_errors(tmp_path):
     (problem,) = problems(tmp_path, "[model\n")
     assert "not valid TOML" in problem and "line 1" in problem
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"cannot be read: No such file .*; check the path after --config"):
         load_config(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_file_in_another_encoding_is_told_which_it_needs(tmp_path, encoding):
+    (tmp_path / "config.toml").write_text('[model]\npath = "modèle"', encoding=encoding)
+    with pytest.raises(ConfigError, match=r"is not UTF-8.*save it as UTF-8"):
+        load_config(tmp_path / "config.toml")
 
 
 def test_the_message_names_the_file_and_every_problem(tmp_path):

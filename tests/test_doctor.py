@@ -284,7 +284,7 @@ def test_capacity_of_a_cache_that_fills_the_memory():
 @pytest.mark.parametrize(
     ("changes", "name", "detail", "remedy"),
     [
-        ({"problem": "Library Not Found"}, "GPUs", "Library Not Found", "install the NVIDIA driver"),
+        ({"problem": "Library Not Found"}, "GPUs", "Library Not Found", "or set [parallel] device = 'cpu'"),
         ({"gpus": (GPU, GPU)}, "GPUs", "2 for world_size = 8 (H100)", "at most 2"),
         ({"gpus": (GPU,) * 7 + (BLACKWELL,)}, "kernels", "compute capability 10.0: needs 9.0", "device = 'cpu'"),
         ({"cuda": (12, 8)}, "driver", "CUDA 12.8", "CUDA 13.0"),

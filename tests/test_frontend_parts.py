@@ -302,7 +302,7 @@ def test_trace_lines_of_several_recorders_do_not_mix(tmp_path):
 
 
 def test_a_trace_that_cannot_be_written_stops_the_start(tmp_path):
-    with pytest.raises(NmoeError, match=r"\[trace\] record = .*: cannot be opened: No such file or directory"):
+    with pytest.raises(NmoeError, match=r"\[trace\] record = .*: cannot be opened: No such file .*; set it to"):
         Recorder(str(tmp_path / "no" / "trace.jsonl"))
 
 
