@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import json
 import logging
+import math
 import os
 import pathlib
 import resource
@@ -24,7 +25,8 @@ from rich.table import Table
 from rich.text import Text
 
 from nmoe import envs, gpus
-from nmoe.checkpoint import Checkpoint, open_checkpoint, tokenizer_file
+from nmoe.architecture import expected_tensors
+from nmoe.checkpoint import QUANTISED, Checkpoint, open_checkpoint, tokenizer_file
 from nmoe.config import Config
 from nmoe.config_json import is_there
 from nmoe.errors import CheckpointError, LaunchError
@@ -161,10 +163,11 @@ def _tokenizer(facts: Facts) -> Row | None:
 
 
 def _weight_bytes(facts: Facts, checkpoint: Checkpoint) -> int:
-    """Weight bytes of one rank. FP8 weights stay FP8 on a GPU and are expanded on the CPU."""
+    """Weight bytes of one rank. FP8 weights are expanded on the CPU and stay FP8 on a GPU, beside bfloat16 ones."""
     architecture, world_size = checkpoint.architecture, facts.config.parallel.world_size
     if architecture.quant_block and facts.config.parallel.device == "cuda":
-        return architecture.num_params(world_size)
+        others = (math.prod(shape) for name, shape in expected_tensors(architecture) if not QUANTISED.fullmatch(name))
+        return architecture.num_params(world_size) + sum(others)
     return architecture.weight_bytes(checkpoint.dtype, world_size)
 
 
