@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from nmoe.metrics import SPECS
+
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "nmoe"
 SIBLINGS = ("frontend", "scheduler", "worker")
@@ -163,3 +165,22 @@ def test_the_structure_page_names_every_module_and_no_other():
     documented = {str(path.relative_to(PACKAGE)) for path in MODULES if path.read_text(encoding="utf-8").strip()}
     assert documented - listed == set()
     assert listed - documented == set()
+
+
+def test_the_operators_page_names_every_metric_check_and_error_code():
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    metrics = {spec.name + ("_total" if spec.kind == "counter" else "") for spec in SPECS if spec.exposed}
+    sources = {path: path.read_text(encoding="utf-8") for path in MODULES}
+    codes = {code for path, source in sources.items() if folder(path) for code in re.findall(r'code="(\w+)"', source)}
+    checks = set(re.findall(r'Row\(\s*"([\w ]+)"', sources[PACKAGE / "doctor.py"]))
+    assert len(metrics) > 20 and len(codes) > 10 and len(checks) > 10
+    assert [name for name in sorted(metrics | codes) if f"`{name}`" not in page] == []
+    assert [name for name in sorted(checks) if f"\n| {name} |" not in page] == []
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.stem
+)
+def test_the_pages_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
