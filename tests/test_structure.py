@@ -4,6 +4,7 @@ import ast
 import json
 import pathlib
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "nmoe"
 SIBLINGS = ("frontend", "scheduler", "worker")
 MAX_LINES = 500
+BATCHES = (1, 16, 64, 128, 256)  # in the README's table
 COMMAND_LINE_SECONDS = 1.5  # to import it; measured 0.2 s on an idle machine, so this bound is about weight, not luck
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts)
@@ -176,6 +178,15 @@ def test_the_operators_page_names_every_metric_check_and_error_code():
     assert len(metrics) > 20 and len(codes) > 10 and len(checks) > 10
     assert [name for name in sorted(metrics | codes) if f"`{name}`" not in page] == []
     assert [name for name in sorted(checks) if f"\n| {name} |" not in page] == []
+
+
+def test_the_readmes_figures_are_the_results():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    results = json.loads((ROOT / "benchmarks" / "results" / "h100-moonlight-decode.json").read_text(encoding="utf-8"))
+    for name, key, layout in (("nmoe", "step_ms", ".2f"), ("of which reading", "of_floor", ".0%")):
+        measured = {batch: [each[key] for each in results["results"] if each["batch"] == batch] for batch in BATCHES}
+        cells = " | ".join(format(statistics.mean(figures), layout) for figures in measured.values())
+        assert f"| {name} | {cells} |" in readme
 
 
 @pytest.mark.parametrize(
