@@ -1,6 +1,7 @@
 """The TOML file: every problem is found at once and named; the set of keys is frozen; the shipped files load."""
 
 import pathlib
+import re
 
 import msgspec
 import pytest
@@ -261,6 +262,13 @@ def test_complete_files_have_every_key(name):
 
     document = tomli.loads((ROOT / "configs" / f"{name}.toml").read_text(encoding="utf-8"))
     assert {section: set(table) for section, table in document.items()} == KNOBS
+
+
+def test_every_key_of_the_production_file_is_explained():
+    lines = (ROOT / "configs" / "production.toml").read_text(encoding="utf-8").splitlines()
+    keys = [line for line in lines if " = " in line and not line.startswith("#")]
+    assert len(keys) == sum(map(len, KNOBS.values()))
+    assert [line for line in keys if not re.search(r" # \S.+", line)] == []
 
 
 def test_the_readme_documents_every_key():
