@@ -2,6 +2,7 @@
 
 import array
 import asyncio
+import errno
 import json
 import os
 import pathlib
@@ -266,7 +267,7 @@ def test_a_template_that_refuses_is_a_400(tmp_path, source):
     assert caught.value.status == 400 and caught.value.param == "messages"
 
 
-def test_a_broken_template_is_the_checkpoints_fault(tmp_path):
+def test_a_broken_template_is_the_checkpoints_fault(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: the chat template is not valid: line 1"):
         template_of(tmp_path, "{% if %}")
     for source in (5, ["a"], [{"nam": "default"}]):
@@ -275,7 +276,17 @@ def test_a_broken_template_is_the_checkpoints_fault(tmp_path):
     with pytest.raises(CheckpointError, match=r"a special token of tokenizer_config\.json .* neither a text nor"):
         template_of(tmp_path, "a", bos_token={"x": 1})
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe{{")
-    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: is not UTF-8"):
+        template_of(tmp_path, "a")
+
+    def forbidden(path, *arguments, **options):
+        if path.suffix == ".jinja":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return reads(path, *arguments, **options)
+
+    reads = pathlib.Path.read_text
+    monkeypatch.setattr(pathlib.Path, "read_text", forbidden)  # who runs the tests may be allowed everything
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: cannot be read: Permission denied; check"):
         template_of(tmp_path, "a")
 
 

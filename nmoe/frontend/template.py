@@ -118,8 +118,10 @@ def load_template(folder: pathlib.Path, config: dict[str, Any]) -> ChatTemplate 
         raise CheckpointError(
             f"{where}: the chat template is not valid: line {error.lineno}: {error}; copy it again from the original"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{where}: cannot be read: {error}; copy it again from the original") from None
+    except OSError as error:
+        raise CheckpointError(f"{where}: cannot be read: {error.strerror}; check the file's permissions") from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{where}: is not UTF-8 ({error}); copy it again from the original") from None
 
 
 def _default(where: pathlib.Path, config: dict[str, Any]) -> str | None:
