@@ -86,7 +86,7 @@ async def test_wrong_paths_and_methods(rig, method, path, status, says):
         (b'{"prompt": "a", "max_tokens": NaN}', "JSON"),
         (b'{"prompt": "a", "prompt": "b"}', "prompt"),
         (b'{"prompt": "a", "max_tokens": 1000000000000000000000000000000}', "max_tokens"),
-        (b'{"prompt": "a", "tools": []}', "tools: not supported"),
+        (b'{"prompt": "a", "tools": [{}]}', "tools: not supported"),
         (b'{"prompt": "' + b"a" * 100_000 + b'", "seed": "x"}', "seed"),  # large enough for a thread
     ],
 )

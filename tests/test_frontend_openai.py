@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nmoe.errors import RequestError
 from nmoe.frontend.body import parse_object
 from nmoe.frontend.openai import Call, parse_call, parse_tokenize
-from nmoe.frontend.schema import FIELDS
+from nmoe.frontend.schema import ASKS_NOTHING, FIELDS, FOREIGN
 from nmoe.outputs import Returns
 
 properties = settings(derandomize=True, deadline=None, max_examples=200)
@@ -261,6 +261,36 @@ def test_what_has_to_come_back(endpoint, fields, returns):
 def test_null_is_absent():
     nothing = dict.fromkeys([*FIELDS["completions"], "top_logprobs", "tools"])
     assert parse_call("completions", {**nothing, "prompt": "a"}) == parse_call("completions", {"prompt": "a"})
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+def test_what_asks_for_nothing_is_taken(endpoint):
+    """Many clients send these whether they mean anything by them or not; with another value they are refused."""
+    prompt = {"prompt": "a"} if endpoint == "completions" else {"messages": [USER]}
+    assert set(ASKS_NOTHING) <= FOREIGN
+    for field, values in ASKS_NOTHING.items():
+        for value in values:
+            assert parse_call(endpoint, {**prompt, field: value}) == parse_call(endpoint, prompt)
+        if field not in FIELDS[endpoint]:
+            assert refused(endpoint, **prompt, **{field: "else"}).param == field
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tool_choice", "required"),
+        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "text", "schema": {}}),
+        ("store", True),
+        ("best_of", 2),
+        ("skip_special_tokens", False),
+        ("include_stop_str_in_output", True),
+    ],
+)
+def test_what_asks_for_something_is_not(field, value):
+    error = refused("chat", messages=[USER], **{field: value})
+    assert error.param == field and str(error) == f"{field}: not supported; leave it out"
 
 
 def test_stop_may_be_one_string():

@@ -1,7 +1,7 @@
 """OpenAI's requests: turns a JSON object into a `Call`, or into a 400 that names the field.
 
 Every field is checked on its own against `schema.py`; then contradictions between fields are. null means absent, as
-OpenAI's clients send it. What is not supported here is refused, never ignored.
+OpenAI's clients send it. What is not supported here is refused, never ignored, unless it asks for nothing.
 """
 
 import difflib
@@ -13,6 +13,7 @@ import msgspec
 
 from nmoe.errors import RequestError
 from nmoe.frontend.schema import (
+    ASKS_NOTHING,
     DETOKENIZE,
     FIELDS,
     FOREIGN,
@@ -187,6 +188,8 @@ def _read(document: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
         if value is None and (name in fields or name in FOREIGN):
             continue
         if name not in fields:
+            if value in ASKS_NOTHING.get(name, []):
+                continue
             raise _unknown(name, list(fields))
         values[name] = _convert(name, value, fields[name])
     return values

@@ -160,3 +160,24 @@ _FOREIGN_NAMES = """
     spaces_between_special_tokens truncate_prompt_tokens length_penalty use_beam_search reasoning
 """
 FOREIGN = frozenset(_FOREIGN_NAMES.split())
+# Values of such fields that ask for nothing. Many clients send them in every request.
+ASKS_NOTHING: dict[str, list[Any]] = {
+    "tools": [[]],
+    "tool_choice": ["none", "auto"],
+    "parallel_tool_calls": [True, False],
+    "functions": [[]],
+    "function_call": ["none", "auto"],
+    "response_format": [{"type": "text"}],
+    "modalities": [["text"]],
+    "store": [False],
+    "service_tier": ["auto", "default"],
+    "echo": [False],
+    "suffix": [""],
+    "best_of": [1],
+    "use_beam_search": [False],
+    "length_penalty": [1],
+    "bad_words": [[]],
+    "skip_special_tokens": [True],
+    "spaces_between_special_tokens": [True, False],  # special tokens are never shown
+    "include_stop_str_in_output": [False],
+}
