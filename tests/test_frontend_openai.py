@@ -158,6 +158,12 @@ def test_wrong_prompts_and_contradictions(endpoint, document, param):
     assert error.param == param and str(error).startswith(param)
 
 
+def test_a_message_may_say_that_it_is_text():
+    """As lm-evaluation-harness does in every chat."""
+    plain, typed = (parse_call("chat", {"messages": [message]}) for message in (USER, USER | {"type": "text"}))
+    assert plain == typed
+
+
 def test_an_unknown_role_is_told_the_known_ones():
     error = refused("chat", messages=[{"role": "robot", "content": "a"}])
     assert str(error).endswith("one of system, developer, user, assistant, tool")
@@ -187,6 +193,7 @@ def test_a_field_that_is_not_the_endpoints_is_refused_with_a_remedy(endpoint, fi
     [
         ({"name": "b"}, "messages[0].name", "leave it out"),
         ({"content": [{"type": "image_url"}]}, "messages[0].content[0].type", "only text is supported"),
+        ({"type": "image_url"}, "messages[0].type", "only text is supported"),
         ({"tool_calls": [CALL | {"type": "custom"}]}, "messages[0].tool_calls[0].type", "only function is supported"),
     ],
 )
