@@ -323,6 +323,14 @@ async def test_tools_results_and_template_variables_reach_the_template(tmp_path)
         assert ids == ids_of("user:a;assistant:None[c1 f{\"x\":1}];tool:42(c1);['good']")[1:]
 
 
+async def test_names_reach_the_template(tmp_path):
+    """A message without one has none, so that templates may ask whether it is there."""
+    template = "{% for m in messages %}{{ m.name if 'name' in m else m.role }}: {{ m.content }};{% endfor %}"
+    async with Rig(write_model(tmp_path, template=template)) as rig:
+        messages = [USER | {"name": "ann"}, {"role": "assistant", "content": "b", "name": None}]
+        assert await chat_prompt(rig, messages=messages) == ids_of("ann: a;assistant: b;")[1:]
+
+
 async def test_a_template_that_fails_is_the_requests_fault(tmp_path):
     async with Rig(write_model(tmp_path, template="{{ messages[0].content + 1 }}{{ x | length }}")) as rig:
         for kwargs in ({}, {"x": 5}, {"x": [[[]]]}):

@@ -146,7 +146,8 @@ def test_wrong_fields_are_named(endpoint, field, value, says):
         ("chat", {"messages": [{"role": "user"}]}, "messages[0]"),
         ("chat", {"messages": [{"role": "user", "content": None}]}, "messages[0]"),
         ("chat", {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
-        ("chat", {"messages": [{**USER, "name": "x"}]}, "messages[0].name"),
+        ("chat", {"messages": [{**USER, "name": 5}]}, "messages[0].name"),
+        ("chat", {"messages": [{**USER, "mood": "x"}]}, "messages[0].mood"),
         ("chat", {"messages": [{**USER, "content": [{"type": "text", "a": 1}]}]}, "messages[0].content[0].a"),
         ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
         ("chat", {"messages": [USER], "prompt": "a"}, "prompt"),
@@ -191,7 +192,7 @@ def test_a_field_that_is_not_the_endpoints_is_refused_with_a_remedy(endpoint, fi
 @pytest.mark.parametrize(
     ("message", "param", "remedy"),
     [
-        ({"name": "b"}, "messages[0].name", "leave it out"),
+        ({"mood": "b"}, "messages[0].mood", "leave it out"),
         ({"content": [{"type": "image_url"}]}, "messages[0].content[0].type", "only text is supported"),
         ({"type": "image_url"}, "messages[0].type", "only text is supported"),
         ({"tool_calls": [CALL | {"type": "custom"}]}, "messages[0].tool_calls[0].type", "only function is supported"),
@@ -448,6 +449,7 @@ def test_all_that_a_template_may_write_counts_as_text():
     called = {"id": "1", "function": {"name": "f", "arguments": long}}
     for fields in (
         {"messages": [{"role": "user", "content": long}]},
+        {"messages": [{**USER, "name": long}]},
         {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [called]}]},
         {"messages": [USER], "chat_template_kwargs": {"a": {"b": [1, [long]]}}},
     ):

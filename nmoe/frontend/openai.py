@@ -170,7 +170,7 @@ def _characters(texts: Iterable[Any]) -> int:
 
 def _written(conversation: Conversation) -> int:
     """The most characters of a conversation that its template may write: everything the client sent in it."""
-    count = _characters(message.text for message in conversation.messages)
+    count = _characters(text for message in conversation.messages for text in (message.text, message.name))
     for call in (call for message in conversation.messages for call in message.tool_calls):
         count += len(call.id) + len(call.function.name) + len(call.function.arguments)
     containers: list[Any] = [conversation.template_kwargs]  # not recursive: the client controls the nesting

@@ -50,6 +50,7 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     content: str | list[TextPart] | None = None
     tool_calls: list[ToolCall] = []  # the assistant's
     tool_call_id: str | None = None  # a tool's: which call it answers
+    name: str | None = None  # of the participant, for templates that show it
     type: Literal["text"] = "text"  # what the content is; lm-evaluation-harness says so in every message
 
     @property

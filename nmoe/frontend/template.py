@@ -83,6 +83,8 @@ def _plain(message: ChatMessage) -> dict[str, Any]:
         plain["tool_calls"] = msgspec.to_builtins(message.tool_calls)
     if message.tool_call_id is not None:
         plain["tool_call_id"] = message.tool_call_id
+    if message.name is not None:
+        plain["name"] = message.name
     return plain
 
 
