@@ -64,7 +64,7 @@ shared = {
     "repetition_penalty": some(st.floats(0.01, 2)),
     "logit_bias": some(st.dictionaries(st.integers(0, VOCAB - 1).map(str), st.floats(-100, 100), max_size=5)),
     "seed": some(st.integers(-(2**63), 2**63 - 1)),
-    "stop": some(texts | st.lists(texts, max_size=4)),
+    "stop": some(texts | st.lists(texts, max_size=16)),
     "stop_token_ids": some(st.lists(st.integers(0, VOCAB - 1), max_size=16)),
     "min_tokens": some(st.integers(0, 4)),
     "max_tokens": some(st.integers(4, 8)),

@@ -48,7 +48,7 @@ WRONG = [
     ("stop_token_ids", [1.0], "[0]: expected `int`, got `float`"),
     ("stop_token_ids", [1, float(1 << 70)], "[1]: expected `int` of at most 64 bits"),
     ("seed", -(1 << 63) - 1, "int"),
-    ("stop", ["a", "b", "c", "d", "e"], "<= 4"),
+    ("stop", ["a"] * 17, "<= 16"),
     ("stop", "", "must not be empty"),
     ("stop", ["a", ""], "must not be empty"),
     ("stop", 5, "expected `str | array`"),
@@ -299,6 +299,12 @@ def test_what_asks_for_nothing_is_taken(endpoint):
 def test_what_asks_for_something_is_not(field, value):
     error = refused("chat", messages=[USER], **{field: value})
     assert error.param == field and str(error) == f"{field}: not supported; leave it out"
+
+
+def test_as_many_stop_strings_as_clients_send():
+    """Harnesses for code send more than the 4 that OpenAI takes, and editors' completion up to DeepSeek's 16."""
+    stops = [f"\n{place}" for place in range(16)]
+    assert parse_call("completions", {"prompt": "a", "stop": stops}).stop == tuple(stops)
 
 
 def test_stop_may_be_one_string():

@@ -11,7 +11,7 @@ from nmoe.outputs import MAX_SCORED, MAX_TOP_K
 
 Endpoint = Literal["completions", "chat", "generate"]
 
-MAX_STOPS = 4
+MAX_STOPS = 16  # as DeepSeek's own API takes; OpenAI's takes 4
 MAX_STOP_IDS = 16  # every token of every request is compared with all of them
 MAX_BIASES = 1024
 MAX_LIKELIEST = 20  # tokens at each position in OpenAI's and vLLM's formats
