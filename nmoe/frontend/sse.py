@@ -55,6 +55,7 @@ class EventStream:
         """Send the response's head and what precedes the first text; from here on tokens are sent as they come."""
         response = web.StreamResponse(headers={**headers, hdrs.CACHE_CONTROL: "no-cache"})
         response.content_type = "text/event-stream"
+        response.charset = "utf-8"  # requests, among others, takes text without one for Latin-1
         if request.version >= HttpVersion11:
             response.enable_chunked_encoding()
         else:
