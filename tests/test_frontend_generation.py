@@ -134,17 +134,20 @@ async def test_stream(rig, is_chat):
     assert not any("usage" in chunk for chunk in found)
 
 
-async def test_a_stream_says_that_it_is_utf_8(rig):
-    """Some clients, requests for one, read text of which they are not told this as Latin-1."""
+async def test_a_streams_headers(rig):
+    """Some clients, requests for one, read text of which they are not told that it is UTF-8 as Latin-1; nginx holds
+    events back unless it is told not to."""
 
     async def read():
         async with rig.post(COMPLETIONS, prompt="a", stream=True) as response:
             await response.read()
-            return response.headers["Content-Type"]
+            return response.headers
 
     reading = run(read())
     await rig.tokens(await rig.next(Submit), "ü", "length")
-    assert await reading == "text/event-stream; charset=utf-8"
+    headers = await reading
+    assert headers["Content-Type"] == "text/event-stream; charset=utf-8" and headers["Cache-Control"] == "no-cache"
+    assert headers["X-Accel-Buffering"] == "no"
 
 
 async def test_an_event_is_one_line_to_every_client(rig):

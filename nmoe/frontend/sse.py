@@ -53,7 +53,8 @@ class EventStream:
     @classmethod
     async def open(cls, request: web.BaseRequest, headers: dict[str, str], answer: Answer) -> "EventStream":
         """Send the response's head and what precedes the first text; from here on tokens are sent as they come."""
-        response = web.StreamResponse(headers={**headers, hdrs.CACHE_CONTROL: "no-cache"})
+        # By default nginx holds a response back until a buffer is full; it takes the second header as its own setting.
+        response = web.StreamResponse(headers={**headers, hdrs.CACHE_CONTROL: "no-cache", "X-Accel-Buffering": "no"})
         response.content_type = "text/event-stream"
         response.charset = "utf-8"  # requests, among others, takes text without one for Latin-1
         if request.version >= HttpVersion11:
