@@ -180,6 +180,10 @@ def test_an_unknown_role_is_told_the_known_ones():
         ("generate", "stream", "it belongs to /v1/completions, /v1/chat/completions"),
         ("chat", "logits", "it belongs to /v1/generate"),
         ("chat", "tools", "leave it out"),
+        ("chat", "logits_processors", "leave it out"),
+        ("chat", "mm_processor_kwargs", "leave it out"),
+        ("chat", "thinking_token_budget", "leave it out"),
+        ("completions", "prompt_embeds", "leave it out"),
         ("completions", "max_token", "did you mean max_tokens?"),
     ],
 )

@@ -157,9 +157,12 @@ REQUIRED: dict[Endpoint, str] = {"completions": "prompt", "chat": "messages", "g
 _FOREIGN_NAMES = """
     top_logprobs echo best_of suffix tools tool_choice functions function_call response_format
     parallel_tool_calls store service_tier modalities audio prediction reasoning_effort verbosity
-    guided_json structured_outputs chat_template add_special_tokens skip_special_tokens include_stop_str_in_output
-    web_search_options safety_identifier prompt_cache_key logit_processors bad_words allowed_token_ids documents
-    spaces_between_special_tokens truncate_prompt_tokens length_penalty use_beam_search reasoning
+    guided_json guided_choice guided_regex guided_grammar guided_decoding_backend guided_whitespace_pattern
+    structured_outputs chat_template add_special_tokens skip_special_tokens include_stop_str_in_output
+    web_search_options safety_identifier prompt_cache_key prompt_cache_retention logits_processors bad_words
+    allowed_token_ids documents spaces_between_special_tokens truncate_prompt_tokens truncation_side length_penalty
+    use_beam_search reasoning include_reasoning thinking_token_budget prompt_embeds mm_processor_kwargs
+    media_io_kwargs cache_salt request_id session_id kv_transfer_params vllm_xargs repetition_detection stream_interval
 """
 FOREIGN = frozenset(_FOREIGN_NAMES.split())
 # Values of such fields that ask for nothing. Many clients send them in every request.
@@ -179,6 +182,7 @@ ASKS_NOTHING: dict[str, list[Any]] = {
     "use_beam_search": [False],
     "length_penalty": [1],
     "bad_words": [[]],
+    "include_reasoning": [True],
     "skip_special_tokens": [True],
     "spaces_between_special_tokens": [True, False],  # special tokens are never shown
     "include_stop_str_in_output": [False],
