@@ -259,6 +259,13 @@ async def test_what_does_not_fit_the_model(rig, fields, param):
     assert status == 400 and document["error"]["param"] == param
 
 
+async def test_a_limit_that_does_not_fit_is_called_what_the_client_called_it(rig):
+    for field in ("max_tokens", "max_completion_tokens"):
+        status, _, document = await rig.ask(CHAT, messages=[USER], **{field: MAX_SEQ_LEN})
+        assert status == 400 and document["error"]["param"] == field
+        assert document["error"]["message"].startswith(f"{field} = {MAX_SEQ_LEN}: ")
+
+
 # ----------------------------------------------------------------------------------------------------------------- chat
 
 

@@ -152,6 +152,7 @@ def test_wrong_fields_are_named(endpoint, field, value, says):
         ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
         ("chat", {"messages": [USER], "prompt": "a"}, "prompt"),
         ("chat", {"messages": [USER], "max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
+        ("chat", {"messages": [USER], "max_completion_tokens": 0}, "max_completion_tokens"),
     ],
 )
 def test_wrong_prompts_and_contradictions(endpoint, document, param):

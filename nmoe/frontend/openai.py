@@ -49,6 +49,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     conversation: Conversation | None = None  # chat
     n: int = 1
     max_tokens: int | None = None
+    limit_field: str = "max_tokens"  # what the client called it
     min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
@@ -302,6 +303,8 @@ def _conversation(values: dict[str, Any]) -> Conversation:
 def _settle_lengths(values: dict[str, Any]) -> None:
     """`max_completion_tokens` is the newer name for `max_tokens`."""
     newer = values.pop("max_completion_tokens", None)
+    field = "max_tokens" if newer is None or "max_tokens" in values else "max_completion_tokens"
+    values["limit_field"] = field
     if newer is not None and values.setdefault("max_tokens", newer) != newer:
         raise RequestError(
             f"max_completion_tokens = {newer} contradicts max_tokens = {values['max_tokens']}; send one of them",
@@ -309,7 +312,7 @@ def _settle_lengths(values: dict[str, Any]) -> None:
         )
     least, most = values.get("min_tokens", 0), values.get("max_tokens")
     if most is not None and least > most:
-        raise RequestError(f"min_tokens = {least}: more than max_tokens = {most}", param="min_tokens")
+        raise RequestError(f"min_tokens = {least}: more than {field} = {most}", param="min_tokens")
 
 
 def _settle_stops(values: dict[str, Any]) -> None:
@@ -388,8 +391,9 @@ def _check_scoring(values: dict[str, Any]) -> None:
     """If nothing is generated, something must be asked of the prompt."""
     asked = ("echo", "return_routed_experts")
     if values.get("max_tokens") == 0 and values.get("prompt_logprobs") is None and not any(map(values.get, asked)):
+        field = values["limit_field"]
         raise RequestError(
-            "max_tokens = 0: nothing would come back; ask for something of the prompt (prompt_logprobs, echo with"
+            f"{field} = 0: nothing would come back; ask for something of the prompt (prompt_logprobs, echo with"
             " logprobs, return_routed_experts), or for tokens",
-            param="max_tokens",
+            param=field,
         )

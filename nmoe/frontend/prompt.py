@@ -172,9 +172,9 @@ def output_limit(call: Call, prompt: Prompt, max_seq_len: int) -> int:
         limit = room if call.endpoint == "chat" else min(_COMPLETION_TOKENS, room)
     if limit > room:
         raise RequestError(
-            f"max_tokens = {limit}: with a prompt of {len(prompt.ids)} tokens at most {room} fit in the context of"
-            f" {max_seq_len} tokens",
-            param="max_tokens",
+            f"{call.limit_field} = {limit}: with a prompt of {len(prompt.ids)} tokens at most {room} fit in the context"
+            f" of {max_seq_len} tokens",
+            param=call.limit_field,
             code="context_length_exceeded",
         )
     if call.min_tokens > limit:
