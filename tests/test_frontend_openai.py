@@ -208,6 +208,11 @@ def test_what_a_message_may_not_have_is_refused_with_a_remedy(message, param, re
     assert error.param == param and str(error).endswith(f"; {remedy}")
 
 
+def test_a_chat_is_not_told_to_echo():
+    assert "echo with logprobs" in str(refused("completions", prompt="a", max_tokens=0))
+    assert "echo" not in str(refused("chat", messages=[USER], max_tokens=0))
+
+
 def test_two_names_of_one_length():
     for fields in ({"max_tokens": 5}, {"max_completion_tokens": 5}, {"max_tokens": 5, "max_completion_tokens": 5}):
         assert parse_call("chat", {"messages": [USER], **fields}).max_tokens == 5

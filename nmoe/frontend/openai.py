@@ -392,8 +392,9 @@ def _check_scoring(values: dict[str, Any]) -> None:
     asked = ("echo", "return_routed_experts")
     if values.get("max_tokens") == 0 and values.get("prompt_logprobs") is None and not any(map(values.get, asked)):
         field = values["limit_field"]
+        echo = "" if "conversation" in values else "echo with logprobs, "
         raise RequestError(
-            f"{field} = 0: nothing would come back; ask for something of the prompt (prompt_logprobs, echo with"
-            " logprobs, return_routed_experts), or for tokens",
+            f"{field} = 0: nothing would come back; ask for something of the prompt (prompt_logprobs, {echo}"
+            "return_routed_experts), or for tokens",
             param=field,
         )
