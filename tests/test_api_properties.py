@@ -71,6 +71,7 @@ shared = {
     "ignore_eos": some(st.booleans()),
     "stream": some(st.booleans()),
     "return_token_ids": some(st.booleans()),
+    "return_tokens_as_token_ids": some(st.booleans()),
     "priority": some(st.integers(-(2**31), 2**31 - 1)),
     "profile": some(st.sampled_from([*PROFILES])),
     "prompt_logprobs": some(st.integers(0, 20)),

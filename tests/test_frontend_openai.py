@@ -302,6 +302,7 @@ def test_what_asks_for_nothing_is_taken(endpoint):
         ("response_format", {"type": "text", "schema": {}}),
         ("store", True),
         ("best_of", 2),
+        ("best_of", True),
         ("skip_special_tokens", False),
         ("include_stop_str_in_output", True),
     ],

@@ -412,6 +412,33 @@ async def test_a_stream_tells_what_belongs_to_its_text(rig):
     assert chunks[-1]["choices"][0]["routed_experts"] == routed_field(1 + 2 + 5)
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_tokens_shown_by_their_ids(rig, is_stream):
+    """No two of them look the same, whatever their text."""
+    fields = {"prompt": [BOS, EOS], "echo": True, "logprobs": 2, "return_tokens_as_token_ids": True}
+    asked = run(read(rig, COMPLETIONS, **fields) if is_stream else rig.ask(COMPLETIONS, **fields))
+    submit = await rig.next(Submit)
+    await rig.tokens(submit, "x", "length", block=block(submit, [EOS, *ids_of("x")]))
+    answer = await asked
+    parts = [event["choices"][0] for event in answer[:-1]] if is_stream else answer[2]["choices"]
+    told = [part["logprobs"] for part in parts if part["logprobs"]]
+    (x,) = ids_of("x")
+    tokens, tops = ([each for part in told for each in part[name]] for name in ("tokens", "top_logprobs"))
+    assert tokens == [f"token_id:{token}" for token in (BOS, EOS, x)]
+    assert tops[1:] == [{f"token_id:{each}": -each / 8 for each in (token, token + 1)} for token in (EOS, x)]
+
+
+async def test_a_chats_tokens_shown_by_their_ids_have_their_bytes(rig):
+    fields = {"messages": [USER], "logprobs": True, "top_logprobs": 1, "return_tokens_as_token_ids": True}
+    asked = run(rig.ask(CHAT, **fields))
+    submit = await rig.next(Submit)
+    await rig.tokens(submit, "x", "length", block=block(submit, ids_of("x")))
+    (entry,) = (await asked)[2]["choices"][0]["logprobs"]["content"]
+    (x,) = ids_of("x")
+    assert entry["token"] == entry["top_logprobs"][0]["token"] == f"token_id:{x}"
+    assert entry["bytes"] == entry["top_logprobs"][0]["bytes"] == [ord("x")]
+
+
 async def test_a_stream_echoes_a_prompt_that_has_no_text(rig):
     """Of special tokens, which are never shown, only the log-probabilities come back."""
     asked = run(read(rig, COMPLETIONS, prompt=[BOS, EOS], echo=True, logprobs=0))

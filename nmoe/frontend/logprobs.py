@@ -54,6 +54,11 @@ def _list_pieces(values: Iterable[Any]) -> Iterator[bytes]:
     yield b"[]" if mark == b"[" else b"]"
 
 
+def name_of(token: int) -> str:
+    """A token without its text, as vLLM writes it."""
+    return f"token_id:{token}"
+
+
 class Vocabulary:
     """Renders tokens for the formats. Without a tokenizer there are only ids."""
 
@@ -67,7 +72,7 @@ class Vocabulary:
     def text(self, token: int) -> str:
         """The text of a token, with replacement characters for an incomplete character."""
         raw = self.raw(token)
-        return f"token_id:{token}" if raw is None else raw.decode(errors="replace")
+        return name_of(token) if raw is None else raw.decode(errors="replace")
 
     def detokenizer(self) -> Detokenizer | None:
         """A detokenizer at the start of a text."""
@@ -109,6 +114,10 @@ class Formats(msgspec.Struct, frozen=True):
     call: Call
     vocabulary: Vocabulary
     routing: RoutingLayout
+
+    def shown(self, token: int) -> str:
+        """A token in `logprobs`."""
+        return name_of(token) if self.call.return_tokens_as_token_ids else self.vocabulary.text(token)
 
 
 class PromptFormats:
@@ -163,7 +172,7 @@ class PromptFormats:
         if offsets is None:  # ids were given, and their text is what they decode to
             offsets = Offsets(self._formats.vocabulary, 0).of(ids)
         lists = _completion_lists(self._formats, ids[1:], self._records, offsets[1:])
-        first = (self._formats.vocabulary.text(ids[0]), None, None, 0, ids[0], None)
+        first = (self._formats.shown(ids[0]), None, None, 0, ids[0], None)
         echoed = {name: [value, *lists[name]] for name, value in zip(_LISTS, first, strict=True)}
         return echoed | {"drawn_logprobs": [None] * len(ids)}
 
@@ -215,8 +224,8 @@ class ChoiceFormats:
 
     def _shown(self, token: int, logprob: float) -> dict[str, Any]:
         raw = self._formats.vocabulary.raw(token)
-        text = self._formats.vocabulary.text(token)
-        return {"token": text, "logprob": _number(logprob), "bytes": None if raw is None else list(raw)}
+        shown = self._formats.shown(token)
+        return {"token": shown, "logprob": _number(logprob), "bytes": None if raw is None else list(raw)}
 
 
 def joined(first: dict[str, list[Any]] | None, then: dict[str, list[Any]] | None) -> dict[str, list[Any]] | None:
@@ -230,18 +239,18 @@ def _completion_lists(
     formats: Formats, ids: Sequence[int], records: Sequence[Record], offsets: list[int]
 ) -> dict[str, list[Any]]:
     """OpenAI's completions format, plus `token_ids` and `drawn_logprobs`."""
-    text = formats.vocabulary.text
+    shown = formats.shown
     tops = []
     for token, record in zip(ids, records, strict=True):
-        # Keyed by text, which two tokens may share: the likelier one wins. The token itself is always included.
+        # Two tokens may have the same text: the likelier one wins. The token itself is always included.
         likeliest = zip(record.top_ids, record.top_logprobs, strict=True)
         top: dict[str, float] = {}
         for _, (each, logprob) in zip(range(formats.call.logprobs or 0), likeliest, strict=False):
-            top.setdefault(text(each), _number(logprob))
-        top.setdefault(text(token), _number(record.logprob))
+            top.setdefault(shown(each), _number(logprob))
+        top.setdefault(shown(token), _number(record.logprob))
         tops.append(top)
     return {
-        "tokens": list(map(text, ids)),
+        "tokens": list(map(shown, ids)),
         "token_logprobs": [_number(record.logprob) for record in records],
         "top_logprobs": tops,
         "text_offset": offsets,

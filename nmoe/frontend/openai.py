@@ -68,6 +68,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     include_usage: bool = False
     continuous_usage: bool = False
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False  # in `logprobs`
     logprobs: int | None = None  # of output tokens, plus this many likeliest tokens at each; None: not wanted
     prompt_logprobs: int | None = None  # the same for the prompt
     top_k_logprobs: int = 0  # this many likeliest tokens in nmoe's own format
@@ -183,13 +184,18 @@ def _written(conversation: Conversation) -> int:
     return count
 
 
+def _same(value: Any, other: Any) -> bool:
+    """Whether both are the same in JSON, where true is not 1."""
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
+
+
 def _read(document: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in document.items():
         if value is None and (name in fields or name in FOREIGN):
             continue
         if name not in fields:
-            if value in ASKS_NOTHING.get(name, []):
+            if any(_same(value, nothing) for nothing in ASKS_NOTHING.get(name, [])):
                 continue
             raise _unknown(name, list(fields))
         values[name] = _convert(name, value, fields[name])

@@ -111,6 +111,7 @@ _SHARED: dict[str, Any] = {
     "stream": bool,
     "stream_options": StreamOptions,
     "return_token_ids": bool,
+    "return_tokens_as_token_ids": bool,
     "prompt_logprobs": Likeliest,
     "top_k_logprobs": Annotated[int, Meta(ge=1, le=MAX_TOP_K)],
     "logprob_token_ids": Annotated[list[TokenId], Meta(max_length=MAX_SCORED)],
@@ -136,7 +137,7 @@ FIELDS: dict[Endpoint, dict[str, Any]] = {
 FIELDS["generate"] = {
     name: kind
     for name, kind in FIELDS["completions"].items()
-    if name not in ("stream", "stream_options", "return_token_ids")
+    if name not in ("stream", "stream_options", "return_token_ids", "return_tokens_as_token_ids")
 } | {"logits": bool}
 TOKENIZE: dict[str, Any] = {
     "model": str,

@@ -17,7 +17,8 @@ _ID_BYTES = 7  # of a token id in JSON, with its comma
 _NUMBER_BYTES = 22  # of a log-probability
 _COMPLETION_BYTES = 30  # of a token with its log-probability in OpenAI's completions format
 _CHAT_BYTES = 90  # the same in the chat format
-_LOGPROB_BYTES = 60  # the same in vLLM's format
+_NAME_BYTES = 10  # more of each, if the token is shown by its id
+_LOGPROB_BYTES = 60  # in vLLM's format
 
 
 def check_returned(call: Call, prompts: Sequence[Prompt], max_bytes: int) -> None:
@@ -75,10 +76,11 @@ def _token_bytes(call: Call) -> dict[str, int]:
         "top_k_logprobs": (_ID_BYTES + _NUMBER_BYTES) * call.top_k_logprobs,
         "logprob_token_ids": _NUMBER_BYTES * scored,
     }
+    name = _NAME_BYTES if call.return_tokens_as_token_ids else 0
     if call.logprobs is not None and call.endpoint == "chat":
-        sizes["logprobs"] = _CHAT_BYTES * (call.logprobs + 1) + 2 * _NUMBER_BYTES
+        sizes["logprobs"] = (_CHAT_BYTES + name) * (call.logprobs + 1) + 2 * _NUMBER_BYTES
     elif call.logprobs is not None:
-        sizes["logprobs"] = _COMPLETION_BYTES * (call.logprobs + 2) + 2 * (_NUMBER_BYTES + _ID_BYTES)
+        sizes["logprobs"] = (_COMPLETION_BYTES + name) * (call.logprobs + 2) + 2 * (_NUMBER_BYTES + _ID_BYTES)
     return sizes
 
 
