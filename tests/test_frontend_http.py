@@ -321,8 +321,9 @@ async def test_timeout_before_the_first_token(model, is_stream):
     async with Rig(model, request_timeout_s=0.05) as rig:
         asked = run(rig.ask(COMPLETIONS, prompt="a", stream=is_stream))
         submit = await rig.next(Submit)
-        status, _, document = await asked
+        status, headers, document = await asked
         assert status == 504 and document["error"]["code"] == "timeout"
+        assert headers["X-Should-Retry"] == "false"
         assert (await rig.next(Abort)).uid == submit.uid
 
 

@@ -22,6 +22,7 @@ Endpoint = Callable[[web.BaseRequest, Headers], Awaitable[web.StreamResponse]]
 
 _log = logging.getLogger("nmoe.frontend")
 _RETRY_AFTER = {429: "1", 503: "2"}  # seconds, by status
+_FINAL = {500, 504}  # which would come again; OpenAI's clients send a request twice more unless told not to
 _MAX_REQUEST_ID = 128  # characters
 _HEAD_S = 60.0  # within which a new connection's first head must have arrived
 _BODY_S = 60.0  # within which a body must have arrived in full
@@ -193,6 +194,8 @@ def json_response(body: bytes | dict[str, Any], headers: Headers) -> web.Respons
 def error_response(error: RequestError, headers: Headers) -> web.Response:
     """OpenAI's error object with its status."""
     extra = {"Retry-After": _RETRY_AFTER[error.status]} if error.status in _RETRY_AFTER else {}
+    if error.status in _FINAL:
+        extra["X-Should-Retry"] = "false"
     if error.status == 401:
         extra[hdrs.WWW_AUTHENTICATE] = "Bearer"
     body = error_body(error)
