@@ -79,7 +79,7 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 Length = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Likeliest = Annotated[int, Meta(ge=0, le=MAX_LIKELIEST)]
-StopString = Annotated[str, Meta(max_length=1024)]  # each new text is compared with all of its prefixes
+StopString = Annotated[str, Meta(max_length=1024)]  # as much text may be held back
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 
 _CONVERSATION: dict[str, Any] = {

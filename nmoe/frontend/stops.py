@@ -10,6 +10,8 @@ class StopFinder:
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = stops
+        self._longest = max(map(len, stops))
+        self._firsts = frozenset(stop[0] for stop in stops)
         self._held = ""  # the longest suffix of the text so far that is a prefix of a stop string
         self.found = False
 
@@ -26,9 +28,9 @@ class StopFinder:
             if ends := [(place + length, place) for place, length in places if place >= 0]:
                 self.found = True
                 return text[: min(ends)[1]]
-        held = max(self._overlap(stop, text) for stop in self._stops)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+        certain = self._certain(text)
+        self._held = text[certain:]
+        return text[:certain]
 
     @property
     def holds(self) -> bool:
@@ -39,10 +41,14 @@ class StopFinder:
         """The text held back, once there is no more to come."""
         return "" if self.found else self._held
 
-    @staticmethod
-    def _overlap(stop: str, text: str) -> int:
-        """The length of the longest suffix of `text` that is a proper prefix of `stop`."""
-        for length in range(min(len(stop) - 1, len(text)), 0, -1):
-            if text.endswith(stop[:length]):
-                return length
-        return 0
+    def _certain(self, text: str) -> int:
+        """The length of `text` before the longest suffix that is a proper prefix of a stop string.
+
+        The longest is looked for first, so a long text that goes on being held back costs no more than a short one.
+        """
+        for start in range(max(0, len(text) - self._longest + 1), len(text)):
+            if text[start] in self._firsts:
+                suffix = text[start:]
+                if any(stop.startswith(suffix) and len(stop) > len(suffix) for stop in self._stops):
+                    return start
+        return len(text)
