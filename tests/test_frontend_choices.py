@@ -259,6 +259,17 @@ async def test_what_does_not_fit_the_model(rig, fields, param):
     assert status == 400 and document["error"]["param"] == param
 
 
+async def test_a_minimum_that_the_context_cannot_hold_is_not_told_to_raise_the_maximum(rig):
+    for asked, remedy in (
+        ((COMPLETIONS, {"prompt": "a", "min_tokens": 17}), "raise max_tokens"),
+        ((COMPLETIONS, {"prompt": "a", "min_tokens": MAX_SEQ_LEN}), "lower it, or send a shorter prompt"),
+        ((CHAT, {"messages": [USER], "min_tokens": MAX_SEQ_LEN}), "lower it, or send a shorter prompt"),
+    ):
+        status, _, document = await rig.ask(asked[0], **asked[1])
+        assert status == 400 and document["error"]["param"] == "min_tokens"
+        assert document["error"]["message"].endswith(f"; {remedy}")
+
+
 async def test_a_limit_that_does_not_fit_is_called_what_the_client_called_it(rig):
     for field in ("max_tokens", "max_completion_tokens"):
         status, _, document = await rig.ask(CHAT, messages=[USER], **{field: MAX_SEQ_LEN})

@@ -83,6 +83,11 @@ def test_what_may_be_too_large_is_refused_with_the_fields_the_limit_and_the_reme
     assert "lower max_tokens or n" in str(error.value) and "nmoe batch" in str(error.value)
 
 
+def test_the_limit_to_lower_is_called_what_the_client_called_it():
+    with pytest.raises(RequestError, match=r"and max_completion_tokens = 100000 .*; lower max_completion_tokens or n,"):
+        check("chat", 100_000, n=128, logprobs=True, top_logprobs=20, max_completion_tokens=100_000)
+
+
 def test_records_of_long_prompts_count_in_bulk():
     prompts = {"prompt": [[5]] * 64, "max_tokens": 0, "prompt_logprobs": 0, "top_k_logprobs": 128}
     with pytest.raises(RequestError, match=r"^prompt_logprobs: for 64 prompts .* 1\.\d GiB"):

@@ -178,9 +178,8 @@ def output_limit(call: Call, prompt: Prompt, max_seq_len: int) -> int:
             code="context_length_exceeded",
         )
     if call.min_tokens > limit:
-        message = (
-            f"min_tokens = {call.min_tokens}: more than the {limit} tokens that may be generated; raise max_tokens"
-        )
+        remedy = "raise max_tokens" if call.min_tokens <= room else "lower it, or send a shorter prompt"
+        message = f"min_tokens = {call.min_tokens}: more than the {limit} tokens that may be generated; {remedy}"
         raise RequestError(message, param="min_tokens")
     return limit
 

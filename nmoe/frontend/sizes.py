@@ -58,10 +58,11 @@ def check_answer(call: Call, prompts: Sequence[Prompt], max_tokens: Sequence[int
     fields = sorted((field for field, size in sizes.items() if size), key=lambda field: -sizes[field])
     streaming = not call.stream and not call.return_routed_experts and PROFILES[call.profile].streams
     can_stream = ", stream the answer" if streaming and call.endpoint != "generate" else ""
+    limit = call.limit_field
     raise RequestError(
-        f"{', '.join(fields)}: for {len(prompts)} prompts with n = {call.n} and max_tokens = {max(max_tokens)} up to"
+        f"{', '.join(fields)}: for {len(prompts)} prompts with n = {call.n} and {limit} = {max(max_tokens)} up to"
         f" {total / 2**30:.1f} GiB may come back, more than the {MAX_ANSWER_BYTES >> 30} GiB of an answer; lower"
-        f" max_tokens or n, ask for less of each token{can_stream}, or send several requests (nmoe batch takes any"
+        f" {limit} or n, ask for less of each token{can_stream}, or send several requests (nmoe batch takes any"
         " number)",
         param=fields[0],
     )
