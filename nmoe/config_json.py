@@ -5,11 +5,13 @@ semantics other than ours (attention bias, another activation, another router, a
 of being served incorrectly. To support a family member with its own keys, add an entry to `_READERS`.
 """
 
+import errno
 import json
 import math
 import os
 import pathlib
 import re
+import stat
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -21,6 +23,7 @@ from nmoe.errors import CheckpointError
 # Far above any model's: a typing error must not list tensors for minutes, or make tables that no memory holds.
 _MOST_LAYERS, _MOST_EXPERTS, _MOST_IN_ALL = 1000, 4096, 1 << 18  # experts, of a layer and of all layers
 _MOST_POSITIONS = 1 << 24
+_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half a character, if it is not beside the other half
 
 
@@ -242,31 +245,37 @@ def is_there(path: pathlib.Path) -> bool:
     """Whether there is such a file. Raises CheckpointError if nobody may know: its folder cannot be searched, or it is
     a link to nothing, as in a copy of a folder of links without what they point to. The same if it is no regular file:
     reading a named pipe may never end."""
+    mode = _mode(path)
+    if stat.S_ISREG(mode):
+        return True
+    if mode:
+        kind = "folder" if stat.S_ISDIR(mode) else "named pipe" if stat.S_ISFIFO(mode) else "device or socket"
+        raise CheckpointError(f"{path}: is not a regular file but a {kind}; copy the file itself")
+    if os.path.islink(path):
+        raise CheckpointError(f"{path}: is a link to {os.readlink(path)}, which is not there; copy the file itself")
+    return False
+
+
+def _mode(path: pathlib.Path) -> int:
+    """What is there, links followed: st_mode, 0 for nothing. Raises CheckpointError if nobody may know, or the name is
+    too long; pathlib's own questions (is_file, exists) are silent about that from Python 3.14 on."""
     try:
-        if path.is_file():
-            return True
-        if path.exists():
-            kind = "folder" if path.is_dir() else "named pipe" if path.is_fifo() else "device or socket"
-            raise CheckpointError(f"{path}: is not a regular file but a {kind}; copy the file itself")
-        if path.is_symlink():
-            raise CheckpointError(f"{path}: is a link to {os.readlink(path)}, which is not there; copy the file itself")
-        return False
+        return path.stat().st_mode
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; check the file and its permissions") from None
+        if error.errno in _NOWHERE:
+            return 0
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror}; check [model] path and its permissions"
+        ) from None
 
 
 def config_file(path: str | pathlib.Path) -> pathlib.Path:
     """The config.json of a checkpoint folder, or `path` itself if it names a JSON file."""
     path = pathlib.Path(path)
-    try:
-        is_file, is_folder = path.is_file(), path.is_dir()
-    except OSError as error:  # no permission to look into the parent folder, or a name that is too long
-        raise CheckpointError(
-            f"{path}: cannot be read: {error.strerror}; check [model] path and its permissions"
-        ) from None
-    if is_file and path.suffix == ".json":
+    mode = _mode(path)
+    if stat.S_ISREG(mode) and path.suffix == ".json":
         return path
-    if not is_folder:
+    if not stat.S_ISDIR(mode):
         raise CheckpointError(f"{path}: no such folder; set [model] path to the checkpoint's folder")
     return path / "config.json"
 

@@ -163,6 +163,8 @@ def forbid(monkeypatch):
 
         real = os.stat
         monkeypatch.setattr(os, "stat", refused)
+        for name, silent in (("exists", os.path.exists), ("is_file", os.path.isfile), ("is_dir", os.path.isdir)):
+            monkeypatch.setattr(pathlib.Path, name, silent)  # as from Python 3.14 on
 
     return forbid
 
