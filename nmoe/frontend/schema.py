@@ -133,7 +133,7 @@ FIELDS: dict[Endpoint, dict[str, Any]] = {
         **_SHARED,
     },
 }
-# Token ids are always returned, and logits, if requested, are always streamed.
+# Token ids are always returned, without their texts, and logits, if requested, are always streamed.
 FIELDS["generate"] = {
     name: kind
     for name, kind in FIELDS["completions"].items()
