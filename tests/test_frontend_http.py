@@ -201,6 +201,7 @@ async def test_loading(model):
         for path, body in ((COMPLETIONS, {"prompt": "a"}), (CHAT, {"messages": [{"role": "user", "content": "a"}]})):
             status, headers, document = await rig.ask(path, **body)
             assert status == 503 and int(headers["Retry-After"]) and "starting" in document["error"]["message"]
+            assert "X-Should-Retry" not in headers
         beat(rig)
         assert (await get(rig, "/health"))[0] == 503
         assert (await get(rig, "/v1/models"))[0] == 200
@@ -427,6 +428,7 @@ async def test_a_defect_is_a_500_without_its_traceback(model, monkeypatch, caplo
             raise ZeroDivisionError("secret")
 
         monkeypatch.setattr("nmoe.frontend.generation.make_submit", fail)
-        status, _, document = await rig.ask(COMPLETIONS, prompt="a")
+        status, headers, document = await rig.ask(COMPLETIONS, prompt="a")
         assert status == 500 and document["error"]["message"] == "internal error"
+        assert headers["X-Should-Retry"] == "false"
         assert "ZeroDivisionError: secret" in caplog.text

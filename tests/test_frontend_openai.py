@@ -281,10 +281,10 @@ def test_null_is_absent():
     assert parse_call("completions", {**nothing, "prompt": "a"}) == parse_call("completions", {"prompt": "a"})
 
 
-@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+@pytest.mark.parametrize("endpoint", FIELDS)
 def test_what_asks_for_nothing_is_taken(endpoint):
     """Many clients send these whether they mean anything by them or not; with another value they are refused."""
-    prompt = {"prompt": "a"} if endpoint == "completions" else {"messages": [USER]}
+    prompt = {"messages": [USER]} if endpoint == "chat" else {"prompt": "a"}
     assert set(ASKS_NOTHING) <= FOREIGN
     for field, values in ASKS_NOTHING.items():
         for value in values:
