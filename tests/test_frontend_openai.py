@@ -229,8 +229,7 @@ def test_two_names_of_one_length():
         ("completions", {"max_tokens": 0, "echo": True, "min_tokens": 1}, "min_tokens", "more than max_tokens = 0"),
         ("chat", {"logprobs": 1}, "logprobs", "expected `bool`, got `int`"),
         ("chat", {"top_logprobs": 2}, "top_logprobs", "only together with logprobs: true"),
-        ("chat", {"top_logprobs": 0, "logprobs": False}, "top_logprobs", "only together with logprobs: true"),
-        ("chat", {"top_logprobs": 0, "logprobs": False, "profile": "rl_sample"}, "top_logprobs", "only together"),
+        ("chat", {"top_logprobs": 1, "logprobs": False, "profile": "rl_sample"}, "top_logprobs", "only together"),
         ("chat", {"top_logprobs": 21, "logprobs": True}, "top_logprobs", "<= 20"),
         ("chat", {"echo": True}, "echo", "not supported"),
         *[
@@ -265,6 +264,7 @@ def test_contradictions_about_outputs(endpoint, fields, param, text):
         ("chat", {"logprobs": True}, Returns(True)),
         ("chat", {"logprobs": True, "top_logprobs": 20}, Returns(True, False, 20)),
         ("chat", {"logprobs": False, "top_logprobs": None}, Returns()),
+        ("chat", {"logprobs": False, "top_logprobs": 0}, Returns()),
         ("chat", {"profile": "rl_sample"}, Returns(True)),
         ("chat", {"profile": "rl_sample", "top_logprobs": 4}, Returns(True, False, 4)),
         ("chat", {"profile": "rl_sample", "logprobs": False}, Returns()),

@@ -368,12 +368,12 @@ def _settle_outputs(endpoint: Endpoint, values: dict[str, Any], profile: Profile
 
 
 def _settle_chat_logprobs(values: dict[str, Any], profile: Profile) -> None:
-    """A chat has a switch and, separately, a number."""
-    is_on, number = values.pop("logprobs", profile.scores), values.pop("top_logprobs", None)
-    if number is not None and not is_on:
+    """A chat has a switch and, separately, a number; 0, vLLM's default, asks for nothing."""
+    is_on, number = values.pop("logprobs", profile.scores), values.pop("top_logprobs", 0)
+    if number and not is_on:
         raise RequestError("top_logprobs: only together with logprobs: true", param="top_logprobs")
     if is_on:
-        values["logprobs"] = number or 0
+        values["logprobs"] = number
 
 
 def _settle_streaming(values: dict[str, Any], profile: Profile) -> None:
