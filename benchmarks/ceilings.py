@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from nmoe.architecture import DTYPE_BYTES, Architecture, expected_tensors
+from nmoe.architecture import DTYPE_BYTES, Architecture, expected_tensors, is_quantised
 
 
 def measure() -> dict[str, float]:
@@ -37,7 +37,7 @@ def step_bytes(architecture: Architecture, dtype: str, batch: int, context: int,
     a = architecture
     weights = 0.0  # a quantised weight is one byte; the scales, 1/4096 of that, are left out
     for name, shape in expected_tensors(a):
-        fp8 = a.quant_block is not None and ("_proj.weight" in name or "kv_a_proj" in name) and "kv_b_proj" not in name
+        fp8 = a.quant_block is not None and is_quantised(name)
         size = math.prod(shape) * (1.0 if fp8 else DTYPE_BYTES[dtype])
         if name == "model.embed_tokens.weight":
             size *= a.tie_word_embeddings

@@ -1,6 +1,7 @@
 """A model's architecture: its sizes, its options and the resulting tensors. Read by nmoe/config_json.py."""
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Literal
 
@@ -8,6 +9,7 @@ import msgspec
 
 Dtype = Literal["bfloat16", "float32", "float16"]
 DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+_QUANTISED = re.compile(r".*\.(q|q_a|q_b|o|gate|up|down)_proj\.weight|.*\.kv_a_proj_with_mqa\.weight")
 
 
 class Yarn(msgspec.Struct, frozen=True):
@@ -120,13 +122,22 @@ class Architecture(msgspec.Struct, frozen=True):
 
     def num_params(self, world_size: int = 1) -> int:
         """Parameters held by one of `world_size` ranks: its share of the routed experts, and everything else."""
-        return sum(
-            math.prod(shape) // (world_size if ".experts." in name else 1) for name, shape in expected_tensors(self)
-        )
+        return sum(size for _, size in self._sizes(world_size))
 
-    def weight_bytes(self, dtype: str, world_size: int = 1) -> int:
-        """Bytes of one rank's weights at the compute dtype (FP8 weights are expanded to it)."""
-        return self.num_params(world_size) * DTYPE_BYTES[dtype]
+    def weight_bytes(self, dtype: str, world_size: int = 1, *, quantised: bool = False) -> int:
+        """Bytes of one rank's weights at the compute dtype. FP8 weights are expanded to it, unless they stay
+        `quantised`: then each is one byte; the scales, 1/4096 of that, are left out."""
+        full = DTYPE_BYTES[dtype]
+        return sum(size * (1 if quantised and is_quantised(name) else full) for name, size in self._sizes(world_size))
+
+    def _sizes(self, world_size: int) -> Iterator[tuple[str, int]]:
+        for name, shape in expected_tensors(self):
+            yield name, math.prod(shape) // (world_size if ".experts." in name else 1)
+
+
+def is_quantised(name: str) -> bool:
+    """Whether this weight is quantised in an FP8 checkpoint; on a GPU it stays so."""
+    return _QUANTISED.fullmatch(name) is not None
 
 
 def expected_tensors(architecture: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:

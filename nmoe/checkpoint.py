@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from nmoe.architecture import Architecture, expected_tensors
+from nmoe.architecture import Architecture, expected_tensors, is_quantised
 from nmoe.config import Config
 from nmoe.config_json import config_file, is_lfs_pointer, is_there, read_architecture, read_json
 from nmoe.errors import CheckpointError
@@ -33,8 +33,6 @@ _SCALE_DTYPES = ("F32", "BF16", "F16")
 _MAX_HEADER_BYTES = 100_000_000
 _HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
-# The layers' weights that are quantised in an FP8 checkpoint; on a GPU they stay quantised.
-QUANTISED = re.compile(r".*\.(q|q_a|q_b|o|gate|up|down)_proj\.weight|.*\.kv_a_proj_with_mqa\.weight")
 _HARMLESS = re.compile(r".*\.rotary_emb\.inv_freq")
 _MTP_PROJECTION = re.compile(r"model\.layers\.(\d+)\.eh_proj\.weight")  # only MTP layers have it
 _FUSED_EXPERTS = ".mlp.experts.gate_up_proj"
@@ -236,7 +234,7 @@ def _check_tensor(
 
 def _check_all_quantised(tensors: dict[str, TensorInfo]) -> None:
     for name, info in tensors.items():
-        if QUANTISED.fullmatch(name) and info.dtype != _FP8:
+        if is_quantised(name) and info.dtype != _FP8:
             raise CheckpointError(
                 f"{info.file}: {name} is {info.dtype}, but config.json's quantization_config says FP8, and a GPU takes"
                 " all such weights in FP8 or none; quantise this one too, or set [parallel] device = 'cpu'"

@@ -9,7 +9,6 @@ import dataclasses
 import importlib
 import json
 import logging
-import math
 import os
 import pathlib
 import resource
@@ -25,8 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nmoe import envs, gpus
-from nmoe.architecture import expected_tensors
-from nmoe.checkpoint import QUANTISED, Checkpoint, open_checkpoint, tokenizer_file
+from nmoe.checkpoint import Checkpoint, open_checkpoint, tokenizer_file
 from nmoe.config import Config
 from nmoe.config_json import is_there
 from nmoe.errors import CheckpointError, LaunchError
@@ -163,12 +161,10 @@ def _tokenizer(facts: Facts) -> Row | None:
 
 
 def _weight_bytes(facts: Facts, checkpoint: Checkpoint) -> int:
-    """Weight bytes of one rank. FP8 weights are expanded on the CPU and stay FP8 on a GPU, beside bfloat16 ones."""
-    architecture, world_size = checkpoint.architecture, facts.config.parallel.world_size
-    if architecture.quant_block and facts.config.parallel.device == "cuda":
-        others = (math.prod(shape) for name, shape in expected_tensors(architecture) if not QUANTISED.fullmatch(name))
-        return architecture.num_params(world_size) + sum(others)
-    return architecture.weight_bytes(checkpoint.dtype, world_size)
+    """Weight bytes of one rank. FP8 weights are expanded on the CPU and stay FP8 on a GPU."""
+    architecture, parallel = checkpoint.architecture, facts.config.parallel
+    quantised = architecture.quant_block is not None and parallel.device == "cuda"
+    return architecture.weight_bytes(checkpoint.dtype, parallel.world_size, quantised=quantised)
 
 
 def _memory_per_rank(facts: Facts) -> tuple[str, int] | None:
