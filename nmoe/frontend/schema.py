@@ -154,19 +154,8 @@ PATHS: dict[Endpoint, str] = {
 }
 REQUIRED: dict[Endpoint, str] = {"completions": "prompt", "chat": "messages", "generate": "prompt"}
 
-# Fields of OpenAI's and vLLM's APIs that nmoe lacks: for these, a misspelt field is not the likely cause.
-_FOREIGN_NAMES = """
-    top_logprobs echo best_of suffix tools tool_choice functions function_call response_format
-    parallel_tool_calls store service_tier modalities audio prediction reasoning_effort verbosity
-    guided_json guided_choice guided_regex guided_grammar guided_decoding_backend guided_whitespace_pattern
-    structured_outputs chat_template add_special_tokens skip_special_tokens include_stop_str_in_output
-    web_search_options safety_identifier prompt_cache_key prompt_cache_retention logits_processors bad_words
-    allowed_token_ids documents spaces_between_special_tokens truncate_prompt_tokens truncation_side length_penalty
-    use_beam_search reasoning include_reasoning thinking_token_budget prompt_embeds mm_processor_kwargs
-    media_io_kwargs cache_salt request_id session_id kv_transfer_params vllm_xargs repetition_detection stream_interval
-"""
-FOREIGN = frozenset(_FOREIGN_NAMES.split())
-# Values of such fields that ask for nothing. Many clients send them in every request.
+# Fields of OpenAI's and vLLM's APIs that nmoe lacks: for these, a misspelt field is not the likely cause. First those
+# that many clients send in every request, with the values that ask for nothing.
 ASKS_NOTHING: dict[str, list[Any]] = {
     "tools": [[]],
     "tool_choice": ["none", "auto"],
@@ -188,3 +177,12 @@ ASKS_NOTHING: dict[str, list[Any]] = {
     "spaces_between_special_tokens": [True, False],  # special tokens are never shown
     "include_stop_str_in_output": [False],
 }
+_OTHERS = """
+    top_logprobs audio prediction reasoning_effort verbosity guided_json guided_choice guided_regex guided_grammar
+    guided_decoding_backend guided_whitespace_pattern structured_outputs chat_template add_special_tokens
+    web_search_options safety_identifier prompt_cache_key prompt_cache_retention logits_processors allowed_token_ids
+    documents truncate_prompt_tokens truncation_side reasoning thinking_token_budget prompt_embeds mm_processor_kwargs
+    media_io_kwargs cache_salt request_id session_id kv_transfer_params vllm_xargs repetition_detection
+    stream_interval
+"""
+FOREIGN = frozenset([*ASKS_NOTHING, *_OTHERS.split()])
