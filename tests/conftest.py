@@ -1,7 +1,8 @@
 """Shared servers and checkpoints: starting one costs a second, so tests share them where they can."""
 
+import errno
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -29,3 +30,19 @@ def server(checkpoint: pathlib.Path) -> Iterator[Server]:
     """A server of the default checkpoint for tests that leave it as they found it."""
     with Server({"model": {"path": str(checkpoint)}}) as running:
         yield running
+
+
+@pytest.fixture
+def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Makes files of a suffix unreadable by one of pathlib's methods: who runs the tests may be allowed everything."""
+
+    def forbid(suffix: str, method: str) -> None:
+        def forbidden(path, *arguments, **options):
+            if path.suffix == suffix:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return real(path, *arguments, **options)
+
+        real = getattr(pathlib.Path, method)
+        monkeypatch.setattr(pathlib.Path, method, forbidden)
+
+    return forbid

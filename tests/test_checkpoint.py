@@ -1,6 +1,5 @@
 """What is refused about a model folder before anything is loaded, and how the message helps."""
 
-import errno
 import json
 import math
 import os
@@ -299,16 +298,9 @@ def test_a_header_says_what_cannot_be(single, change):
     refused(single, file.name, "header is damaged", "download it again")
 
 
-def test_files_that_cannot_be_read(single, sharded, monkeypatch):
+def test_files_that_cannot_be_read(single, sharded, forbid_reading):
     refused(single / ("x" * 300), "cannot be read", "name too long", "[model] path")
-
-    def forbidden(path, *arguments, **options):
-        if path.suffix == ".safetensors":
-            raise PermissionError(errno.EACCES, "Permission denied")
-        return opens(path, *arguments, **options)
-
-    opens = pathlib.Path.open
-    monkeypatch.setattr(pathlib.Path, "open", forbidden)  # who runs the tests may be allowed everything
+    forbid_reading(".safetensors", "open")
     refused(sharded, "model-00001-of-00003.safetensors", "Permission denied", "permissions")
 
 

@@ -2,7 +2,6 @@
 
 import array
 import asyncio
-import errno
 import json
 import os
 import pathlib
@@ -267,7 +266,7 @@ def test_a_template_that_refuses_is_a_400(tmp_path, source):
     assert caught.value.status == 400 and caught.value.param == "messages"
 
 
-def test_a_broken_template_is_the_checkpoints_fault(tmp_path, monkeypatch):
+def test_a_broken_template_is_the_checkpoints_fault(tmp_path, forbid_reading):
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: the chat template is not valid: line 1"):
         template_of(tmp_path, "{% if %}")
     for source in (5, ["a"], [{"nam": "default"}]):
@@ -278,14 +277,7 @@ def test_a_broken_template_is_the_checkpoints_fault(tmp_path, monkeypatch):
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe{{")
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja: is not UTF-8"):
         template_of(tmp_path, "a")
-
-    def forbidden(path, *arguments, **options):
-        if path.suffix == ".jinja":
-            raise PermissionError(errno.EACCES, "Permission denied")
-        return reads(path, *arguments, **options)
-
-    reads = pathlib.Path.read_text
-    monkeypatch.setattr(pathlib.Path, "read_text", forbidden)  # who runs the tests may be allowed everything
+    forbid_reading(".jinja", "read_text")
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja: cannot be read: Permission denied; check"):
         template_of(tmp_path, "a")
 
